@@ -1,0 +1,1 @@
+"""An adaptive immune system for any trained PyTorch classifier."""

@@ -1,0 +1,57 @@
+"""What an immune response consists of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cells:
+    """B cells of a batch of antigens, n per antigen, fittest first (per layer, where there are several).
+
+    `x` `(B, n, *S)` in the space that cells live in; `label` `(B, n)` int64; `affinity` `(B, n)`, minus a
+    Euclidean distance of features; `origin` `(B, n)` int64, the repertoire index of the naive cell that a
+    cell descends from.
+    """
+
+    x: Tensor
+    label: Tensor
+    affinity: Tensor
+    origin: Tensor
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The learning curve of one layer's maturation, generation 0 (expansion) to G.
+
+    `affinity_mean`, `affinity_best`, `votes`: `(G + 1, B, C)`; `entropy`: `(G + 1, B)`, of the votes over
+    labels, in nats. An antigen that stopped early keeps its last values.
+    """
+
+    affinity_mean: Tensor
+    affinity_best: Tensor
+    votes: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class ImmuneResponse:
+    """The answer of RAILS to a batch of antigens.
+
+    `labels` `(B,)` int64. `votes` `(B, C)`, the consensus, sums to 1. `credibility` `(B,)` in (0, 1], the
+    conformal p-value of the best-supported label among the naive cells. `foreign` `(B,)` bool: the antigen
+    is farther from the repertoire than all but `false_alarm` of the calibration examples. `generations`
+    `(B,)` int64, the last generation that ran (the most over layers). `plasma`, `memory`: the cells that
+    voted and those kept. `trace`: one `Trace` per layer if asked for.
+    """
+
+    labels: Tensor
+    votes: Tensor
+    credibility: Tensor
+    foreign: Tensor
+    generations: Tensor
+    plasma: Cells
+    memory: Cells
+    trace: tuple[Trace, ...] | None = None

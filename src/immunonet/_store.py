@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -71,6 +71,15 @@ def read_tensors(path: str | Path, *, checksum: str | None = None, device: str =
         raise ValueError(f"{path} was truncated or edited: its sha256 is {found[:12]}..., recorded {checksum[:12]}...")
     try:
         return load_file(path, device=device)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file; ValueError names the file if it is truncated or foreign."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
 

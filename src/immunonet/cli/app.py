@@ -1,0 +1,56 @@
+"""The `immunonet` command: its subcommands, and how it ends when something goes wrong."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import typer
+
+from immunonet.cli.common import console
+
+_COMMANDS = ("demo", "train", "fit", "predict", "evaluate")
+
+app = typer.Typer(
+    name="immunonet",
+    help="Classify through an adaptive immune response: train, fit, predict, evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Make every command a subcommand, even when there is only one."""
+
+
+for _name in _COMMANDS:
+    if importlib.util.find_spec(f"immunonet.cli.{_name}"):
+        app.command(_name)(getattr(importlib.import_module(f"immunonet.cli.{_name}"), _name))
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 done, 2 a user's mistake in one line on stderr, 130 after Ctrl-C.
+
+    With $IMMUNONET_DEBUG set, errors keep their traceback.
+    """
+    try:
+        app(arguments)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("IMMUNONET_DEBUG"):
+            raise
+        _fail(" ".join(str(error).split()) or type(error).__name__, 2)
+    raise AssertionError("typer's standalone mode always exits")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    console.print(f"immunonet: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)

@@ -1,0 +1,192 @@
+"""What the commands share: option types, and how data and models are found and results written."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from immunonet import _store, data, zoo
+
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file.")]
+OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that the files are written to.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="DIR",
+        envvar="IMMUNONET_DATA",
+        help="Folder of NAME-train.parquet and NAME-test.parquet; else they come from the Hugging Face hub.",
+    ),
+]
+DatasetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATASET", help=f"{', '.join(data.DATASETS)}, a Parquet file, or a folder of class folders."
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help=f"{', '.join(zoo.NAMES)}, or package.module:factory. Default: by image size."),
+]
+WeightsOption = Annotated[
+    Path | None, typer.Option("--weights", metavar="FILE.safetensors", help="The model's weights.")
+]
+
+console = Console(stderr=True)
+
+_BY_SHAPE = {(1, 28, 28): "mnist", (1, 8, 8): "digits", (3, 32, 32): "residual"}
+
+
+def progress() -> Progress:
+    """Return a progress bar on stderr, to be used in a `with` block; without a terminal it draws nothing."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of that name; ValueError if this machine does not have it."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        has = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise ValueError(f"--device must be one of {', '.join(has)} on this machine, got {name!r}") from error
+    return device
+
+
+def resolve_dataset(dataset: str, split: str | None, directory: Path | None = None) -> data.Images:
+    """Return the images of a dataset's name, a Parquet file, or a folder of class folders.
+
+    `split` is "train" or "test". A folder with the subfolders `train` and `test` has its own split; from other files
+    and folders a fixed fifth is the test split and the rest the training split, or with `split=None` all is returned.
+    """
+    if dataset in data.DATASETS:
+        if split is None:
+            raise ValueError(f"{dataset} has two splits: name one, as train or test")
+        return data.load(dataset, split, directory=directory)
+    path = Path(dataset)
+    if path.is_dir() and split is not None and all((path / name).is_dir() for name in data.SPLITS):
+        return data.read_folder(path / split)
+    if path.is_dir():
+        images = data.read_folder(path)
+    elif path.is_file():
+        images = data.read_parquet(path)
+    else:
+        raise FileNotFoundError(
+            f"DATASET must be {', '.join(data.DATASETS)}, a Parquet file, or a folder of class folders; "
+            f"there is no {dataset!r}"
+        )
+    if split is None:
+        return images
+    train, test = data.split(len(images), max(1, len(images) // 5))
+    return images[train if split == "train" else test]
+
+
+def model_name(model: str | None, images: data.Images) -> str:
+    """Return `model`, or the zoo's network for images of that size; ValueError if it has none."""
+    shape = tuple(images.x.shape[1:])
+    if model is None and shape not in _BY_SHAPE:
+        raise ValueError(f"no network of the zoo takes images of shape {shape}: give --model package.module:factory")
+    return model or _BY_SHAPE[shape]
+
+
+def build_model(model: str, *, classes: int, seed: int = 0) -> nn.Module:
+    """Return the network of a zoo name or of `package.module:factory` (called without arguments), in eval mode."""
+    if ":" not in model:
+        if model not in zoo.NAMES:
+            raise ValueError(f"--model must be {', '.join(zoo.NAMES)} or package.module:factory, got {model!r}")
+        return zoo.build(model, classes=classes, seed=seed)
+    module, _, factory = model.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as python -m does: the user's own module lies in the working directory
+    try:
+        make = getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--model {model} cannot be imported ({error}): give package.module:factory") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = make()
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"--model {model} must return a torch.nn.Module, got {type(net).__name__}")
+    return net.eval()
+
+
+def load_model(
+    model: str, weights: Path | None, device: str | torch.device = "cpu", *, classes: int = 10
+) -> nn.Module:
+    """Return a trained network in eval mode on `device`: `build_model`, then `weights` loaded.
+
+    ValueError without weights for a network of the zoo; those of a user's factory may come with it.
+    """
+    net = build_model(model, classes=classes)
+    if weights is not None:
+        zoo.load_weights(net, weights)
+    elif ":" not in model:
+        raise ValueError(f"--model {model} needs --weights FILE.safetensors; immunonet train makes them")
+    return net.to(resolve_device(device) if isinstance(device, str) else device)
+
+
+def command() -> str:
+    """Return the command line as it was typed."""
+    return shlex.join(["immunonet", *sys.argv[1:]])
+
+
+def environment() -> dict[str, Any]:
+    """Return what results depend on beside the command: versions, processor, threads, and the commit if known."""
+    import immunonet
+
+    root = Path(immunonet.__file__).parents[2]
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_device_name()
+    if (root / ".git").exists():
+        git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        if git.returncode == 0:
+            found["commit"] = git.stdout.strip()
+    return found
+
+
+def envelope(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the JSON object that every command writes: results, environment, command."""
+    return {"results": results, "environment": environment(), "command": command()}
+
+
+def write_results(path: Path | None, results: list[dict[str, Any]]) -> None:
+    """Write `envelope(results)` to `path` if there is one."""
+    if path is not None:
+        _store.write_json(path, envelope(results))
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,89 @@
+"""`immunonet train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from immunonet import data, zoo
+from immunonet.cli import common
+
+
+def train(
+    dataset: common.DatasetArgument,
+    model: common.ModelOption = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 6,
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    lr: Annotated[float, typer.Option(help="The highest learning rate of the schedule.")] = 1e-3,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many epochs without a better one. Default: never.")
+    ] = None,
+    validation: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images held out from training. Default: 3000, or a tenth of a small dataset."),
+    ] = None,
+    augment: Annotated[bool, typer.Option("--augment", help="Flip and shift the training images.")] = False,
+    seed: common.SeedOption = 0,
+    device: common.DeviceOption = "cpu",
+    data_dir: common.DataOption = None,
+    out: common.OutOption = Path("weights"),
+    json: common.JsonOption = None,
+) -> None:
+    """Train a classifier and write DIR/NAME.safetensors with its recipe.
+
+    A fixed validation split is held out. The run leaves a checkpoint after every epoch, and the same command continues
+    from it.
+    """
+    target = common.resolve_device(device)
+    images = common.resolve_dataset(dataset, "train", data_dir)
+    test = common.resolve_dataset(dataset, "test", data_dir)
+    training, held_out = data.split(len(images), validation)
+    name = common.model_name(model, images)
+    net = common.build_model(name, classes=len(images.classes), seed=seed).to(target)
+    path = out / f"{Path(dataset).stem}.safetensors"
+    checkpoint = path.with_suffix(".checkpoint.safetensors")
+    settings: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "patience": patience,
+        "augment": augment,
+        "seed": seed,
+    }
+    with common.progress() as bar:
+        task = bar.add_task("training")
+        reported = 0
+
+        def show(step: int, steps: int, history: list[zoo.Epoch]) -> None:
+            nonlocal reported
+            bar.update(task, completed=step, total=steps)
+            for row in history[reported:]:
+                bar.console.print(
+                    f"epoch {row['epoch']} of {epochs}: loss {row['loss']:.4f}, "
+                    f"validation accuracy {row['validation_accuracy']:.4f}"
+                )
+            reported = len(history)
+
+        history = zoo.train(
+            net, images[training], images[held_out], **settings, checkpoint=checkpoint, on_progress=show
+        )
+    net.half().float()  # what is measured below is what the file will hold
+    results = [
+        {
+            "dataset": dataset,
+            "model": name,
+            "split": split,
+            "n": len(part),
+            "accuracy": zoo.accuracy(net, part),
+            "settings": settings,
+        }
+        for split, part in (("validation", images[held_out]), ("test", test))
+    ]
+    zoo.save_weights(net, path, recipe={**common.envelope(results), "classes": images.classes, "history": history})
+    common.write_results(json, results)
+    checkpoint.unlink()
+    for row in results:
+        typer.echo(f"{row['split']} accuracy {row['accuracy']:.4f} on {row['n']} images")
+    typer.echo(f"weights: {path}")

@@ -25,11 +25,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        # mkstemp makes files private; what a user finds in the end should follow their umask.
+        yield temporary
+        # Temporary files are private; what a user finds in the end should follow their umask.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -55,20 +55,27 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}): truncated or another kind of file") from error
 
 
-def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
+def write_tensors(
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> str:
     """Write tensors as safetensors, whole or not at all; return the file's sha256."""
     with replacing(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written ({error})") from error
         return sha256(temporary)
 
 
 def read_tensors(path: str | Path, *, checksum: str | None = None, device: str = "cpu") -> dict[str, Tensor]:
-    """Read safetensors; ValueError names the file if it is truncated, foreign, or not of `checksum` (sha256)."""
+    """Read safetensors; ValueError names a file that is truncated, foreign, or not of `checksum` (sha256)."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     if checksum is not None and (found := sha256(path)) != checksum:
-        raise ValueError(f"{path} was truncated or edited: its sha256 is {found[:12]}..., recorded {checksum[:12]}...")
+        raise ValueError(
+            f"{path} was truncated or edited: its sha256 is {found[:12]}..., recorded {checksum[:12]}..."
+        )
     try:
         return load_file(path, device=device)
     except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""Labelled images: benchmark datasets, Parquet files of the Hugging Face image convention, folders of class folders."""
+"""Labelled images: benchmark datasets, Parquet files of the Hugging Face convention, class folders."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _COLOUR = {"P", "PA", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB"}
 class Images:
     """Labelled images.
 
-    x: float32 (N, C, H, W) in [0, 1], C = 1 (grey) or 3 (red, green, blue); y: int64 (N,) in [0, len(classes));
-    classes: the name of each label.
+    x: float32 (N, C, H, W) in [0, 1], C = 1 (grey) or 3 (red, green, blue); y: int64 (N,) in [0,
+    len(classes)); classes: the name of each label.
     """
 
     x: Tensor
@@ -53,16 +53,18 @@ def require(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"this needs {module.partition('.')[0]}: pip install 'immunonet[{extra}]'") from error
+        raise ImportError(
+            f"this needs {module.partition('.')[0]}: pip install 'immunonet[{extra}]'"
+        ) from error
 
 
 def load(name: str, split: str, *, directory: str | Path | None = None) -> Images:
     """Return the "train" or "test" split of a benchmark dataset, one of `DATASETS`, in its original order.
 
-    "digits" comes with scikit-learn (8x8, grey). The others are read from `<directory>/<name>-<split>.parquet`;
-    `directory` defaults to $IMMUNONET_DATA. Without that file it is fetched from the Hugging Face hub, which has no
-    "svhn-sample". FileNotFoundError says what to do when it can be had from neither; ValueError names a file that is
-    corrupt, truncated or of another kind.
+    "digits" comes with scikit-learn (8x8, grey). The others are read from
+    `<directory>/<name>-<split>.parquet`; `directory` defaults to $IMMUNONET_DATA. Without that file it is
+    fetched from the Hugging Face hub, which has no "svhn-sample". FileNotFoundError says what to do when it
+    can be had from neither; ValueError names a file that is corrupt, truncated or of another kind.
     """
     _check.choice("name", name, DATASETS)
     _check.choice("split", split, SPLITS)
@@ -70,10 +72,10 @@ def load(name: str, split: str, *, directory: str | Path | None = None) -> Image
 
 
 def split(n: int, validation: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return the fixed split of n training examples into (training, validation) indices, int64, each in order.
+    """Return the fixed split of n training examples into (training, validation) indices, int64, in order.
 
-    The last `validation` of one permutation (the same for every run) are held out: calibration and tuning use them,
-    training never sees them. Default: 3,000, or a tenth of a dataset with fewer than 30,000 examples.
+    The last `validation` of one permutation (the same for every run) are held out: calibration and tuning use
+    them, training never sees them. Default: 3,000, or a tenth of a dataset with fewer than 30,000 examples.
     """
     _check.integer("n", n, least=2)
     held = max(1, min(3000, n // 10)) if validation is None else validation
@@ -86,8 +88,9 @@ def read_parquet(path: str | Path) -> Images:
     """Read a Parquet file of the Hugging Face image convention.
 
     Columns: `image` or `img` (a struct of `bytes` and `path`, or the encoded file as binary) and `label` (an
-    integer). Class names come from the schema's metadata (`huggingface` or `classes`), else they are the numbers.
-    FileNotFoundError if there is no such file; ValueError names the file, and the row, that cannot be read.
+    integer). Class names come from the schema's metadata (`huggingface` or `classes`), else they are the
+    numbers. FileNotFoundError if there is no such file; ValueError names the file, and the row, that cannot
+    be read.
     """
     path = Path(path)
     if not path.is_file():
@@ -102,7 +105,9 @@ def read_parquet(path: str | Path) -> Images:
         raise ValueError(f"{path} must have the columns image (or img) and label, found {table.column_names}")
     label, column = table.column("label"), table.column(image)
     if not pa.types.is_integer(label.type) or label.null_count:
-        raise ValueError(f"{path}: label must be integers without nulls, got {label.type}, {label.null_count} nulls")
+        raise ValueError(
+            f"{path}: label must be integers without nulls, got {label.type}, {label.null_count} nulls"
+        )
     if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
         column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks], pa.binary())
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
@@ -110,18 +115,18 @@ def read_parquet(path: str | Path) -> Images:
     x = _decode(((f"{path}, row {i}", cell.as_buffer()) for i, cell in enumerate(column)), path)
     y = torch.from_numpy(label.to_numpy().astype(np.int64))
     classes = _class_names(table.schema.metadata or {}, path) or tuple(map(str, range(int(y.max()) + 1)))
-    if int(y.min()) < 0 or int(y.max()) >= len(classes):
-        raise ValueError(
-            f"{path}: labels must be in 0 to {len(classes) - 1}, got values in [{int(y.min())}, {int(y.max())}]"
-        )
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= len(classes):
+        raise ValueError(f"{path}: labels must be in 0 to {len(classes) - 1}, got values in [{low}, {high}]")
     return Images(x, y, classes)
 
 
 def read_folder(path: str | Path) -> Images:
     """Read a folder of class folders: `<path>/<class name>/<image file>`, both in alphabetical order.
 
-    Hidden files are left out; every other file must be an image. FileNotFoundError if there is no such folder;
-    ValueError names the folder without images, the file that cannot be read, or the first of another size.
+    Hidden files are left out; every other file must be an image. FileNotFoundError if there is no such
+    folder; ValueError names the folder without images, the file that cannot be read, or the first of another
+    size.
     """
     path = Path(path)
     if not path.is_dir():
@@ -132,7 +137,9 @@ def read_folder(path: str | Path) -> Images:
     files = [(file, label) for label, folder in enumerate(folders) for file in _visible(folder)]
     counts = np.bincount([label for _, label in files], minlength=len(folders))
     if not counts.all():
-        raise ValueError(f"{folders[int(counts.argmin())]} has no images: add some, or remove this class folder")
+        raise ValueError(
+            f"{folders[int(counts.argmin())]} has no images: add some, or remove this class folder"
+        )
     x = _decode(((str(file), file) for file, _ in files), path)
     return Images(x, torch.tensor([label for _, label in files]), tuple(folder.name for folder in folders))
 
@@ -147,7 +154,9 @@ def _decode(sources: Iterable[tuple[str, Any]], origin: Path) -> Tensor:
     for name, pixels in _pixels(sources):
         if images and pixels.shape[:2] != images[0].shape[:2]:
             (h, w), (h0, w0) = pixels.shape[:2], images[0].shape[:2]
-            raise ValueError(f"{name} is {w}x{h}, but the images before it are {w0}x{h0}: make all of one size")
+            raise ValueError(
+                f"{name} is {w}x{h}, but the images before it are {w0}x{h0}: make all of one size"
+            )
         images.append(pixels)
     if not images:
         raise ValueError(f"{origin} has no images")
@@ -212,7 +221,9 @@ def _digits(split: str) -> Images:
     order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
     chosen = order[360:] if split == "train" else order[:360]
     x = torch.from_numpy(bunch.images).float().div_(16)[:, None]
-    return Images(x[chosen], torch.from_numpy(bunch.target).long()[chosen], tuple(map(str, bunch.target_names)))
+    return Images(
+        x[chosen], torch.from_numpy(bunch.target).long()[chosen], tuple(map(str, bunch.target_names))
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 class Normalised(nn.Module):
     """Apply `model` to (x - mean) / std, per channel or feature (the first axis of a sample).
 
-    x: float (B, C, ...), in its raw range. mean, std: one number for all channels, or C of them, in the units of x;
-    std above 0. ValueError if they are not finite, differ in number, or do not fit the input's channels.
+    x: float (B, C, ...), in its raw range. mean, std: one number for all channels, or C of them, in the units
+    of x; std above 0. ValueError if they are not finite, differ in number, or do not fit the input's
+    channels.
     """
 
     mean: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 import shlex
 import subprocess
@@ -18,8 +19,12 @@ from torch import nn
 
 from immunonet import _store, data, zoo
 
-JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file.")]
-OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that the files are written to.")]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file.")
+]
+OutOption = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Folder that the files are written to.")
+]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 DataOption = Annotated[
@@ -39,7 +44,9 @@ DatasetArgument = Annotated[
 ]
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", help=f"{', '.join(zoo.NAMES)}, or package.module:factory. Default: by image size."),
+    typer.Option(
+        "--model", help=f"{', '.join(zoo.NAMES)}, or package.module:factory. Default: by image size."
+    ),
 ]
 WeightsOption = Annotated[
     Path | None, typer.Option("--weights", metavar="FILE.safetensors", help="The model's weights.")
@@ -47,7 +54,7 @@ WeightsOption = Annotated[
 
 console = Console(stderr=True)
 
-_BY_SHAPE = {(1, 28, 28): "mnist", (1, 8, 8): "digits", (3, 32, 32): "residual"}
+_BY_SHAPE: dict[tuple[int, ...], str] = {(1, 28, 28): "mnist", (1, 8, 8): "digits", (3, 32, 32): "residual"}
 
 
 def progress() -> Progress:
@@ -77,8 +84,9 @@ def resolve_device(name: str) -> torch.device:
 def resolve_dataset(dataset: str, split: str | None, directory: Path | None = None) -> data.Images:
     """Return the images of a dataset's name, a Parquet file, or a folder of class folders.
 
-    `split` is "train" or "test". A folder with the subfolders `train` and `test` has its own split; from other files
-    and folders a fixed fifth is the test split and the rest the training split, or with `split=None` all is returned.
+    `split` is "train" or "test". A folder with the subfolders `train` and `test` has its own split; from
+    other files and folders a fixed fifth is the test split and the rest the training split, or with
+    `split=None` all is returned.
     """
     if dataset in data.DATASETS:
         if split is None:
@@ -106,15 +114,19 @@ def model_name(model: str | None, images: data.Images) -> str:
     """Return `model`, or the zoo's network for images of that size; ValueError if it has none."""
     shape = tuple(images.x.shape[1:])
     if model is None and shape not in _BY_SHAPE:
-        raise ValueError(f"no network of the zoo takes images of shape {shape}: give --model package.module:factory")
+        raise ValueError(
+            f"no network of the zoo takes images of shape {shape}: give --model package.module:factory"
+        )
     return model or _BY_SHAPE[shape]
 
 
 def build_model(model: str, *, classes: int, seed: int = 0) -> nn.Module:
-    """Return the network of a zoo name or of `package.module:factory` (called without arguments), in eval mode."""
+    """Return the network of a zoo name or of `package.module:factory` (called bare), in eval mode."""
     if ":" not in model:
         if model not in zoo.NAMES:
-            raise ValueError(f"--model must be {', '.join(zoo.NAMES)} or package.module:factory, got {model!r}")
+            raise ValueError(
+                f"--model must be {', '.join(zoo.NAMES)} or package.module:factory, got {model!r}"
+            )
         return zoo.build(model, classes=classes, seed=seed)
     module, _, factory = model.partition(":")
     if "" not in sys.path:
@@ -122,7 +134,9 @@ def build_model(model: str, *, classes: int, seed: int = 0) -> nn.Module:
     try:
         make = getattr(importlib.import_module(module), factory)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--model {model} cannot be imported ({error}): give package.module:factory") from error
+        raise ValueError(
+            f"--model {model} cannot be imported ({error}): give package.module:factory"
+        ) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = make()
@@ -146,13 +160,25 @@ def load_model(
     return net.to(resolve_device(device) if isinstance(device, str) else device)
 
 
+def prepare(out: Path | None, json: Path | None) -> None:
+    """Make the folders that will be written to, so that a wrong path fails before any work is done."""
+    for option, folder in (("--out", out), ("--json", json and json.parent)):
+        if folder is None:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{option}: {folder} cannot be written to")
+    if json is not None and json.is_dir():
+        raise IsADirectoryError(f"--json must be a file, {json} is a folder")
+
+
 def command() -> str:
     """Return the command line as it was typed."""
     return shlex.join(["immunonet", *sys.argv[1:]])
 
 
 def environment() -> dict[str, Any]:
-    """Return what results depend on beside the command: versions, processor, threads, and the commit if known."""
+    """Return what results depend on beside the command: versions, processor, threads, commit if known."""
     import immunonet
 
     root = Path(immunonet.__file__).parents[2]
@@ -166,7 +192,9 @@ def environment() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["cuda"] = torch.cuda.get_device_name()
     if (root / ".git").exists():
-        git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        git = subprocess.run(
+            ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
         if git.returncode == 0:
             found["commit"] = git.stdout.strip()
     return found

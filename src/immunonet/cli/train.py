@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,15 +15,21 @@ from immunonet.cli import common
 def train(
     dataset: common.DatasetArgument,
     model: common.ModelOption = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 6,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Default: 5, or for a small dataset as many as make 1,000 steps."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
     lr: Annotated[float, typer.Option(help="The highest learning rate of the schedule.")] = 1e-3,
     patience: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many epochs without a better one. Default: never.")
+        int | None,
+        typer.Option(min=1, help="Stop after so many epochs without a better one. Default: never."),
     ] = None,
     validation: Annotated[
         int | None,
-        typer.Option(min=1, help="Images held out from training. Default: 3000, or a tenth of a small dataset."),
+        typer.Option(
+            min=1, help="Images held out from training. Default: 3000, or a tenth of a small dataset."
+        ),
     ] = None,
     augment: Annotated[bool, typer.Option("--augment", help="Flip and shift the training images.")] = False,
     seed: common.SeedOption = 0,
@@ -33,13 +40,16 @@ def train(
 ) -> None:
     """Train a classifier and write DIR/NAME.safetensors with its recipe.
 
-    A fixed validation split is held out. The run leaves a checkpoint after every epoch, and the same command continues
-    from it.
+    A fixed validation split is held out. The run leaves a checkpoint after every epoch, and the same command
+    continues from it.
     """
     target = common.resolve_device(device)
+    common.prepare(out, json)
     images = common.resolve_dataset(dataset, "train", data_dir)
     test = common.resolve_dataset(dataset, "test", data_dir)
     training, held_out = data.split(len(images), validation)
+    if epochs is None:
+        epochs = max(5, math.ceil(1000 / math.ceil(len(training) / batch_size)))
     name = common.model_name(model, images)
     net = common.build_model(name, classes=len(images.classes), seed=seed).to(target)
     path = out / f"{Path(dataset).stem}.safetensors"
@@ -52,6 +62,8 @@ def train(
         "augment": augment,
         "seed": seed,
     }
+    if checkpoint.exists():
+        common.console.print(f"continuing from {checkpoint}", markup=False, soft_wrap=True)
     with common.progress() as bar:
         task = bar.add_task("training")
         reported = 0
@@ -81,7 +93,9 @@ def train(
         }
         for split, part in (("validation", images[held_out]), ("test", test))
     ]
-    zoo.save_weights(net, path, recipe={**common.envelope(results), "classes": images.classes, "history": history})
+    zoo.save_weights(
+        net, path, recipe={**common.envelope(results), "classes": images.classes, "history": history}
+    )
     common.write_results(json, results)
     checkpoint.unlink()
     for row in results:

@@ -1,4 +1,4 @@
-"""The reference networks. All take raw images in [0, 1], float32 (B, C, H, W), and return logits (B, classes)."""
+"""The reference networks: raw images in [0, 1], float32 (B, C, H, W), to logits (B, classes)."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class DigitsNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside a shortcut (He et al. 2016): (B, inner, H, W) -> (B, outer, H/stride, W/stride)."""
+    """Two convolutions beside a shortcut: (B, inner, H, W) -> (B, outer, H/stride, W/stride)."""
 
     def __init__(self, inner: int, outer: int, stride: int) -> None:
         super().__init__()
@@ -88,8 +88,8 @@ class ResidualBlock(nn.Module):
 class ResidualNet(nn.Module):
     """A compact residual network for 32x32 colour: (B, 3, 32, 32) -> (B, classes).
 
-    A stem and three blocks of `width`, 2 `width` and 4 `width` channels (block1 at 32x32, block2 at 16x16, block3 at
-    8x8), then the mean over positions (He et al. 2016).
+    A stem and three blocks of `width`, 2 `width` and 4 `width` channels (block1 at 32x32, block2 at 16x16,
+    block3 at 8x8), then the mean over positions (He et al. 2016).
     """
 
     def __init__(self, classes: int = 10, *, width: int = 64) -> None:
@@ -116,7 +116,14 @@ class TinyViT(nn.Module):
     """
 
     def __init__(
-        self, classes: int = 10, *, channels: int = 1, size: int = 8, patch: int = 2, dim: int = 32, depth: int = 2
+        self,
+        classes: int = 10,
+        *,
+        channels: int = 1,
+        size: int = 8,
+        patch: int = 2,
+        dim: int = 32,
+        depth: int = 2,
     ) -> None:
         super().__init__()
         for name, value in (("channels", channels), ("size", size), ("patch", patch), ("depth", depth)):
@@ -157,7 +164,7 @@ def build(name: str, *, classes: int = 10, seed: int = 0) -> nn.Module:
     """
     _check.choice("name", name, NAMES)
     _check.integer("classes", classes, least=2)
-    # Modules draw their first weights from the global generator: fork it, so that the caller's stays as it was.
+    # Modules draw their first weights from the global generator: fork it, so that it stays as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_check.integer("seed", seed, least=0))
         return _NETWORKS[name](classes).eval()

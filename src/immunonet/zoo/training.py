@@ -1,4 +1,4 @@
-"""Plain training of a classifier: deterministic by seed, with early stopping, checkpoints and exact resume."""
+"""Plain training of a classifier: deterministic by seed, early stopping, checkpoints and exact resume."""
 
 from __future__ import annotations
 
@@ -36,16 +36,18 @@ def train(
     checkpoint: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> list[Epoch]:
-    """Train `net` in place with AdamW on cross-entropy; leave it in eval mode with its best validation weights.
+    """Train `net` in place with AdamW on cross-entropy; leave it in eval mode with its best weights.
 
-    The learning rate rises linearly to `lr` over the first fifth of all steps and falls to 0 along a cosine. `augment`
-    flips images and shifts them by up to 4 pixels at random. The best epoch has the highest validation accuracy, then
-    the lowest loss; `patience` epochs in a row without a better one end the training. `checkpoint` is a file written
-    after every epoch, from which the same call continues: on a CPU it ends with the weights of an uninterrupted run.
-    `on_progress(step, steps, epochs so far)` is called after every step and every epoch.
+    The learning rate rises linearly to `lr` over the first fifth of all steps and falls to 0 along a cosine.
+    `augment` flips images and shifts them by up to 4 pixels at random. The best epoch has the highest
+    validation accuracy, then the lowest loss; `patience` epochs in a row without a better one end the
+    training. `checkpoint` is a file written after every epoch, from which the same call continues: on a CPU
+    it ends with the weights of an uninterrupted run. `on_progress(step, steps, epochs so far)` is called
+    after every step and every epoch.
 
-    Returns one row per epoch: `epoch` (from 1), `loss` (training mean), `validation_loss`, `validation_accuracy`.
-    ValueError if the loss stops being finite, or if the checkpoint belongs to other settings, data or another network.
+    Returns one row per epoch: `epoch` (from 1), `loss` (training mean), `validation_loss`,
+    `validation_accuracy`. ValueError if the loss stops being finite, or if the checkpoint belongs to other
+    settings, data or another network.
     """
     settings: dict[str, Any] = {
         "epochs": _check.integer("epochs", epochs),
@@ -72,7 +74,7 @@ def train(
     while len(history) < epochs and not _stalled(history, patience):
         net.train()
         total = 0.0
-        for chosen in torch.randperm(len(train_images), generator=generator).split(batch_size):
+        for chosen in torch.split(torch.randperm(len(train_images), generator=generator), batch_size):
             x, y = train_images.x[chosen], train_images.y[chosen].to(device)
             x = (_augmented(x, generator) if augment else x).to(device)
             for group in optimiser.param_groups:
@@ -80,7 +82,9 @@ def train(
             optimiser.zero_grad()
             loss = F.cross_entropy(net(x), y)
             if not bool(torch.isfinite(loss)):
-                raise ValueError(f"the loss became {loss.item()} at step {step}: give a smaller lr than {lr:g}")
+                raise ValueError(
+                    f"the loss became {loss.item()} at step {step}: give a smaller lr than {lr:g}"
+                )
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             total += loss.item() * len(chosen)
@@ -113,7 +117,7 @@ def accuracy(net: nn.Module, images: Images, *, batch_size: int = 500) -> float:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Return the rate of step 0..steps-1: up to `peak` linearly over the first fifth, then down along a cosine."""
+    """Return the rate of step 0..steps-1: linearly up to `peak` in the first fifth, then down a cosine."""
     warm = steps / 5
     if step < warm:
         return peak * (step + 1) / (warm + 1)
@@ -126,7 +130,8 @@ def _measure(net: nn.Module, images: Images, batch_size: int = 500) -> tuple[flo
     training, device = net.training, next(net.parameters()).device
     net.eval()
     loss, correct = 0.0, 0
-    for x, y in zip(images.x.split(batch_size), images.y.split(batch_size), strict=True):
+    batches = zip(torch.split(images.x, batch_size), torch.split(images.y, batch_size), strict=True)
+    for x, y in batches:
         logits, labels = net(x.to(device)), y.to(device)
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
         correct += int((logits.argmax(1) == labels).sum())
@@ -142,7 +147,11 @@ def _augmented(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
     top, left = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator)
     rows, columns = torch.arange(height) + top, torch.arange(width) + left
     padded = F.pad(x, (pad, pad, pad, pad)).movedim(1, 3)
-    return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(3, 1).contiguous()
+    return (
+        padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        .movedim(3, 1)
+        .contiguous()
+    )
 
 
 def _best(history: list[Epoch]) -> int:
@@ -182,7 +191,7 @@ def _restore(
     optimiser: torch.optim.Optimizer,
     generator: torch.Generator,
 ) -> tuple[list[Epoch], dict[str, Tensor]]:
-    """Bring net, optimiser and generator to the end of the checkpoint's last epoch; return history and best state."""
+    """Bring net, optimiser and generator to the checkpoint's state; return its history and best weights."""
     tensors = _store.read_tensors(path)
     metadata = _store.read_metadata(path)
     if _METADATA not in metadata:
@@ -190,11 +199,15 @@ def _restore(
     saved = json.loads(metadata[_METADATA])
     if differing := [key for key, value in settings.items() if saved["settings"].get(key) != value]:
         found = ", ".join(f"{key}={saved['settings'].get(key)} (now {settings[key]})" for key in differing)
-        raise ValueError(f"checkpoint {path} was made with {found}: use those settings, or remove it to start anew")
+        raise ValueError(
+            f"checkpoint {path} was made with {found}: use those settings, or remove it to start anew"
+        )
     try:
         net.load_state_dict(_part(tensors, "net."))
     except RuntimeError as error:
-        raise ValueError(f"checkpoint {path} is of another network: remove it or name another file") from error
+        raise ValueError(
+            f"checkpoint {path} is of another network: remove it or name another file"
+        ) from error
     state = optimiser.state_dict()
     for index in range(len(list(net.parameters()))):
         state["state"][index] = _part(tensors, f"optimiser.{index}.")

@@ -19,16 +19,19 @@ def save_weights(
 ) -> Path:
     """Write `net`'s weights to `path` (.safetensors) and their recipe to the same name with .json.
 
-    `half` stores floating tensors as float16 (ValueError if one does not fit its range). Weights beyond 15 MiB are
-    split into `<stem>-1-of-2.safetensors` and so on, one tensor never being cut. `recipe` is any JSON object about how
-    they were made; the format version and every file's name and sha256 are added to it. Returns the recipe's path.
+    `half` stores floating tensors as float16 (ValueError if one does not fit its range). Weights beyond 15
+    MiB are split into `<stem>-1-of-2.safetensors` and so on, one tensor never being cut. `recipe` is any JSON
+    object about how they were made; the format version and every file's name and sha256 are added to it.
+    Returns the recipe's path.
     """
     path = _checked(path)
     tensors = {key: _stored(key, value, half) for key, value in net.state_dict().items()}
     parts = _parts(tensors)
-    names = [path.name] if len(parts) == 1 else [
-        f"{path.stem}-{i}-of-{len(parts)}.safetensors" for i in range(1, len(parts) + 1)
-    ]
+    names = (
+        [path.name]
+        if len(parts) == 1
+        else [f"{path.stem}-{i}-of-{len(parts)}.safetensors" for i in range(1, len(parts) + 1)]
+    )
     files = [
         {"file": name, "sha256": _store.write_tensors(path.with_name(name), part)}
         for name, part in zip(names, parts, strict=True)
@@ -38,10 +41,11 @@ def save_weights(
 
 
 def load_weights(net: nn.Module, path: str | Path) -> dict[str, Any]:
-    """Load `path` (.safetensors) into `net` in its own dtype; return the recipe beside it, {} if there is none.
+    """Load `path` (.safetensors) into `net` in its own dtype; return the recipe beside it, or {}.
 
-    With a recipe, the files it lists (one, or the parts) must be there with their checksums. FileNotFoundError names a
-    missing file; ValueError one that was truncated, edited, of another format or of another network.
+    With a recipe, the files it lists (one, or the parts) must be there with their checksums.
+    FileNotFoundError names a missing file; ValueError one that was truncated, edited, of another format or of
+    another network.
     """
     path = _checked(path)
     recipe: dict[str, Any] = {}

@@ -1,0 +1,10 @@
+"""What tries to break a classifier: frozen settings, called as `attack(model, x, y)`.
+
+Every attack keeps the best points it saw even where they failed: a point that does not fool the network it
+was made on may still fool a defence.
+"""
+
+from ._base import AttackResult
+from .gradient import FGSM, PGD
+
+__all__ = ["FGSM", "PGD", "AttackResult"]

@@ -1,0 +1,367 @@
+"""FGSM and PGD: closed forms on linear models, foolbox as oracle, properties, bad input."""
+
+import copy
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from immunonet.attacks import FGSM, PGD, _norms
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # foolbox imports scipy by a name that scipy has deprecated
+    import foolbox
+
+EPS = 0.1
+
+
+def linear(weight):
+    """A model of two classes whose cross-entropy of class 0 is softplus(weight . x)."""
+    model = nn.Linear(len(weight), 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.stack([torch.zeros(len(weight)), weight]))
+    return model
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(64, 5)
+    ).eval()
+
+
+@pytest.fixture
+def net():
+    return small_net()
+
+
+@pytest.fixture
+def batch(net):
+    x = torch.rand(24, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return x, net(x).argmax(1)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("random_start", [False, True])
+def test_pgd_attains_the_optimum_on_a_linear_model(norm, random_start):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(20, generator=generator)
+    x = 0.3 + 0.4 * torch.rand(6, 20, generator=generator)
+    y = torch.zeros(6, dtype=torch.long)
+    attack = PGD(eps=EPS, step=EPS / 4, iterations=60, norm=norm, random_start=random_start)
+    result = attack(linear(weight), x, y)
+    direction = weight.sign() if norm == "linf" else weight / weight.norm()
+    best = x + EPS * direction
+    torch.testing.assert_close(
+        result.losses.amax(0), nn.functional.softplus(best @ weight), atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(result.adversarials, best, atol=1e-3, rtol=0)
+    torch.testing.assert_close(result.distance, torch.full((6,), EPS), atol=1e-4, rtol=0)
+    assert torch.equal(result.success, best @ weight > 0)
+
+
+def test_targeted_climbs_towards_the_target_and_counts_reaching_it():
+    weight = torch.tensor([1.0, -2.0])
+    x = torch.full((2, 2), 0.5)
+    target = torch.tensor([0, 1])
+    result = PGD(eps=EPS, step=EPS, iterations=3, targeted=True, random_start=False)(
+        linear(weight), x, target
+    )
+    away, to = x[0] - EPS * weight.sign(), x[0] + EPS * weight.sign()
+    torch.testing.assert_close(result.adversarials, torch.stack([away, to]))
+    assert result.success.tolist() == [True, False]  # 0.5 - 1 -+ 0.3 stays below 0: class 0 either way
+    torch.testing.assert_close(result.losses[-1, 0], -nn.functional.softplus(away @ weight))
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "oracle"),
+    [
+        ("linf", 0.06, foolbox.attacks.LinfProjectedGradientDescentAttack),
+        ("l2", 0.4, foolbox.attacks.L2ProjectedGradientDescentAttack),
+    ],
+)
+def test_pgd_walks_the_path_of_foolbox(net, batch, norm, eps, oracle):
+    x, y = batch
+    ours = PGD(eps=eps, step=eps / 4, iterations=8, norm=norm, random_start=False)(net, x, y)
+    attack = oracle(abs_stepsize=eps / 4, steps=8, random_start=False)
+    theirs, success = with_foolbox(attack, net, x, y, eps)
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(net(theirs), y, reduction="none")
+    torch.testing.assert_close(ours.losses[-1], loss, atol=1e-4, rtol=0)
+    last_is_best = ours.losses[-1] >= ours.losses.amax(0)
+    assert last_is_best.sum() > 8
+    torch.testing.assert_close(ours.adversarials[last_is_best], theirs[last_is_best], atol=1e-4, rtol=0)
+    assert 0 < success.sum() < len(x)
+    assert bool((ours.success | ~success).all())
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "oracle"),
+    [
+        ("linf", 0.04, foolbox.attacks.LinfFastGradientAttack),
+        ("l2", 0.3, foolbox.attacks.L2FastGradientAttack),
+    ],
+)
+def test_fgsm_equals_foolbox(net, batch, norm, eps, oracle):
+    x, y = batch
+    ours = FGSM(eps=eps, norm=norm)(net, x, y)
+    theirs, success = with_foolbox(oracle(), net, x, y, eps)
+    torch.testing.assert_close(ours.adversarials, theirs, atol=1e-5, rtol=0)
+    assert torch.equal(ours.success, success)
+    assert 0 < success.sum() < len(x)
+
+
+def with_foolbox(attack, net, x, y, eps):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
+        _, adversarials, success = attack(model, x, y, epsilons=eps)
+    return adversarials, success
+
+
+def test_result_describes_the_points_it_gives(net, batch):
+    x, y = batch
+    result = PGD(eps=0.06, step=0.02, iterations=5, restarts=3, seed=4)(net, x, y)
+    with torch.no_grad():
+        logits = net(result.adversarials)
+    torch.testing.assert_close(result.success, logits.argmax(1) != y)
+    torch.testing.assert_close(result.distance, (result.adversarials - x).abs().flatten(1).amax(1))
+    assert result.losses.shape == (6, len(x))
+    loss = nn.functional.cross_entropy(logits, y, reduction="none")
+    failed = ~result.success
+    assert failed.any()
+    assert result.success.any()
+    torch.testing.assert_close(loss[failed], result.losses.amax(0)[failed])
+    assert bool((loss <= result.losses.amax(0) + 1e-6).all())
+
+
+def test_more_restarts_never_do_worse_and_begin_with_the_same_run(net, batch):
+    x, y = batch
+    one, five = (PGD(eps=0.05, step=0.03, iterations=2, restarts=r)(net, x, y) for r in (1, 5))
+    assert bool((five.success | ~one.success).all())
+    same = one.success == five.success
+    assert bool((kept_loss(net, five, y) >= kept_loss(net, one, y) - 1e-6)[same].all())
+    assert (kept_loss(net, five, y) > kept_loss(net, one, y) + 1e-4).any()
+
+
+def kept_loss(net, result, y):
+    with torch.no_grad():
+        return nn.functional.cross_entropy(net(result.adversarials), y, reduction="none")
+
+
+def test_a_success_is_kept_before_a_higher_loss():
+    def model(x):
+        """At 0 sure and right, at .5 wrong by a little, at 1 right but torn between four classes."""
+        pieces = torch.tensor([[3.0, 0, 0, 0], [0, 0.1, -9, -9], [0.01, 0, 0, 0]])
+        slope = torch.tensor([-1e-4, 0, 0, 0])  # leads from 0 to 1
+        return pieces[(2 * x[:, 0]).round().long()] + slope * x
+
+    x, y = torch.zeros(1, 1), torch.tensor([0])
+    result = PGD(eps=1.0, step=0.5, iterations=2, random_start=False)(model, x, y)
+    assert result.losses[2, 0] > result.losses[1, 0]
+    torch.testing.assert_close(result.adversarials, torch.full((1, 1), 0.5))
+    assert bool(result.success)
+    # Where nothing succeeds, the highest loss stays: here the least likely class comes closest at 1.
+    failed = PGD(eps=1.0, step=0.5, iterations=2, random_start=False, targeted=True)(model, x, y + 3)
+    torch.testing.assert_close(failed.adversarials, torch.ones(1, 1))
+    assert not bool(failed.success)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("attack", [FGSM, PGD])
+def test_eps_zero_gives_the_input_back(net, batch, attack, norm):
+    x, y = batch
+    result = attack(eps=0.0, norm=norm)(net, x, y)
+    assert torch.equal(result.adversarials, x)
+    assert not result.success.any()
+    assert not result.distance.any()
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    norm=st.sampled_from(["linf", "l2"]),
+    eps=st.floats(0, 3),
+    step=st.floats(0, 3),
+    seed=st.integers(0, 1000),
+    random_start=st.booleans(),
+)
+def test_points_stay_in_the_ball_and_the_bounds(norm, eps, step, seed, random_start):
+    bounds = [(-1.0, 2.0), (0.0, 0.5)]
+    low, high = torch.tensor(bounds).T[..., None]
+    x = low + (high - low) * torch.rand(5, 2, 3, generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 3))
+    attack = PGD(
+        eps=eps, step=step, iterations=3, norm=norm, bounds=bounds, random_start=random_start, seed=seed
+    )
+    result = attack(model, x, torch.zeros(5, dtype=torch.long))
+    moved = (result.adversarials - x).flatten(1)
+    size = moved.abs().amax(1) if norm == "linf" else moved.norm(dim=1)
+    assert bool((size <= eps + 1e-5).all())
+    assert bool((result.adversarials >= low).all())
+    assert bool((result.adversarials <= high).all())
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_random_points_fill_the_ball_uniformly(norm):
+    points = _norms.random_within(torch.zeros(4000, 2), 2.0, norm, torch.Generator().manual_seed(0))
+    size = _norms.size(points, norm)
+    assert float(size.max()) <= 2.0 + 1e-5
+    # Uniform in two dimensions: the share within half the radius is a quarter, in either norm.
+    assert abs(float((size <= 1).float().mean()) - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
+    assert points.mean(0).abs().max() < 4 * 2.0 / 4000**0.5
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_gradient_of_zero_gives_no_nan(norm):
+    class Flat(nn.Module):
+        def forward(self, x):
+            return x[:, :2] * 0
+
+    x = torch.full((3, 4), 0.5)
+    result = PGD(eps=EPS, norm=norm, random_start=False)(Flat(), x, torch.zeros(3, dtype=torch.long))
+    assert torch.equal(result.adversarials, x)
+    torch.testing.assert_close(result.losses, torch.full((11, 3), 2.0).log())
+
+
+def test_tiny_gradients_still_give_full_l2_steps():
+    gradient = torch.tensor([[3e-30, 4e-30]])
+    torch.testing.assert_close(_norms.steepest(gradient, "l2"), torch.tensor([[0.6, 0.8]]))
+
+
+def test_seed_decides_and_batch_size_does_not(net, batch):
+    x, y = batch
+    attack = PGD(eps=0.06, step=0.02, iterations=3, restarts=2, seed=7)
+    first, again = attack(net, x, y), attack(net, x, y)
+    assert torch.equal(first.adversarials, again.adversarials)
+    split = dataclasses.replace(attack, batch_size=5)(net, x, y)
+    torch.testing.assert_close(split.adversarials, first.adversarials)
+    assert torch.equal(split.success, first.success)
+    other = dataclasses.replace(attack, seed=8)(net, x, y)
+    assert not torch.equal(other.adversarials, first.adversarials)
+    fresh = dataclasses.replace(attack, seed=None)
+    assert not torch.equal(fresh(net, x, y).adversarials, fresh(net, x, y).adversarials)
+
+
+def test_the_global_generator_is_left_alone(net, batch):
+    before = torch.random.get_rng_state()
+    PGD(iterations=1)(net, *batch)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_model_is_left_as_found(net, batch):
+    net.train()
+    net[0].eval()
+    net[4].weight.requires_grad_(False)
+    net[4].bias.grad = torch.ones(5)
+    before = copy.deepcopy(net.state_dict())
+    PGD(iterations=2)(net, *batch)
+    assert [m.training for m in net] == [False, True, True, True, True]
+    assert [p.requires_grad for p in net.parameters()] == [True] * 4 + [False, True]
+    assert torch.equal(net[4].bias.grad, torch.ones(5))
+    assert net[0].weight.grad is None
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_training_flags_come_back_after_an_error(net, batch):
+    net.train()
+    with pytest.raises(ValueError, match="finite"):
+        PGD()(nn.Sequential(net, Broken(torch.nan)), *batch)
+    assert all(m.training for m in net.modules())
+
+
+class Broken(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        return x * self.value
+
+
+def test_works_under_no_grad_on_plain_functions_and_on_no_inputs(net, batch):
+    with torch.no_grad():
+        result = FGSM()(lambda x: net(x), *batch)
+    assert not result.adversarials.requires_grad
+    empty = PGD()(net, torch.empty(0, 1, 6, 6), torch.empty(0, dtype=torch.long))
+    assert empty.adversarials.shape == (0, 1, 6, 6)
+    assert empty.losses.shape == (11, 0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "match"),
+    [
+        ({"eps": -0.1}, ValueError, "eps must be .*-0.1"),
+        ({"eps": float("nan")}, ValueError, "eps must be"),
+        ({"eps": "8/255"}, TypeError, "eps must be a number"),
+        ({"norm": "l1"}, ValueError, "norm must be one of 'linf', 'l2', got 'l1'"),
+        ({"bounds": (1, 0)}, ValueError, "bounds must be finite with low < high"),
+        ({"targeted": 1}, TypeError, "targeted must be True or False"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+    ],
+)
+@pytest.mark.parametrize("attack", [FGSM, PGD])
+def test_bad_settings_are_named(attack, setting, error, match):
+    with pytest.raises(error, match=match):
+        attack(**setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "match"),
+    [
+        ({"step": -1.0}, ValueError, "step must be"),
+        ({"iterations": 0}, ValueError, "iterations must be at least 1"),
+        ({"restarts": 1.5}, TypeError, "restarts must be an integer"),
+        ({"random_start": None}, TypeError, "random_start must be"),
+        ({"seed": -1}, ValueError, "seed must be"),
+    ],
+)
+def test_bad_settings_of_pgd_are_named(setting, error, match):
+    with pytest.raises(error, match=match):
+        PGD(**setting)
+
+
+X, Y = torch.full((2, 1, 6, 6), 0.5), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "error", "match"),
+    [
+        (X * 255, Y, ValueError, "x must lie within bounds"),
+        (X.long(), Y, TypeError, "x must have a floating dtype"),
+        (X * torch.nan, Y, ValueError, "x must be finite"),
+        (X, Y.float(), TypeError, "y must have an integer dtype"),
+        (X, Y[:1], ValueError, r"y must have shape \(2,\)"),
+        (X, Y + 4, ValueError, "y must be in 0 to 4, the model's 5 classes"),
+        (X, Y - 1, ValueError, "y must be in 0"),
+    ],
+)
+def test_bad_inputs_are_named(net, x, y, error, match):
+    with pytest.raises(error, match=match):
+        PGD()(net, x, y)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "match"),
+    [
+        (lambda x: x, ValueError, r"model must return logits \(1, C\)"),
+        (lambda x: x.flatten(1)[:, :0], ValueError, "model must return logits"),
+        (lambda x: x.flatten(1)[:1].repeat(2, 1), ValueError, "model must return logits"),
+        (lambda x: (x,), TypeError, "model must return a tensor of logits"),
+        (lambda x: x.flatten(1) / 0, ValueError, "model must return finite logits"),
+        (lambda x: x.flatten(1).detach(), ValueError, "model must be differentiable .*SoftNeighbours"),
+    ],
+)
+def test_bad_models_are_named(model, error, match):
+    with pytest.raises(error, match=match):
+        PGD()(model, X, Y)
+
+
+def test_a_model_that_cuts_the_graph_before_its_weights_is_named(net):
+    with pytest.raises(ValueError, match="differentiable"):
+        PGD()(lambda x: net(x.detach()), X, Y)

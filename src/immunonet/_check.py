@@ -23,9 +23,7 @@ def integer(name: str, value: object, *, least: int = 1, most: int | None = None
     return value
 
 
-def number(
-    name: str, value: object, *, least: float = -math.inf, most: float = math.inf, above: bool = False
-) -> float:
+def number(name: str, value: object, *, least: float = -math.inf, most: float = math.inf, above: bool = False) -> float:
     """Return `value` as a float if it lies in [least, most] (in (least, most] with `above`)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")

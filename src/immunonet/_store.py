@@ -55,9 +55,7 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}): truncated or another kind of file") from error
 
 
-def write_tensors(
-    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> str:
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
     """Write tensors as safetensors, whole or not at all; return the file's sha256."""
     with replacing(path) as temporary:
         try:
@@ -73,9 +71,7 @@ def read_tensors(path: str | Path, *, checksum: str | None = None, device: str =
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     if checksum is not None and (found := sha256(path)) != checksum:
-        raise ValueError(
-            f"{path} was truncated or edited: its sha256 is {found[:12]}..., recorded {checksum[:12]}..."
-        )
+        raise ValueError(f"{path} was truncated or edited: its sha256 is {found[:12]}..., recorded {checksum[:12]}...")
     try:
         return load_file(path, device=device)
     except SafetensorError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -21,6 +23,24 @@ class Cells:
     affinity: Tensor
     origin: Tensor
 
+    def part(self, cells: slice) -> Cells:
+        """Return a slice of each antigen's cells."""
+        return Cells(self.x[:, cells], self.label[:, cells], self.affinity[:, cells], self.origin[:, cells])
+
+    def rows(self, index: Tensor) -> Cells:
+        """Return the cells of the antigens at `index`."""
+        return Cells(self.x[index], self.label[index], self.affinity[index], self.origin[index])
+
+    @staticmethod
+    def cat(parts: Sequence[Cells], dim: int = 0) -> Cells:
+        """Return several batches (dim 0), or several sets of cells per antigen (dim 1), as one."""
+        return Cells(
+            x=torch.cat([part.x for part in parts], dim),
+            label=torch.cat([part.label for part in parts], dim),
+            affinity=torch.cat([part.affinity for part in parts], dim),
+            origin=torch.cat([part.origin for part in parts], dim),
+        )
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -34,6 +54,16 @@ class Trace:
     affinity_best: Tensor
     votes: Tensor
     entropy: Tensor
+
+    @staticmethod
+    def cat(parts: Sequence[Trace]) -> Trace:
+        """Return the curves of several batches of antigens as one."""
+        return Trace(
+            affinity_mean=torch.cat([part.affinity_mean for part in parts], 1),
+            affinity_best=torch.cat([part.affinity_best for part in parts], 1),
+            votes=torch.cat([part.votes for part in parts], 1),
+            entropy=torch.cat([part.entropy for part in parts], 1),
+        )
 
 
 @dataclass(frozen=True)

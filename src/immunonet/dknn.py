@@ -1,0 +1,136 @@
+"""DkNN: deep k-nearest neighbours with conformal p-values, the baseline that RAILS is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from immunonet import _check
+from immunonet.defence import Defence
+from immunonet.features import Layer
+from immunonet.immune import sensing
+from immunonet.repertoire import Index
+
+QUERIES = 256
+
+
+class DkNN(Defence):
+    """Deep k-nearest neighbours (Papernot & McDaniel 2018, arXiv 1803.04765) around a classifier.
+
+    The label is the one that most of the neighbours over all layers carry; ties go to the label whose
+    neighbours have the smaller summed distance.
+
+    Args:
+        model: any classifier, inputs `(B, *S)` to logits `(B, C)`.
+        layers: a submodule's dotted name, "input", a callable that maps inputs to features, or a list of these.
+        neighbours: k nearest examples per layer, over all classes.
+        metric: "cosine" or "euclidean" distance of features.
+        bounds: valid range of inputs, `(low, high)` or one pair per channel or feature; checked on every call.
+        false_alarm: share of clean inputs that may be flagged foreign, in (0, 1).
+
+    Raises:
+        ValueError or TypeError that names the argument.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layer | Sequence[Layer],
+        *,
+        neighbours: int = 75,
+        metric: Literal["cosine", "euclidean"] = "cosine",
+        bounds: Any = (0.0, 1.0),
+        false_alarm: float = 0.05,
+    ) -> None:
+        super().__init__(model, layers, bounds=bounds, space=None, false_alarm=false_alarm)
+        self.neighbours = _check.integer("neighbours", neighbours)
+        self.metric = _check.choice("metric", metric, ("cosine", "euclidean"))
+
+    def predict(self, x: Any) -> Tensor:
+        """Return labels `(B,)` int64 of inputs `(B, *S)`."""
+        counts, nearness, _ = self._neighbourhood(self._inputs(x))
+        return _most(counts, nearness)
+
+    def p_values(self, x: Any) -> Tensor:
+        """Return the conformal p-value `(B, C)` of every label: how usual its nonconformity is on calibration data."""
+        counts, _, _ = self._neighbourhood(self._inputs(x))
+        return sensing.p_values(self._label_scores, self._nonconformity(counts))
+
+    def credibility(self, x: Any) -> Tensor:
+        """Return the largest p-value `(B,)`: how well the training data support the answer."""
+        return self.p_values(x).amax(1)
+
+    def confidence(self, x: Any) -> Tensor:
+        """Return 1 minus the second largest p-value `(B,)`: how little they support any other."""
+        return 1 - self.p_values(x).topk(2, dim=1).values[:, 1]
+
+    def foreign(self, x: Any) -> Tensor:
+        """Return whether `(B,)` inputs are farther from the examples than all but `false_alarm` of calibration data."""
+        _, _, far = self._neighbourhood(self._inputs(x))
+        return self._is_foreign(far)
+
+    def forward(self, x: Any) -> Tensor:
+        """Return finite log-probabilities `(B, C)`: log((m + 1) / (n + C)) for m of n neighbours with the label."""
+        counts, _, _ = self._neighbourhood(self._inputs(x))
+        n = self.neighbours * len(self.layers)
+        return ((counts + 1) / (n + self.classes)).log()
+
+    @torch.no_grad()
+    def _neighbourhood(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return, over layers, each label's neighbours `(B, C)` and minus their summed distance; mean distance `(B, L)`."""
+        parts = [self._search(part) for part in x.split(QUERIES)]
+        counts, nearness, far = (torch.cat(column) for column in zip(*parts, strict=True))
+        return counts, nearness, far
+
+    def _search(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        counts = torch.zeros(len(x), self.classes, device=x.device)
+        nearness = torch.zeros_like(counts)
+        far = []
+        for feature_map, index in zip(self.feature_maps, self.indices, strict=True):
+            assert isinstance(index, Index)
+            distances, found = index.nearest(self._keys(feature_map.chunked(x)), self.neighbours)
+            distances, labels = distances[:, 0], self.repertoire.y[found[:, 0]]
+            if self.metric == "cosine":
+                # Of unit vectors, half the squared distance is one minus the cosine.
+                distances = distances.square() / 2
+            counts.scatter_add_(1, labels, torch.ones_like(distances))
+            nearness.scatter_add_(1, labels, -distances)
+            far.append(distances.mean(1))
+        return counts, nearness, torch.stack(far, dim=1)
+
+    def _nonconformity(self, counts: Tensor) -> Tensor:
+        return self.neighbours * len(self.layers) - counts
+
+    def _calibrate(self, x: Tensor, y: Tensor) -> None:
+        counts, _, far = self._neighbourhood(x)
+        self._set_calibration(self._nonconformity(counts).gather(1, y[:, None])[:, 0], far)
+
+    def _groups(self, y: Tensor) -> tuple[Tensor, list[int]]:
+        return torch.arange(len(y), device=y.device), [len(y)]
+
+    def _keys(self, features: Tensor) -> Tensor:
+        if self.metric == "euclidean":
+            return features
+        return features.div_(torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp(min=1e-12))
+
+    def _least_per_class(self) -> int:
+        return 1
+
+    def _least_in_all(self) -> int:
+        return self.neighbours
+
+    def _settings(self) -> dict[str, Any]:
+        return {"neighbours": self.neighbours, "metric": self.metric}
+
+    @classmethod
+    def _from_settings(cls, model: nn.Module, layers: Any, settings: dict[str, Any]) -> Self:
+        return cls(model, layers, **settings)
+
+
+def _most(counts: Tensor, nearness: Tensor) -> Tensor:
+    """Return the label `(B,)` with the most neighbours; a tie goes to the smaller summed distance."""
+    tied = counts == counts.amax(1, keepdim=True)
+    return nearness.masked_fill(~tied, -torch.inf).argmax(1)

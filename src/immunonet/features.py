@@ -1,0 +1,309 @@
+"""Feature maps: a model up to a layer, or any callable on inputs, as a map from cells to feature vectors."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Layer = str | Callable[[Tensor], Tensor]
+
+# Feature values computed at once; keeps the activations of a chunk near the size of a last-level cache.
+CHUNK_VALUES = 2**22
+# Above this width a Gram matrix of the space costs more than it saves.
+AFFINE_WIDTH = 4096
+
+
+class _Reached(BaseException):
+    """Carries a layer's output out of the model, so that nothing after the layer runs."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+
+@contextlib.contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Put modules in eval mode; leave every training flag as it was found."""
+    flags = [(m, m.training) for module in modules for m in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for m, training in flags:
+            m.training = training
+
+
+class FeatureMap:
+    """A map from cells `(n, *S)` to feature vectors `(n, D)` float32, differentiable in the cells."""
+
+    def __init__(self, name: str, function: Callable[[Tensor], Any], model: nn.Module | None = None) -> None:
+        self.name = name
+        self._function = function
+        self._model = model
+
+    def __call__(self, cells: Tensor) -> Tensor:
+        """Return the features `(n, D)`, in one piece; ValueError unless the layer gives one tensor row per cell."""
+        with contextlib.ExitStack() as stack:
+            if self._model is not None:
+                stack.enter_context(evaluating(self._model))
+                parameter = next((p for p in self._model.parameters() if p.is_floating_point()), None)
+                cells = cells if parameter is None else cells.to(parameter.dtype)
+            out = self._function(cells)
+        if not isinstance(out, Tensor):
+            raise ValueError(f"layer {self.name!r} must give one tensor, got {type(out).__name__}")
+        if out.ndim == 0 or len(out) != len(cells):
+            raise ValueError(
+                f"layer {self.name!r} must give one row per input, got shape {tuple(out.shape)} for {len(cells)}"
+            )
+        return out.flatten(1).float() if out.ndim > 1 else out[:, None].float()
+
+    def chunked(self, cells: Tensor) -> Tensor:
+        """Return the features `(n, D)` of any number of cells, computed in chunks; ValueError if not finite."""
+        width = self(cells[:1]).shape[1]
+        size = max(16, CHUNK_VALUES // max(width, cells[0].numel()))
+        out = torch.empty(len(cells), width, device=cells.device)
+        for start in range(0, len(cells), size):
+            out[start : start + size] = self(cells[start : start + size])
+        if not bool(torch.isfinite(out).all()):
+            raise ValueError(f"layer {self.name!r} gave NaN or infinite features: check the model and its precision")
+        return out
+
+    def distances(self, cells: Tensor, antigens: Tensor, features: Tensor) -> Tensor:
+        """Return Euclidean feature distances `(B, n)` of cells `(B, n, *S)` to antigens `(B, *S)`.
+
+        `features` `(B, D)` are the antigens' own.
+        """
+        batch, n = cells.shape[:2]
+        out = torch.empty(batch, n, device=cells.device)
+        size = max(16, CHUNK_VALUES // max(features.shape[1], cells[0, 0].numel()))
+        rows = max(1, size // n)
+        for b in range(0, batch, rows):
+            for i in range(0, n, size):
+                part = cells[b : b + rows, i : i + size]
+                found = self(part.flatten(0, 1)).unflatten(0, part.shape[:2])
+                out[b : b + rows, i : i + size] = (found - features[b : b + rows, None]).norm(dim=2)
+        return out
+
+
+class AffineMap(FeatureMap):
+    """An affine feature map of cells, reduced to at most d + 1 dimensions for cells of d values.
+
+    With homogeneous coordinates [a, 1] and the map's matrix W (its offset the last row), the root R of
+    W W' = R R' keeps every inner product, so distances and angles of `[a, 1] R` are those of the features.
+    """
+
+    def __init__(self, name: str, matrix: Tensor, offset: Tensor) -> None:
+        self.name = name
+        self._matrix, self._offset = matrix, offset
+
+    def _on(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        if self._matrix.device != like.device:
+            self._matrix, self._offset = self._matrix.to(like.device), self._offset.to(like.device)
+        return self._matrix, self._offset
+
+    def __call__(self, cells: Tensor) -> Tensor:
+        """Return reduced features `(n, r)`."""
+        matrix, offset = self._on(cells)
+        return cells.flatten(1) @ matrix + offset
+
+    def distances(self, cells: Tensor, antigens: Tensor, features: Tensor) -> Tensor:
+        """Return Euclidean feature distances `(B, n)`; the offset cancels."""
+        matrix, _ = self._on(cells)
+        return ((cells - antigens[:, None]).flatten(2) @ matrix).norm(dim=2)
+
+
+class IdentityMap(FeatureMap):
+    """Cells as their own features: `"input"`, or a layer that is itself the space."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, cells: Tensor) -> Tensor:
+        """Return the cells, flattened."""
+        return cells.flatten(1)
+
+    def distances(self, cells: Tensor, antigens: Tensor, features: Tensor) -> Tensor:
+        """Return Euclidean distances `(B, n)` of the cells themselves."""
+        return (cells - antigens[:, None]).flatten(2).norm(dim=2)
+
+
+def layer_names(layers: Sequence[Layer]) -> tuple[str, ...]:
+    """Return each layer's name; a callable is called by its own name."""
+    return tuple(layer if isinstance(layer, str) else _callable_name(layer) for layer in layers)
+
+
+def as_layers(layers: Layer | Sequence[Layer]) -> tuple[Layer, ...]:
+    """Return one or several layers as a tuple; TypeError unless each is a name or a callable."""
+    # An nn.Sequential or nn.ModuleList is a sequence by protocol; it is one callable here.
+    several = isinstance(layers, Sequence) and not isinstance(layers, str) and not callable(layers)
+    out: tuple[Any, ...] = tuple(layers) if several else (layers,)  # type: ignore[arg-type]
+    if not out or not all(isinstance(layer, str) or callable(layer) for layer in out):
+        raise TypeError(
+            "layers must be a submodule's name, 'input', a callable that maps inputs to features, "
+            f"or a non-empty list of these, got {layers!r}"
+        )
+    return out
+
+
+def check_names(model: nn.Module, layers: Sequence[Layer], space: str | None) -> None:
+    """Raise ValueError, naming the nearest names, unless every named layer is a submodule of `model`."""
+    names = [name for name, _ in model.named_modules() if name]
+    for argument, layer in [*(("layers", layer) for layer in layers), ("space", space)]:
+        if layer is None or (argument == "layers" and (layer == "input" or not isinstance(layer, str))):
+            continue
+        if layer not in names:
+            near = difflib.get_close_matches(str(layer), names, n=5, cutoff=0.4) or names[:8]
+            raise ValueError(f"{argument}={layer!r} is no submodule of the model; nearest names: {', '.join(near)}")
+    if space is not None and any(layer == "input" or not isinstance(layer, str) for layer in layers):
+        raise ValueError(
+            f"layers={list(layer_names(layers))} must be names of submodules when space={space!r}: "
+            "affinity is then computed from cells, not from inputs"
+        )
+
+
+def space_map(model: nn.Module, space: str | None) -> Callable[[Tensor], Tensor]:
+    """Return the map from inputs `(n, *S)` to cells `(n, *S')` in `space`; the identity if it is None."""
+    if space is None:
+        return lambda x: x
+    flat = FeatureMap(space, functools.partial(_tap, model, space), model)
+
+    def cells(x: Tensor) -> Tensor:
+        with evaluating(model):
+            shape = _tap(model, space, x[:1]).shape[1:]
+        return flat.chunked(x).reshape(-1, *shape)
+
+    return cells
+
+
+@torch.no_grad()
+def build(model: nn.Module, layers: Sequence[Layer], space: str | None, x: Tensor) -> list[FeatureMap]:
+    """Return one feature map per layer, from cells in `space` to features, probed on a few inputs `x`.
+
+    Raises ValueError for a layer that the model does not call exactly once, that gives no tensor, or that
+    is no function of `space` alone. An affine map is found numerically and reduced to its root.
+    """
+    cells = space_map(model, space)(x)
+    maps: list[FeatureMap] = []
+    for layer, name in zip(layers, layer_names(layers), strict=True):
+        if layer == "input" or (layer == space and space is not None):
+            maps.append(IdentityMap(name))
+            continue
+        found: FeatureMap
+        if not isinstance(layer, str):
+            found = FeatureMap(name, layer, layer if isinstance(layer, nn.Module) else None)
+        else:
+            _check_called_once(model, layer, x)
+            direct = FeatureMap(name, functools.partial(_tap, model, layer), model)
+            found = direct if space is None else _tail(model, layer, space, x, cells, direct(x))
+        expected = found(cells[:1])
+        if expected.shape != found(cells[:2])[:1].shape:
+            raise ValueError(f"layer {name!r} must give features of one width, whatever the batch")
+        maps.append(_affine(found, cells) or found)
+    return maps
+
+
+def _callable_name(layer: Callable[[Tensor], Tensor]) -> str:
+    return str(getattr(layer, "__name__", type(layer).__name__))
+
+
+def _tap(model: nn.Module, name: str, x: Tensor) -> Any:
+    """Return what submodule `name` gives for inputs `x`; nothing after it runs, so nothing can change it."""
+
+    def stop(_module: nn.Module, _args: Any, output: Any) -> None:
+        raise _Reached(output)
+
+    handle = model.get_submodule(name).register_forward_hook(stop)
+    try:
+        model(x)
+    except _Reached as reached:
+        return reached.output
+    finally:
+        handle.remove()
+    raise ValueError(f"layer {name!r} is never called by the model")
+
+
+def _check_called_once(model: nn.Module, name: str, x: Tensor) -> None:
+    calls = []
+    handle = model.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
+    try:
+        with evaluating(model):
+            model(x)
+    finally:
+        handle.remove()
+    if len(calls) != 1:
+        raise ValueError(
+            f"layer {name!r} is called {len(calls)} times in one pass of the model; it must be called once"
+        )
+
+
+def _tail(model: nn.Module, layer: str, space: str, x: Tensor, cells: Tensor, expected: Tensor) -> FeatureMap:
+    """Return the map from cells at `space` on to `layer`, or raise if the layer depends on more than the space.
+
+    The model runs on a dummy input, and the space's output is replaced by the cells. Zeros as the dummy
+    show whether anything else reaches the layer. One dummy row is cheapest; models that reshape by their
+    input's batch size need as many as there are cells.
+    """
+
+    def replay(rows: int | None, c: Tensor) -> Any:
+        dummy = torch.zeros_like(x[:1]).expand(rows or len(c), *x.shape[1:])
+        handle = model.get_submodule(space).register_forward_hook(lambda *_: c)
+        try:
+            return _tap(model, layer, dummy)
+        finally:
+            handle.remove()
+
+    for rows in (1, None):
+        tail = FeatureMap(layer, functools.partial(replay, rows), model)
+        with contextlib.suppress(RuntimeError, ValueError):
+            found = tail(cells)
+            if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
+                return tail
+    raise ValueError(
+        f"layer {layer!r} must come after space={space!r} and depend on it alone (no path around it): "
+        "cells that live there could not be followed"
+    )
+
+
+def _affine(function: FeatureMap, cells: Tensor) -> AffineMap | None:
+    """Return the affine root of `function`, or None if it is not affine to float precision.
+
+    An affine map is affine everywhere, so points far outside the data's range are tried as well: there a
+    rectifier that is quiet on the data shows itself.
+    """
+    d = cells[0].numel()
+    if d > AFFINE_WIDTH:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(len(cells), *cells.shape[1:], generator=generator).to(cells.device)
+    scale = float(cells.abs().max()) or 1.0
+    for other in (cells.flip(0), noise * scale, noise * 100 * scale):
+        a, b = function(cells), function(other)
+        bend = (2 * function((cells + other) / 2) - a - b).abs().max()
+        if not bool(bend <= 2e-5 * torch.maximum(a.abs().max(), b.abs().max())):
+            return None
+    zero = function(torch.zeros_like(cells[:1]))
+    eye = torch.eye(d, device=cells.device)
+    rows = torch.cat(
+        [
+            function(part.reshape(-1, *cells.shape[1:])) - zero
+            for part in eye.split(max(1, CHUNK_VALUES // zero.shape[1]))
+        ]
+        + [zero]
+    )
+    if rows.shape[1] > len(rows):
+        gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+        for part in rows.split(max(1, CHUNK_VALUES // len(rows)), dim=1):
+            gram += part.double() @ part.double().T
+        values, vectors = torch.linalg.eigh(gram)
+        rows = (vectors * values.clamp(min=0).sqrt()).float()
+    found = AffineMap(function.name, rows[:-1].contiguous(), rows[-1].contiguous())
+    far = noise * scale
+    exact = (function(cells) - function(far)).norm(dim=1)
+    close = torch.allclose(found.distances(cells[:, None], far, far)[:, 0], exact, rtol=1e-4)
+    return found if close else None

@@ -1,0 +1,116 @@
+"""Settings of a maturation, and the presets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from immunonet import _check
+
+
+@dataclass(frozen=True, kw_only=True)
+class Maturation:
+    """How cells evolve. Every value is checked here; errors name the argument.
+
+    Args:
+        population: cells T in all, at least 1; rounded up to a multiple of classes times neighbours.
+        neighbours: naive B cells K per class.
+        generations: G, at least 0. Generation 0 is the expansion: mutated clones of the naive cells.
+        temperature: of selection, positive, in units of feature distance; "auto": per antigen, the standard
+            deviation of the affinities of its C K naive cells.
+        mutation_rate: share of pixels that mutate, in [0, 1]; or (lower end, start), between which it decays.
+            A single number has the lower end 0.
+        mutation_range: (least, most) amount of a mutation, as a fraction of the width of `cell_bounds`.
+        decay: factor in (0, 1] on rate and range when the population's affinity falls below its best so far.
+        crossover: "affinity" (the nearer parent's pixels more often), "authors" (the farther one's), or None.
+        plasma: share of the population that votes; memory: the share after it that is kept.
+        early_stop: stop an antigen after this many generations in a row with one label in its plasma; None: never.
+    """
+
+    population: int = 1000
+    neighbours: int = 10
+    generations: int = 10
+    temperature: float | Literal["auto"] = "auto"
+    mutation_rate: float | tuple[float, float] = 0.15
+    mutation_range: tuple[float, float] = (0.05, 0.15)
+    decay: float = 0.9
+    crossover: Literal["affinity", "authors"] | None = "affinity"
+    plasma: float = 0.05
+    memory: float = 0.20
+    early_stop: int | None = 2
+
+    def __post_init__(self) -> None:
+        _check.integer("population", self.population)
+        _check.integer("neighbours", self.neighbours)
+        _check.integer("generations", self.generations, least=0)
+        if self.temperature != "auto":
+            _check.number("temperature", self.temperature, least=0, above=True)
+        rate = self.mutation_rate
+        if isinstance(rate, tuple | list):
+            object.__setattr__(self, "mutation_rate", _pair("mutation_rate", rate))
+        else:
+            _check.number("mutation_rate", rate, least=0, most=1)
+        object.__setattr__(self, "mutation_range", _pair("mutation_range", self.mutation_range))
+        _check.number("decay", self.decay, least=0, most=1, above=True)
+        _check.choice("crossover", self.crossover, ("affinity", "authors", None))
+        _check.number("plasma", self.plasma, least=0, most=1, above=True)
+        _check.number("memory", self.memory, least=0, most=1)
+        if self.plasma + self.memory > 1 + 1e-9:
+            raise ValueError(f"plasma + memory must be at most 1, got {self.plasma:g} + {self.memory:g}")
+        if self.early_stop is not None:
+            _check.integer("early_stop", self.early_stop)
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """The lower end and the start of the mutation rate."""
+        rate = self.mutation_rate
+        return rate if isinstance(rate, tuple) else (0.0, rate)
+
+    def per_class(self, classes: int) -> int:
+        """Return P, the cells per class: the population rounded up to a multiple of classes times neighbours."""
+        return math.ceil(self.population / (classes * self.neighbours)) * self.neighbours
+
+    def sizes(self, classes: int) -> tuple[int, int]:
+        """Return how many plasma cells (at least 1) and memory cells there are, each share rounded to the nearest."""
+        total = self.per_class(classes) * classes
+        plasma = max(1, round(self.plasma * total))
+        return plasma, min(round(self.memory * total), total - plasma)
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> Maturation:
+        """Return the papers' text as far as it could be reconstructed (arXiv 2107.02842, 2012.10485).
+
+        A small share of pixels mutates by a two-sided band, the nearer parent's pixels are taken more often,
+        and nothing stops early.
+        """
+        return cls(**{"mutation_rate": (0.05, 0.15), "early_stop": None} | overrides)
+
+    @classmethod
+    def authors(cls, dataset: Literal["mnist", "cifar10"], **overrides: Any) -> Any:
+        """Return the settings of the published code: for "mnist" one, for "cifar10" a list, one per layer.
+
+        Departures from the text: nearly every pixel mutates, by an amount uniform in (-.15, .15) at first, and
+        the farther parent's pixels are taken more often. MNIST: affinity under `zoo.mnist_affine`. CIFAR-10:
+        cells at block 2's output within [0, 5], affinity at block 3, then at block 4.
+        """
+        _check.choice("dataset", dataset, ("mnist", "cifar10"))
+        common = {
+            "mutation_rate": 0.985,
+            "mutation_range": (0.0, 0.15),
+            "crossover": "authors",
+            "early_stop": None,
+        }
+        if dataset == "mnist":
+            return cls(**common | {"temperature": 18.0} | overrides)
+        return [cls(**common | {"temperature": tau, "generations": g} | overrides) for tau, g in ((1.0, 10), (10.0, 5))]
+
+
+def _pair(name: str, value: Any) -> tuple[float, float]:
+    """Return `value` as (least, most) with 0 <= least <= most <= 1; raise naming the argument otherwise."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{name} must be a pair (least, most), got {value!r}")
+    least, most = (_check.number(name, v, least=0, most=1) for v in value)
+    if least > most:
+        raise ValueError(f"{name} must have least <= most, got {value!r}")
+    return least, most

@@ -1,0 +1,260 @@
+"""RAILS: a classifier that answers through an adaptive immune response."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import secrets
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from immunonet import _check
+from immunonet.defence import Defence
+from immunonet.features import FeatureMap, Layer
+from immunonet.immune import sensing
+from immunonet.immune.consensus import winner
+from immunonet.immune.maturation import Matured, Naive, mature
+from immunonet.immune.noise import Noise, derive, identities
+from immunonet.immune.settings import Maturation
+from immunonet.repertoire import Index
+from immunonet.response import Cells, ImmuneResponse, Trace
+
+# Values of the populations that mature at once: enough antigens to share a generation's random numbers.
+BATCH_VALUES = 2**24
+
+
+class RAILS(Defence):
+    """Robust Adversarial Immune-inspired Learning System (Wang et al., arXiv 2107.02842) around a classifier.
+
+    Args:
+        model: any classifier, inputs `(B, *S)` to logits `(B, C)`.
+        layers: where affinity is measured: a submodule's dotted name, "input", a callable that maps inputs to
+            features, or a list of these, over which votes are averaged.
+        maturation: one `Maturation`, or one per layer; None: the defaults.
+        space: None if cells are inputs, or the name of the submodule whose outputs they are.
+        bounds: valid range of inputs, `(low, high)` or one pair per channel or feature; checked on every call.
+        cell_bounds: the same for cells; None: `bounds`, or in another space the repertoire's range per channel.
+        false_alarm: share of clean inputs that may be flagged foreign, in (0, 1).
+        shared_noise: whether the antigens of a call share random numbers (faster); False: each has its own.
+        seed: of every response without one; None: fresh randomness each time.
+
+    Raises:
+        ValueError or TypeError that names the argument.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layer | Sequence[Layer],
+        *,
+        maturation: Maturation | Sequence[Maturation] | None = None,
+        space: str | None = None,
+        bounds: Any = (0.0, 1.0),
+        cell_bounds: Any = None,
+        false_alarm: float = 0.05,
+        shared_noise: bool = True,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(model, layers, bounds=bounds, space=space, false_alarm=false_alarm)
+        self.maturations = _per_layer(maturation, len(self._layers))
+        self.cell_bounds = None if cell_bounds is None else _check.Bounds.of("cell_bounds", cell_bounds)
+        self.shared_noise = _check.boolean("shared_noise", shared_noise)
+        self.seed = _check.seed("seed", seed)
+
+    def respond(
+        self, x: Any, seed: int | None = None, batch_size: int | None = None, trace: bool = False
+    ) -> ImmuneResponse:
+        """Return the immune response to antigens `x` `(B, *S)` within bounds.
+
+        `seed` overrides the instance's; `batch_size` antigens mature at once (None: as many as suit the
+        caches); `trace` also returns the learning curve of every layer. All cells of the response are kept,
+        (0.25 T)|S| floats per antigen: `predict` is lighter.
+        """
+        parts = list(self._answers(x, seed, batch_size, keep_cells=True, trace=trace))
+        return _join(parts)
+
+    def predict(self, x: Any, seed: int | None = None, batch_size: int | None = None) -> Tensor:
+        """Return labels `(B,)` int64 of inputs `(B, *S)`."""
+        return torch.cat([part.labels for part in self._answers(x, seed, batch_size)])
+
+    def predict_proba(self, x: Any, seed: int | None = None, batch_size: int | None = None) -> Tensor:
+        """Return the consensus `(B, C)` float32, which sums to 1."""
+        return torch.cat([part.votes for part in self._answers(x, seed, batch_size)])
+
+    def forward(self, x: Any, seed: int | None = None) -> Tensor:
+        """Return finite log-probabilities `(B, C)`: log((n v + 1) / (n + C)) for n plasma cells and votes v."""
+        n = sum(settings.sizes(self.classes)[0] for settings in self.maturations)
+        return ((n * self.predict_proba(x, seed) + 1) / (n + self.classes)).log()
+
+    @torch.no_grad()
+    def naive(self, x: Any, layer: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the naive B cells of `x` `(B, *S)` at one layer: repertoire indices and distances, `(B, C, K)`."""
+        cells = self._cells(self._inputs(x))
+        distances, index = self._flock(self.feature_maps[layer].chunked(cells), layer)
+        return index, distances
+
+    def _flock(self, features: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        index = self.indices[layer]
+        assert isinstance(index, Index)
+        return index.nearest(features, self.maturations[layer].neighbours)
+
+    @torch.no_grad()
+    def _answers(
+        self, x: Any, seed: int | None, batch_size: int | None, keep_cells: bool = False, trace: bool = False
+    ) -> Iterator[ImmuneResponse]:
+        x = self._inputs(x)
+        seed = _check.seed("seed", seed)
+        seed = self.seed if seed is None else seed
+        seed = secrets.randbits(63) if seed is None else seed
+        if batch_size is not None:
+            _check.integer("batch_size", batch_size)
+        names = None if self.shared_noise else identities(x)
+        size = batch_size or self._batch_size(x)
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            yield self._answer(x[part], seed, None if names is None else names[part], keep_cells, trace)
+
+    def _batch_size(self, x: Tensor) -> int:
+        cell = self._cells(x[:1]).numel()
+        population = max(m.per_class(self.classes) for m in self.maturations) * self.classes
+        return max(1, BATCH_VALUES // (cell * population))
+
+    def _answer(self, x: Tensor, seed: int, names: list[str] | None, keep_cells: bool, trace: bool) -> ImmuneResponse:
+        cells = self._cells(x)
+        low, high = self._cell_bounds().tensors(cells, cells.shape[1:])
+        flocks: list[tuple[Tensor, Tensor]] = []
+        ends: list[Matured] = []
+        traces: list[Trace] = []
+        for i, (feature_map, settings) in enumerate(zip(self.feature_maps, self.maturations, strict=True)):
+            features = feature_map.chunked(cells)
+            distances, index = self._flock(features, i)
+            flocks.append((distances, index))
+            naive = Naive(self._cells(self.repertoire.x[index.flatten()]).unflatten(0, index.shape), distances, index)
+            seeds = [derive(seed, i)] if names is None else [derive(seed, i, name) for name in names]
+            matured, curve = mature(
+                naive,
+                functools.partial(_to_antigens, feature_map, cells, features),
+                settings,
+                Noise(seeds, shared=names is None, device=x.device),
+                bounds=(low, high),
+                keep_cells=keep_cells,
+                trace=trace,
+            )
+            ends.append(matured)
+            if curve is not None:
+                traces.append(curve)
+        votes = torch.stack([matured.votes for matured in ends]).mean(0)
+        credibility, foreign = self._sense(flocks)
+        return ImmuneResponse(
+            labels=winner(votes, _fitness(ends, flocks)),
+            votes=votes,
+            credibility=credibility,
+            foreign=foreign,
+            generations=torch.stack([matured.generations for matured in ends]).amax(0),
+            plasma=Cells.cat([matured.plasma for matured in ends], dim=1),
+            memory=Cells.cat([matured.memory for matured in ends], dim=1),
+            trace=tuple(traces) if trace else None,
+        )
+
+    def _neighbourhood(self, flocks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Return nonconformity `(B, C)` summed over layers, and the mean distance to the K nearest `(B, L)`."""
+        overall = [sensing.overall_nearest(distances) for distances, _ in flocks]
+        counts = torch.stack([sensing.nonconformity(labels, self.classes) for _, labels in overall]).sum(0)
+        return counts, torch.stack([near.mean(1) for near, _ in overall], dim=1)
+
+    def _sense(self, flocks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        counts, far = self._neighbourhood(flocks)
+        credibility = sensing.p_values(self._label_scores, counts.float()).amax(1)
+        return credibility, self._is_foreign(far)
+
+    def _calibrate(self, x: Tensor, y: Tensor) -> None:
+        counts, far = [], []
+        for part, labels in zip(x.split(256), y.split(256), strict=True):
+            cells = self._cells(part)
+            flocks = [self._flock(f.chunked(cells), i) for i, f in enumerate(self.feature_maps)]
+            nonconformity, distance = self._neighbourhood(flocks)
+            counts.append(nonconformity.gather(1, labels[:, None])[:, 0])
+            far.append(distance)
+        self._set_calibration(torch.cat(counts), torch.cat(far))
+
+    def _cell_bounds(self) -> _check.Bounds:
+        return self.cell_bounds or (self.bounds if self.space is None else self._space_bounds)
+
+    def _remember(self, x: Tensor, y: Tensor, classes: int) -> None:
+        if self.space is not None and self.cell_bounds is None:
+            self._space_bounds = self._range(x)
+        super()._remember(x, y, classes)
+
+    def _range(self, x: Tensor) -> _check.Bounds:
+        """Return the range of the repertoire's cells per channel (the first axis of a cell)."""
+        parts = [self._cells(part).movedim(1, 0).flatten(1) for part in x.split(256)]
+        low = torch.stack([part.amin(1) for part in parts]).amin(0)
+        high = torch.stack([part.amax(1) for part in parts]).amax(0)
+        return _check.Bounds(tuple(low.tolist()), tuple(high.tolist()))
+
+    def _groups(self, y: Tensor) -> tuple[Tensor, list[int]]:
+        return y.argsort(stable=True), torch.bincount(y, minlength=self.classes).tolist()
+
+    def _keys(self, features: Tensor) -> Tensor:
+        return features
+
+    def _least_per_class(self) -> int:
+        return max(m.neighbours for m in self.maturations)
+
+    def _least_in_all(self) -> int:
+        return 1
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "maturation": [dataclasses.asdict(m) for m in self.maturations],
+            "space": self.space,
+            "cell_bounds": None if self.cell_bounds is None else self.cell_bounds.pairs(),
+            "shared_noise": self.shared_noise,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def _from_settings(cls, model: nn.Module, layers: Any, settings: dict[str, Any]) -> Self:
+        maturation = [Maturation(**values) for values in settings["maturation"]]
+        return cls(model, layers, **settings | {"maturation": maturation})
+
+
+def _to_antigens(feature_map: FeatureMap, antigens: Tensor, features: Tensor, cells: Tensor, rows: Tensor) -> Tensor:
+    return feature_map.distances(cells, antigens[rows], features[rows])
+
+
+def _per_layer(maturation: Any, layers: int) -> tuple[Maturation, ...]:
+    if maturation is None or isinstance(maturation, Maturation):
+        return (maturation or Maturation(),) * layers
+    if not isinstance(maturation, Sequence) or not all(isinstance(m, Maturation) for m in maturation):
+        raise TypeError(f"maturation must be a Maturation or a list with one per layer, got {maturation!r}")
+    if len(maturation) != layers:
+        raise ValueError(f"maturation must be one, or one per layer ({layers}), got {len(maturation)}")
+    return tuple(maturation)
+
+
+def _fitness(ends: list[Matured], flocks: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return `(B, C)`, each class's best affinity in units of its layer's naive distances, summed over layers."""
+    parts = [
+        end.best / distances.flatten(1).mean(1, keepdim=True).clamp(min=1e-12)
+        for end, (distances, _) in zip(ends, flocks, strict=True)
+    ]
+    return torch.stack(parts).sum(0)
+
+
+def _join(parts: list[ImmuneResponse]) -> ImmuneResponse:
+    """Return the responses to consecutive batches as one."""
+    first = parts[0]
+    return ImmuneResponse(
+        labels=torch.cat([part.labels for part in parts]),
+        votes=torch.cat([part.votes for part in parts]),
+        credibility=torch.cat([part.credibility for part in parts]),
+        foreign=torch.cat([part.foreign for part in parts]),
+        generations=torch.cat([part.generations for part in parts]),
+        plasma=Cells.cat([part.plasma for part in parts]),
+        memory=Cells.cat([part.memory for part in parts]),
+        trace=first.trace and tuple(Trace.cat(layer) for layer in zip(*(p.trace or () for p in parts), strict=True)),
+    )

@@ -95,16 +95,12 @@ class Bounds:
         return [list(pair) for pair in zip(self.low, self.high, strict=True)]
 
 
-def inputs(name: str, x: Any, *, bounds: Bounds, shape: Sequence[int] | None = None) -> Tensor:
+def inputs(name: str, value: Any, *, bounds: Bounds, shape: Sequence[int] | None = None) -> Tensor:
     """Return a batch of inputs `(B, *S)` as float32; raise unless finite, within `bounds` and of sample `shape`.
 
     Floating tensors and arrays are taken; integers are refused, because 0..255 images are the usual reason.
     """
-    if not isinstance(x, Tensor):
-        try:
-            x = torch.as_tensor(x)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{name} must be a tensor or an array of shape (B, *S), got {type(x).__name__}") from error
+    x = _tensor(name, value)
     if not x.is_floating_point():
         raise TypeError(f"{name} must have a floating dtype, got {x.dtype}; scale images to [0, 1], as x.float() / 255")
     if x.ndim < 2 or 0 in x.shape[1:]:
@@ -124,13 +120,9 @@ def inputs(name: str, x: Any, *, bounds: Bounds, shape: Sequence[int] | None = N
     return x
 
 
-def labels(name: str, y: Any, *, n: int, classes: int | None = None) -> Tensor:
+def labels(name: str, value: Any, *, n: int, classes: int | None = None) -> Tensor:
     """Return labels `(n,)` as int64; raise unless they are whole numbers in [0, classes), one per input."""
-    if not isinstance(y, Tensor):
-        try:
-            y = torch.as_tensor(y)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{name} must be a tensor or an array of integers, got {type(y).__name__}") from error
+    y = _tensor(name, value)
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"{name} must have an integer dtype, got {y.dtype}")
     if tuple(y.shape) != (n,):
@@ -140,6 +132,13 @@ def labels(name: str, y: Any, *, n: int, classes: int | None = None) -> Tensor:
         upper = "" if classes is None else f" to {classes - 1}, the model's {classes} classes"
         raise ValueError(f"{name} must be in 0{upper}, got values in [{int(y.min())}, {int(y.max())}]")
     return y
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    try:
+        return value if isinstance(value, Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a tensor or an array of numbers, got {type(value).__name__}") from error
 
 
 def _short(bounds: Bounds) -> str:

@@ -229,7 +229,8 @@ class Defence(nn.Module, abc.ABC):
 
     def _is_foreign(self, far: Tensor) -> Tensor:
         """Return whether `(B,)` mean distances `(B, L)` are stranger than all but `false_alarm` of calibration."""
-        return sensing.p_values(self._strangeness, (far / self._scales).sum(1)) <= self.false_alarm
+        p = sensing.p_values(self._strangeness, (far / self._scales).sum(1))
+        return p <= self.false_alarm
 
     def _cells(self, x: Tensor) -> Tensor:
         return space_map(self.model, self.space)(x)

@@ -80,7 +80,7 @@ class DkNN(Defence):
 
     @torch.no_grad()
     def _neighbourhood(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, over layers, each label's neighbours `(B, C)` and minus their summed distance; mean distance `(B, L)`."""
+        """Return each label's neighbours over all layers, minus their summed distance, and mean distances `(B, L)`."""
         parts = [self._search(part) for part in x.split(QUERIES)]
         counts, nearness, far = (torch.cat(column) for column in zip(*parts, strict=True))
         return counts, nearness, far

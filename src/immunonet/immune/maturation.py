@@ -28,7 +28,7 @@ class Naive:
 class Matured:
     """The end of a maturation: `votes` `(B, C)`, `best` `(B, C)` the affinity of each class's fittest cell.
 
-    `generations` `(B,)` is the last that ran; the plasma and memory cells, fittest first (none of them unless they are kept).
+    `generations` `(B,)` is the last that ran. Plasma and memory cells come fittest first; none unless they are kept.
     """
 
     votes: Tensor

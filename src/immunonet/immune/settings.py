@@ -95,7 +95,7 @@ class Maturation:
         cells at block 2's output within [0, 5], affinity at block 3, then at block 4.
         """
         _check.choice("dataset", dataset, ("mnist", "cifar10"))
-        common = {
+        common: dict[str, Any] = {
             "mutation_rate": 0.985,
             "mutation_range": (0.0, 0.15),
             "crossover": "authors",

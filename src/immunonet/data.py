@@ -53,9 +53,7 @@ def require(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(
-            f"this needs {module.partition('.')[0]}: pip install 'immunonet[{extra}]'"
-        ) from error
+        raise ImportError(f"this needs {module.partition('.')[0]}: pip install 'immunonet[{extra}]'") from error
 
 
 def load(name: str, split: str, *, directory: str | Path | None = None) -> Images:
@@ -105,9 +103,7 @@ def read_parquet(path: str | Path) -> Images:
         raise ValueError(f"{path} must have the columns image (or img) and label, found {table.column_names}")
     label, column = table.column("label"), table.column(image)
     if not pa.types.is_integer(label.type) or label.null_count:
-        raise ValueError(
-            f"{path}: label must be integers without nulls, got {label.type}, {label.null_count} nulls"
-        )
+        raise ValueError(f"{path}: label must be integers without nulls, got {label.type}, {label.null_count} nulls")
     if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
         column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks], pa.binary())
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
@@ -137,9 +133,7 @@ def read_folder(path: str | Path) -> Images:
     files = [(file, label) for label, folder in enumerate(folders) for file in _visible(folder)]
     counts = np.bincount([label for _, label in files], minlength=len(folders))
     if not counts.all():
-        raise ValueError(
-            f"{folders[int(counts.argmin())]} has no images: add some, or remove this class folder"
-        )
+        raise ValueError(f"{folders[int(counts.argmin())]} has no images: add some, or remove this class folder")
     x = _decode(((str(file), file) for file, _ in files), path)
     return Images(x, torch.tensor([label for _, label in files]), tuple(folder.name for folder in folders))
 
@@ -154,9 +148,7 @@ def _decode(sources: Iterable[tuple[str, Any]], origin: Path) -> Tensor:
     for name, pixels in _pixels(sources):
         if images and pixels.shape[:2] != images[0].shape[:2]:
             (h, w), (h0, w0) = pixels.shape[:2], images[0].shape[:2]
-            raise ValueError(
-                f"{name} is {w}x{h}, but the images before it are {w0}x{h0}: make all of one size"
-            )
+            raise ValueError(f"{name} is {w}x{h}, but the images before it are {w0}x{h0}: make all of one size")
         images.append(pixels)
     if not images:
         raise ValueError(f"{origin} has no images")
@@ -206,9 +198,7 @@ def _find(name: str, split: str, directory: str | Path | None) -> Path:
     repository, config = _HUB[name]
     hub = require("huggingface_hub", "data")
     try:
-        return Path(
-            hub.hf_hub_download(repository, f"{config}/{split}-00000-of-00001.parquet", repo_type="dataset")
-        )
+        return Path(hub.hf_hub_download(repository, f"{config}/{split}-00000-of-00001.parquet", repo_type="dataset"))
     except Exception as error:  # the hub's client raises the errors of whichever HTTP library it uses
         raise FileNotFoundError(
             f"{looked}, and {repository} could not be fetched from the Hugging Face hub "
@@ -221,9 +211,7 @@ def _digits(split: str) -> Images:
     order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
     chosen = order[360:] if split == "train" else order[:360]
     x = torch.from_numpy(bunch.images).float().div_(16)[:, None]
-    return Images(
-        x[chosen], torch.from_numpy(bunch.target).long()[chosen], tuple(map(str, bunch.target_names))
-    )
+    return Images(x[chosen], torch.from_numpy(bunch.target).long()[chosen], tuple(map(str, bunch.target_names)))
 
 
 def _first_line(error: BaseException) -> str:

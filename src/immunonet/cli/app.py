@@ -7,7 +7,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 import typer
 
@@ -35,22 +34,16 @@ for _name in _COMMANDS:
         app.command(_name)(getattr(importlib.import_module(f"immunonet.cli.{_name}"), _name))
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 a user's mistake in one line on stderr, 130 after Ctrl-C.
 
     With $IMMUNONET_DEBUG set, errors keep their traceback.
     """
     try:
         app(arguments)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("IMMUNONET_DEBUG"):
             raise
-        _fail(" ".join(str(error).split()) or type(error).__name__, 2)
-    raise AssertionError("typer's standalone mode always exits")
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    console.print(f"immunonet: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-    sys.exit(code)
+        message = " ".join(str(error).split()) or type(error).__name__
+        console.print(f"immunonet: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)

@@ -19,12 +19,8 @@ from torch import nn
 
 from immunonet import _store, data, zoo
 
-JsonOption = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file.")
-]
-OutOption = Annotated[
-    Path, typer.Option("--out", metavar="DIR", help="Folder that the files are written to.")
-]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file.")]
+OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that the files are written to.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 DataOption = Annotated[
@@ -44,9 +40,7 @@ DatasetArgument = Annotated[
 ]
 ModelOption = Annotated[
     str | None,
-    typer.Option(
-        "--model", help=f"{', '.join(zoo.NAMES)}, or package.module:factory. Default: by image size."
-    ),
+    typer.Option("--model", help=f"{', '.join(zoo.NAMES)}, or package.module:factory. Default: by image size."),
 ]
 WeightsOption = Annotated[
     Path | None, typer.Option("--weights", metavar="FILE.safetensors", help="The model's weights.")
@@ -114,9 +108,7 @@ def model_name(model: str | None, images: data.Images) -> str:
     """Return `model`, or the zoo's network for images of that size; ValueError if it has none."""
     shape = tuple(images.x.shape[1:])
     if model is None and shape not in _BY_SHAPE:
-        raise ValueError(
-            f"no network of the zoo takes images of shape {shape}: give --model package.module:factory"
-        )
+        raise ValueError(f"no network of the zoo takes images of shape {shape}: give --model package.module:factory")
     return model or _BY_SHAPE[shape]
 
 
@@ -124,9 +116,7 @@ def build_model(model: str, *, classes: int, seed: int = 0) -> nn.Module:
     """Return the network of a zoo name or of `package.module:factory` (called bare), in eval mode."""
     if ":" not in model:
         if model not in zoo.NAMES:
-            raise ValueError(
-                f"--model must be {', '.join(zoo.NAMES)} or package.module:factory, got {model!r}"
-            )
+            raise ValueError(f"--model must be {', '.join(zoo.NAMES)} or package.module:factory, got {model!r}")
         return zoo.build(model, classes=classes, seed=seed)
     module, _, factory = model.partition(":")
     if "" not in sys.path:
@@ -134,9 +124,7 @@ def build_model(model: str, *, classes: int, seed: int = 0) -> nn.Module:
     try:
         make = getattr(importlib.import_module(module), factory)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"--model {model} cannot be imported ({error}): give package.module:factory"
-        ) from error
+        raise ValueError(f"--model {model} cannot be imported ({error}): give package.module:factory") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = make()
@@ -145,9 +133,7 @@ def build_model(model: str, *, classes: int, seed: int = 0) -> nn.Module:
     return net.eval()
 
 
-def load_model(
-    model: str, weights: Path | None, device: str | torch.device = "cpu", *, classes: int = 10
-) -> nn.Module:
+def load_model(model: str, weights: Path | None, device: str | torch.device = "cpu", *, classes: int = 10) -> nn.Module:
     """Return a trained network in eval mode on `device`: `build_model`, then `weights` loaded.
 
     ValueError without weights for a network of the zoo; those of a user's factory may come with it.
@@ -158,6 +144,22 @@ def load_model(
     elif ":" not in model:
         raise ValueError(f"--model {model} needs --weights FILE.safetensors; immunonet train makes them")
     return net.to(resolve_device(device) if isinstance(device, str) else device)
+
+
+@torch.no_grad()
+def check_model(model: str, net: nn.Module, images: data.Images) -> None:
+    """Raise ValueError unless `net` turns these images into one row of logits each, one per class."""
+    x = images.x[:2].to(next(net.parameters()).device)
+    try:
+        logits = net(x)
+    except RuntimeError as error:
+        raise ValueError(f"--model {model} does not take images of shape {tuple(x.shape[1:])} ({error})") from error
+    found = tuple(getattr(logits, "shape", ())) or type(logits).__name__
+    if found != (len(x), len(images.classes)):
+        raise ValueError(
+            f"--model {model} must return logits of shape {(len(x), len(images.classes))} "
+            f"for {len(x)} images of {len(images.classes)} classes, got {found}"
+        )
 
 
 def prepare(out: Path | None, json: Path | None) -> None:
@@ -192,9 +194,7 @@ def environment() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["cuda"] = torch.cuda.get_device_name()
     if (root / ".git").exists():
-        git = subprocess.run(
-            ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
+        git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         if git.returncode == 0:
             found["commit"] = git.stdout.strip()
     return found

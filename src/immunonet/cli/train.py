@@ -27,9 +27,7 @@ def train(
     ] = None,
     validation: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Images held out from training. Default: 3000, or a tenth of a small dataset."
-        ),
+        typer.Option(min=1, help="Images held out from training. Default: 3000, or a tenth of a small dataset."),
     ] = None,
     augment: Annotated[bool, typer.Option("--augment", help="Flip and shift the training images.")] = False,
     seed: common.SeedOption = 0,
@@ -52,6 +50,7 @@ def train(
         epochs = max(5, math.ceil(1000 / math.ceil(len(training) / batch_size)))
     name = common.model_name(model, images)
     net = common.build_model(name, classes=len(images.classes), seed=seed).to(target)
+    common.check_model(name, net, images)
     path = out / f"{Path(dataset).stem}.safetensors"
     checkpoint = path.with_suffix(".checkpoint.safetensors")
     settings: dict[str, Any] = {
@@ -93,9 +92,7 @@ def train(
         }
         for split, part in (("validation", images[held_out]), ("test", test))
     ]
-    zoo.save_weights(
-        net, path, recipe={**common.envelope(results), "classes": images.classes, "history": history}
-    )
+    zoo.save_weights(net, path, recipe={**common.envelope(results), "classes": images.classes, "history": history})
     common.write_results(json, results)
     checkpoint.unlink()
     for row in results:

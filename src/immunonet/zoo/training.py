@@ -82,9 +82,7 @@ def train(
             optimiser.zero_grad()
             loss = F.cross_entropy(net(x), y)
             if not bool(torch.isfinite(loss)):
-                raise ValueError(
-                    f"the loss became {loss.item()} at step {step}: give a smaller lr than {lr:g}"
-                )
+                raise ValueError(f"the loss became {loss.item()} at step {step}: give a smaller lr than {lr:g}")
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             total += loss.item() * len(chosen)
@@ -147,11 +145,7 @@ def _augmented(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
     top, left = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator)
     rows, columns = torch.arange(height) + top, torch.arange(width) + left
     padded = F.pad(x, (pad, pad, pad, pad)).movedim(1, 3)
-    return (
-        padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
-        .movedim(3, 1)
-        .contiguous()
-    )
+    return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(3, 1).contiguous()
 
 
 def _best(history: list[Epoch]) -> int:
@@ -199,15 +193,11 @@ def _restore(
     saved = json.loads(metadata[_METADATA])
     if differing := [key for key, value in settings.items() if saved["settings"].get(key) != value]:
         found = ", ".join(f"{key}={saved['settings'].get(key)} (now {settings[key]})" for key in differing)
-        raise ValueError(
-            f"checkpoint {path} was made with {found}: use those settings, or remove it to start anew"
-        )
+        raise ValueError(f"checkpoint {path} was made with {found}: use those settings, or remove it to start anew")
     try:
         net.load_state_dict(_part(tensors, "net."))
     except RuntimeError as error:
-        raise ValueError(
-            f"checkpoint {path} is of another network: remove it or name another file"
-        ) from error
+        raise ValueError(f"checkpoint {path} is of another network: remove it or name another file") from error
     state = optimiser.state_dict()
     for index in range(len(list(net.parameters()))):
         state["state"][index] = _part(tensors, f"optimiser.{index}.")

@@ -14,9 +14,7 @@ PART_BYTES = 15 * 2**20
 _FORMAT = 1
 
 
-def save_weights(
-    net: nn.Module, path: str | Path, *, half: bool = True, recipe: dict[str, Any] | None = None
-) -> Path:
+def save_weights(net: nn.Module, path: str | Path, *, half: bool = True, recipe: dict[str, Any] | None = None) -> Path:
     """Write `net`'s weights to `path` (.safetensors) and their recipe to the same name with .json.
 
     `half` stores floating tensors as float16 (ValueError if one does not fit its range). Weights beyond 15

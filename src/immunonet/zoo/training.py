@@ -83,7 +83,7 @@ def train(
             loss = F.cross_entropy(net(x), y)
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the loss became {loss.item()} at step {step}: give a smaller lr than {lr:g}")
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
             total += loss.item() * len(chosen)
             step += 1

@@ -57,9 +57,7 @@ def test_pgd_attains_the_optimum_on_a_linear_model(norm, random_start):
     result = attack(linear(weight), x, y)
     direction = weight.sign() if norm == "linf" else weight / weight.norm()
     best = x + EPS * direction
-    torch.testing.assert_close(
-        result.losses.amax(0), nn.functional.softplus(best @ weight), atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(result.losses.amax(0), nn.functional.softplus(best @ weight), atol=1e-4, rtol=0)
     torch.testing.assert_close(result.adversarials, best, atol=1e-3, rtol=0)
     torch.testing.assert_close(result.distance, torch.full((6,), EPS), atol=1e-4, rtol=0)
     assert torch.equal(result.success, best @ weight > 0)
@@ -69,9 +67,7 @@ def test_targeted_climbs_towards_the_target_and_counts_reaching_it():
     weight = torch.tensor([1.0, -2.0])
     x = torch.full((2, 2), 0.5)
     target = torch.tensor([0, 1])
-    result = PGD(eps=EPS, step=EPS, iterations=3, targeted=True, random_start=False)(
-        linear(weight), x, target
-    )
+    result = PGD(eps=EPS, step=EPS, iterations=3, targeted=True, random_start=False)(linear(weight), x, target)
     away, to = x[0] - EPS * weight.sign(), x[0] + EPS * weight.sign()
     torch.testing.assert_close(result.adversarials, torch.stack([away, to]))
     assert result.success.tolist() == [True, False]  # 0.5 - 1 -+ 0.3 stays below 0: class 0 either way
@@ -196,9 +192,7 @@ def test_points_stay_in_the_ball_and_the_bounds(norm, eps, step, seed, random_st
     x = low + (high - low) * torch.rand(5, 2, 3, generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 3))
-    attack = PGD(
-        eps=eps, step=step, iterations=3, norm=norm, bounds=bounds, random_start=random_start, seed=seed
-    )
+    attack = PGD(eps=eps, step=step, iterations=3, norm=norm, bounds=bounds, random_start=random_start, seed=seed)
     result = attack(model, x, torch.zeros(5, dtype=torch.long))
     moved = (result.adversarials - x).flatten(1)
     size = moved.abs().amax(1) if norm == "linf" else moved.norm(dim=1)

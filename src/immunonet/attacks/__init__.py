@@ -6,5 +6,6 @@ was made on may still fool a defence.
 
 from ._base import AttackResult
 from .gradient import FGSM, PGD
+from .knn import SoftNeighbours
 
-__all__ = ["FGSM", "PGD", "AttackResult"]
+__all__ = ["FGSM", "PGD", "AttackResult", "SoftNeighbours"]

@@ -34,11 +34,7 @@ def logits_of(model: Model, x: Tensor) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"model must return a tensor of logits (B, C), got {type(logits).__name__}")
     if logits.ndim != 2 or len(logits) != len(x) or not logits.shape[1]:
-        raise ValueError(
-            f"model must return logits ({len(x)}, C) for {len(x)} inputs, got {tuple(logits.shape)}"
-        )
+        raise ValueError(f"model must return logits ({len(x)}, C) for {len(x)} inputs, got {tuple(logits.shape)}")
     if not bool(torch.isfinite(logits).all()):
-        raise ValueError(
-            f"model must return finite logits, got {int((~torch.isfinite(logits)).sum())} NaN or infinite"
-        )
+        raise ValueError(f"model must return finite logits, got {int((~torch.isfinite(logits)).sum())} NaN or infinite")
     return logits

@@ -135,9 +135,7 @@ class _Found(NamedTuple):
     def nothing(cls, points: Tensor, steps: int) -> _Found:
         """Return a copy of `points` that anything is better than."""
         losses = points.new_full((steps + 1, len(points)), -torch.inf)
-        return cls(
-            points.clone(), torch.zeros_like(losses[0], dtype=torch.bool), losses[0].clone(), losses[1:]
-        )
+        return cls(points.clone(), torch.zeros_like(losses[0], dtype=torch.bool), losses[0].clone(), losses[1:])
 
     def keep(self, other: _Found, part: slice = slice(None)) -> None:
         """Replace what is worse than `other` among the inputs of `part`: success comes first, then loss."""

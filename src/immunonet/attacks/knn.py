@@ -1,0 +1,100 @@
+"""A differentiable stand-in for nearest-neighbour defences."""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import _check
+from ..defence import Defence
+from ..features import space_map
+from ..repertoire import Index
+
+# Values of neighbours' features that one call keeps for its gradient: 1 GiB.
+_KEPT_VALUES = 2**28
+# Repertoire examples whose neighbourhoods set the scale of "auto".
+_PROBES = 100
+
+
+class SoftNeighbours(nn.Module):
+    """A soft vote of the nearest repertoire examples at a defence's own layers, for attacks that know it.
+
+    Per layer and class c, the logit is the logsumexp of -d^2 / temperature over the `neighbours` examples of c
+    nearest to the antigen (found anew at every call, without gradient); d is the distance that the defence
+    measures: Euclidean for RAILS, of unit vectors for DkNN with cosine (d^2 / 2 = 1 - cosine). Log-softmax
+    over classes, mean over layers, log-softmax again. After Sitawarin & Wagner (2019, 2020).
+
+    It is the first word on a defence, not the last: the vote knows nothing of maturation (no unrolled
+    generations), nor of a defence's own number of neighbours. What an attack on it finds must be tested again
+    on the defence itself: `AttackResult.success` is only about this surrogate.
+
+    `defence`: a fitted RAILS or DkNN. `neighbours` per class, at most the examples of the smallest class.
+    `temperature` > 0, or "auto": per layer the mean over 100 repertoire examples of the standard deviation of
+    d^2 over their C x neighbours nearest. Raises ValueError or TypeError that names the argument.
+    """
+
+    def __init__(
+        self, defence: Defence, *, neighbours: int = 20, temperature: float | Literal["auto"] = "auto"
+    ) -> None:
+        super().__init__()
+        if not isinstance(defence, Defence):
+            raise TypeError(f"defence must be a RAILS or a DkNN, got {type(defence).__name__}")
+        if not defence.feature_maps:
+            raise ValueError("defence must be fitted: call defence.fit(x, y) with the training set first")
+        self.defence = defence
+        counts = torch.bincount(defence.repertoire.y, minlength=defence.classes)
+        self.neighbours = _check.integer("neighbours", neighbours, most=int(counts.min()))
+        self.temperatures = self._temperatures(temperature)
+
+    @property
+    def batch_size(self) -> int:
+        """How many antigens a call should take at most, for its gradient to need about 1 GiB."""
+        widest = max(index.keys.shape[1] for index in self._indices())
+        return max(1, _KEPT_VALUES // (self.defence.classes * self.neighbours * widest))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return log-probabilities `(B, C)`, differentiable in inputs `x` `(B, *S)`; ValueError for another shape."""
+        if tuple(x.shape[1:]) != self.defence.shape:
+            raise ValueError(f"x must have shape (B, {', '.join(map(str, self.defence.shape))}), got {tuple(x.shape)}")
+        votes = [
+            torch.logsumexp(-squares / temperature, dim=2).log_softmax(1)
+            for squares, temperature in zip(self._squared_distances(x), self.temperatures, strict=True)
+        ]
+        return torch.stack(votes).mean(0).log_softmax(1)
+
+    def _squared_distances(self, x: Tensor) -> list[Tensor]:
+        """Return `(B, C, neighbours)` per layer, up to a term that is the same for all of an antigen."""
+        cells = space_map(self.defence.model, self.defence.space)(x)
+        found = []
+        for feature_map, index in zip(self.defence.feature_maps, self._indices(), strict=True):
+            features = feature_map(cells)
+            if getattr(self.defence, "metric", "euclidean") == "cosine":
+                features = features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            features = features - index.centre
+            nearest = self._nearest(features.detach(), index)
+            products = torch.einsum("bd,bckd->bck", features, index.keys[nearest])
+            found.append(index.squares[nearest] - 2 * products)
+        return found
+
+    def _nearest(self, features: Tensor, index: Index) -> Tensor:
+        """Return `(B, C, neighbours)`, the rows of `index` that are nearest to `features` `(B, D)` in every class."""
+        rough = torch.addmm(index.squares, features, index.keys.T, alpha=-2)
+        labels = self.defence.repertoire.y[index.order]
+        members = [(labels == c).nonzero()[:, 0] for c in range(self.defence.classes)]
+        return torch.stack([m[rough[:, m].topk(self.neighbours, dim=1, largest=False).indices] for m in members], 1)
+
+    def _indices(self) -> list[Index]:
+        return cast(list[Index], list(self.defence.indices))
+
+    @torch.no_grad()
+    def _temperatures(self, temperature: float | str) -> list[float]:
+        if temperature != "auto":
+            value = _check.number("temperature", temperature, least=0, above=True)
+            return [value] * len(self.defence.layers)
+        x = self.defence.repertoire.x
+        probes = x[:: max(1, len(x) // _PROBES)][:_PROBES]
+        parts = [self._squared_distances(part) for part in probes.split(self.batch_size)]
+        spreads = [torch.cat(layer).flatten(1).std(1).mean() for layer in zip(*parts, strict=True)]
+        return [max(float(spread), 1e-12) for spread in spreads]

@@ -1,0 +1,153 @@
+"""The soft vote of nearest neighbours against its formula, and what an attack on it does to the defence."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from immunonet import attacks
+from immunonet.attacks import PGD, SoftNeighbours
+from immunonet.dknn import DkNN
+from immunonet.rails import RAILS, Maturation
+
+CLASSES, PER_CLASS = 3, 12
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """Three overlapping clouds in [0, 1]^4, interleaved classes, and a small network that was not trained."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(CLASSES * PER_CLASS) % CLASSES
+    centres = torch.tensor([[0.3, 0.3, 0.5, 0.5], [0.7, 0.3, 0.5, 0.5], [0.5, 0.7, 0.5, 0.5]])
+    x = (centres[y] + 0.1 * torch.randn(len(y), 4, generator=generator)).clamp(0, 1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+    return model, x, y
+
+
+def fitted(problem, kind, layers):
+    model, x, y = problem
+    if kind == "rails":
+        defence = RAILS(model, layers, maturation=Maturation(population=30, neighbours=2, generations=2), seed=0)
+    else:
+        defence = DkNN(model, layers, neighbours=5, metric=kind)
+    return defence.fit(x, y, calibration=(x[:6], y[:6]))
+
+
+def by_hand(problem, antigens, layers, metric, k, temperature):
+    """The docstring's formula, one antigen, layer and class at a time."""
+    model, x, y = problem
+    rows = []
+    for antigen in antigens:
+        votes = []
+        for layer in layers:
+            f = (lambda z: z) if layer == "input" else model[:2]
+            a, b = f(antigen[None]), f(x)
+            if metric == "cosine":
+                a, b = nn.functional.normalize(a), nn.functional.normalize(b)
+            squares = (a - b).square().sum(1)
+            logits = [
+                squares[y == c].sort().values[:k].neg().div(temperature).exp().sum().log() for c in range(CLASSES)
+            ]
+            votes.append(torch.stack(logits).log_softmax(0))
+        rows.append(torch.stack(votes).mean(0).log_softmax(0))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("kind", ["rails", "euclidean", "cosine"])
+@pytest.mark.parametrize("layers", [["input"], ["1"], ["input", "1"]])
+def test_vote_and_gradient_follow_the_formula(problem, kind, layers):
+    defence = fitted(problem, kind, layers)
+    soft = SoftNeighbours(defence, neighbours=4, temperature=0.05)
+    antigens = torch.rand(5, 4, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    found = soft(antigens)
+    expected = by_hand(problem, antigens, layers, kind, 4, 0.05)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(5))
+    ours, theirs = (torch.autograd.grad(v[:, 1].sum(), antigens)[0] for v in (found, expected))
+    assert theirs.abs().max() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_cells_of_another_space_are_reached_through_the_model(problem):
+    model, x, y = problem
+    defence = RAILS(model, "1", space="0", maturation=Maturation(population=30, neighbours=2), seed=0)
+    defence.fit(x, y, calibration=(x[:6], y[:6]))
+    antigens = x[:3].clone().requires_grad_()
+    found = SoftNeighbours(defence, neighbours=4, temperature=0.5)(antigens)
+    expected = by_hand(problem, antigens, ["1"], "euclidean", 4, 0.5)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert torch.autograd.grad(found[:, 0].sum(), antigens)[0].abs().max() > 0
+
+
+def test_auto_temperature_is_the_mean_spread_of_squared_distances(problem):
+    _, x, y = problem
+    soft = SoftNeighbours(fitted(problem, "euclidean", "input"), neighbours=4)
+    squares = torch.cdist(x, x).square()
+    spread = torch.stack(
+        [torch.cat([row[y == c].sort().values[:4] for c in range(CLASSES)]).std() for row in squares]
+    ).mean()
+    assert soft.temperatures == pytest.approx([float(spread)], rel=1e-4)
+
+
+def test_auto_temperature_of_equal_examples_is_not_zero(problem):
+    model, x, y = problem
+    defence = DkNN(model, "input", neighbours=2, metric="euclidean")
+    defence.fit(torch.full_like(x, 0.5), y, calibration=(x[:6], y[:6]))
+    assert torch.isfinite(SoftNeighbours(defence, neighbours=4)(x)).all()
+
+
+@pytest.mark.parametrize("kind", ["rails", "euclidean", "cosine"])
+def test_pgd_on_the_vote_fools_the_defence_more_than_noise(problem, kind):
+    _, x, y = problem
+    defence = fitted(problem, kind, "input")
+    eps = 0.12
+    found = PGD(eps=eps, step=eps / 4, iterations=10, random_start=False)(SoftNeighbours(defence, neighbours=4), x, y)
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    accuracy = [
+        (defence.predict(z) == y).float().mean() for z in (x, (x + eps * noise.sign()).clamp(0, 1), found.adversarials)
+    ]
+    assert accuracy[0] > 0.9
+    assert accuracy[2] < accuracy[1] - 0.2
+    assert found.success.float().mean() > 0.3
+
+
+def test_it_asks_the_defence_without_changing_it(problem):
+    defence = fitted(problem, "cosine", "1")
+    before = [b.clone() for b in defence.buffers()]
+    SoftNeighbours(defence, neighbours=4)(torch.rand(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(before, defence.buffers(), strict=True))
+
+
+def test_batch_size_bounds_the_features_that_are_kept(problem, monkeypatch):
+    soft = SoftNeighbours(fitted(problem, "cosine", ["input", "1"]), neighbours=4)
+    assert soft.batch_size >= 1
+    monkeypatch.setattr("immunonet.attacks.knn._KEPT_VALUES", 1000)
+    assert soft.batch_size == math.floor(1000 / (CLASSES * 4 * soft.defence.indices[1].keys.shape[1]))
+    monkeypatch.setattr("immunonet.attacks.knn._KEPT_VALUES", 1)
+    assert soft.batch_size == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"neighbours": 0}, ValueError, "neighbours must be at least 1 and at most 12, got 0"),
+        ({"neighbours": 13}, ValueError, "at most 12, got 13"),
+        ({"temperature": 0.0}, ValueError, "temperature must be"),
+        ({"temperature": "hot"}, TypeError, "temperature must be a number"),
+    ],
+)
+def test_bad_settings_are_named(problem, settings, error, match):
+    with pytest.raises(error, match=match):
+        SoftNeighbours(fitted(problem, "cosine", "input"), **{"neighbours": 4} | settings)
+
+
+def test_bad_defences_and_inputs_are_named(problem):
+    model, x, _ = problem
+    with pytest.raises(TypeError, match="defence must be a RAILS or a DkNN, got Sequential"):
+        SoftNeighbours(model)
+    with pytest.raises(ValueError, match="defence must be fitted"):
+        attacks.SoftNeighbours(DkNN(model, "input"))
+    with pytest.raises(ValueError, match=r"x must have shape \(B, 4\)"):
+        SoftNeighbours(fitted(problem, "cosine", "input"), neighbours=4)(x[:, :3])

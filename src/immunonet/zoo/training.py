@@ -47,7 +47,7 @@ def train(
 
     Returns one row per epoch: `epoch` (from 1), `loss` (training mean), `validation_loss`,
     `validation_accuracy`. ValueError if the loss stops being finite, or if the checkpoint belongs to other
-    settings, data or another network.
+    settings, numbers of images or another network.
     """
     settings: dict[str, Any] = {
         "epochs": _check.integer("epochs", epochs),

@@ -13,9 +13,7 @@ from immunonet.evaluation import statistics
 def test_wilson_equals_scipy(n, share, confidence):
     correct = round(share * n)
     theirs = binomtest(correct, n).proportion_ci(confidence_level=confidence, method="wilson")
-    assert statistics.wilson(correct, n, confidence=confidence) == pytest.approx(
-        (theirs.low, theirs.high), abs=1e-9
-    )
+    assert statistics.wilson(correct, n, confidence=confidence) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
 
 
 def test_wilson_in_closed_form():

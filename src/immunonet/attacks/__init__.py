@@ -4,8 +4,8 @@ Every attack keeps the best points it saw even where they failed: a point that d
 was made on may still fool a defence.
 """
 
-from ._base import AttackResult
-from .gradient import FGSM, PGD
-from .knn import SoftNeighbours
+from immunonet.attacks._base import AttackResult
+from immunonet.attacks.gradient import FGSM, PGD
+from immunonet.attacks.knn import SoftNeighbours
 
 __all__ = ["FGSM", "PGD", "AttackResult", "SoftNeighbours"]

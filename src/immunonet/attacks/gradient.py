@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import _check
-from ..features import evaluating
-from ._base import AttackResult, Model, logits_of
-from ._norms import NORMS, project, random_within, size, steepest
+from immunonet import _check
+from immunonet.attacks._base import AttackResult, Model, logits_of
+from immunonet.attacks._norms import NORMS, project, random_within, size, steepest
+from immunonet.features import evaluating
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class PGD:
             with torch.set_grad_enabled(not last):
                 point = point.detach().requires_grad_(not last)
                 logits = logits_of(model, point)
-                loss = F.cross_entropy(logits.float(), y, reduction="none") * (-1 if self.targeted else 1)
+                loss = _cross_entropy(logits, y) * (-1 if self.targeted else 1)
             curve.append(loss.detach())
             hit = (logits.argmax(1) == y) == self.targeted
             best.keep(_Found(point.detach(), hit, curve[-1], best.losses))
@@ -134,7 +134,7 @@ class _Found(NamedTuple):
     @classmethod
     def nothing(cls, points: Tensor, steps: int) -> _Found:
         """Return a copy of `points` that anything is better than."""
-        losses = points.new_full((steps + 1, len(points)), -torch.inf)
+        losses = points.new_full((steps + 1, len(points)), -torch.inf, dtype=torch.float64)
         return cls(points.clone(), torch.zeros_like(losses[0], dtype=torch.bool), losses[0].clone(), losses[1:])
 
     def keep(self, other: _Found, part: slice = slice(None)) -> None:
@@ -144,6 +144,17 @@ class _Found(NamedTuple):
         rows = better.nonzero().squeeze(1) + (part.start or 0)
         self.points[rows], self.success[rows] = other.points[better], other.success[better]
         self.loss[rows], self.losses[:, rows] = other.loss[better], other.losses[:, better]
+
+
+def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the cross-entropy `(B,)` float64, in a form that stays exact where the network is sure.
+
+    Single precision would round a loss below 1e-7 to zero, and the gradient with it: a network that is sure
+    enough would look robust (Carlini & Wagner 2017).
+    """
+    logits = logits.double()
+    label = F.one_hot(y, logits.shape[1]).bool()
+    return F.softplus(logits.masked_fill(label, -torch.inf).logsumexp(1) - logits[label])
 
 
 def _gradient(loss: Tensor, point: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from .. import _check
-from ..defence import Defence
-from ..features import space_map
-from ..repertoire import Index
+from immunonet import _check
+from immunonet.defence import Defence
+from immunonet.features import space_map
+from immunonet.repertoire import Index
 
 # Values of neighbours' features that one call keeps for its gradient: 1 GiB.
 _KEPT_VALUES = 2**28

@@ -8,7 +8,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from .. import _check
+from immunonet import _check
 
 
 def wilson(correct: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
@@ -26,9 +26,7 @@ def wilson(correct: float, n: int, *, confidence: float = 0.95) -> tuple[float, 
     return (0.0 if correct == 0 else max(0.0, low)), (1.0 if correct == n else min(1.0, high))
 
 
-def bootstrap(
-    correct: Tensor, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap(correct: Tensor, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """Return the percentile interval of the mean of `correct` `(R, n)` over R runs of n images.
 
     Images and runs are each drawn with replacement (Owen 2007, the pigeonhole bootstrap), because responses
@@ -74,8 +72,7 @@ def mcnemar(a: Tensor, b: Tensor) -> float:
     for name, value in (("a", a), ("b", b)):
         if value.dtype != torch.bool or value.ndim != 1 or value.shape != a.shape:
             raise ValueError(
-                f"{name} must be bool of shape ({len(a)},), one per image, "
-                f"got {value.dtype} {tuple(value.shape)}"
+                f"{name} must be bool of shape ({len(a)},), one per image, got {value.dtype} {tuple(value.shape)}"
             )
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     total = only_a + only_b

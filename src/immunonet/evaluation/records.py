@@ -1,0 +1,103 @@
+"""What is written down: one row per defence and attack, and the file that holds the rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from immunonet import _check
+from immunonet.evaluation import statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """How one defence did under one attack; its fields are the keys of the JSON.
+
+    `dataset`, `defence` ("cnn", "dknn", "rails", ...), `attack` ("none", "pgd", ...) are names; `knows` is what
+    the attacker differentiates or queries, "base" or "defence", and None without an attack. `eps` in units of
+    the input, `norm` "linf" or "l2". `n` images, of which `correct` were right, a mean over `seeds` where the
+    defence is randomised (`seeds` is empty where it is not); `accuracy` is `correct / n`, `ci95` its 95 %
+    interval. `seconds_per_image`: wall time of one answer. `settings`: every hyper-parameter.
+    """
+
+    dataset: str
+    defence: str
+    attack: str
+    knows: str | None
+    eps: float
+    norm: str
+    n: int
+    correct: float
+    accuracy: float
+    ci95: tuple[float, float]
+    seconds_per_image: float
+    seeds: tuple[int, ...]
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, correct: Tensor, *, seeds: Sequence[int] = (), **fields: Any) -> Self:
+        """Return the row of `correct` `(R, n)` bool: which images were right in each of R runs, one per seed.
+
+        A defence without randomness has one run and no seeds. The interval is `statistics.interval`.
+        ValueError for another shape or number of seeds.
+        """
+        ci95 = statistics.interval(correct)
+        runs, n = correct.shape
+        if len(seeds or (0,)) != runs:
+            raise ValueError(f"seeds must name the {runs} runs of correct, got {list(seeds)}")
+        mean = float(correct.double().sum()) / runs
+        return cls(n=n, correct=mean, accuracy=mean / n, ci95=ci95, seeds=tuple(seeds), **fields)
+
+    def __post_init__(self) -> None:
+        _check.choice("knows", self.knows, ("base", "defence", None))
+        _check.number("seconds_per_image", self.seconds_per_image, least=0)
+        for key in ("model", "layers", "slice"):
+            if key not in self.settings:
+                raise ValueError(f"settings must have {key!r}, got {sorted(self.settings)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as a JSON object."""
+        return {**dataclasses.asdict(self), "ci95": list(self.ci95), "seeds": list(self.seeds)}
+
+
+@dataclass(frozen=True)
+class Check:
+    """A sanity check: what must hold, whether it did, and the figures."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def environment() -> dict[str, Any]:
+    """Return what a result depends on beside its settings: versions, processor, threads."""
+    import immunonet
+
+    found = {
+        "immunonet": immunonet.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    return found | ({"cuda": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+
+
+def command() -> str:
+    """Return the command line of this process, its program by name alone."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def envelope(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the JSON object that holds rows: results, environment, command."""
+    return {"results": [row.to_json() for row in rows], "environment": environment(), "command": command()}

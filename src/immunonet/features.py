@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from immunonet.immune.backend import fused_for
+from immunonet.immune.operators import Family
+
 Layer = str | Callable[[Tensor], Tensor]
 
 # Feature values computed at once; keeps the activations of a chunk near the size of a last-level cache.
@@ -74,20 +77,21 @@ class FeatureMap:
             raise ValueError(f"layer {self.name!r} gave NaN or infinite features: check the model and its precision")
         return out
 
-    def distances(self, cells: Tensor, antigens: Tensor, features: Tensor) -> Tensor:
-        """Return Euclidean feature distances `(B, n)` of cells `(B, n, *S)` to antigens `(B, *S)`.
+    def distances(self, cells: Tensor, family: Family, antigens: Tensor, features: Tensor) -> Tensor:
+        """Return feature distances `(F, P)` of families of `cells` `(B, C, P, *S)` to their antigens `(B, *S)`.
 
         `features` `(B, D)` are the antigens' own.
         """
-        batch, n = cells.shape[:2]
-        out = torch.empty(batch, n, device=cells.device)
-        size = max(16, CHUNK_VALUES // max(features.shape[1], cells[0, 0].numel()))
-        rows = max(1, size // n)
-        for b in range(0, batch, rows):
-            for i in range(0, n, size):
-                part = cells[b : b + rows, i : i + size]
-                found = self(part.flatten(0, 1)).unflatten(0, part.shape[:2])
-                out[b : b + rows, i : i + size] = (found - features[b : b + rows, None]).norm(dim=2)
+        size = cells.shape[2]
+        chunk = max(16, CHUNK_VALUES // max(features.shape[1], cells[0, 0, 0].numel()))
+        out = torch.empty(len(family[0]), size, device=cells.device)
+        step = max(1, chunk // size)
+        for start in range(0, len(out), step):
+            some = slice(start, start + step)
+            part, goal = cells[family[0][some], family[1][some]], features[family[0][some], None]
+            for i in range(0, size, chunk):
+                found = self(part[:, i : i + chunk].flatten(0, 1)).unflatten(0, (len(part), -1))
+                out[some, i : i + chunk] = torch.linalg.vector_norm(found - goal, dim=2)
         return out
 
 
@@ -96,11 +100,13 @@ class AffineMap(FeatureMap):
 
     With homogeneous coordinates [a, 1] and the map's matrix W (its offset the last row), the root R of
     W W' = R R' keeps every inner product, so distances and angles of `[a, 1] R` are those of the features.
+    The Gram matrix of a small convolution has few diagonals, whose quadratic form is cheaper than the root.
     """
 
     def __init__(self, name: str, matrix: Tensor, offset: Tensor) -> None:
         self.name = name
         self._matrix, self._offset = matrix, offset
+        self._band = _band(matrix)
 
     def _on(self, like: Tensor) -> tuple[Tensor, Tensor]:
         if self._matrix.device != like.device:
@@ -112,10 +118,14 @@ class AffineMap(FeatureMap):
         matrix, offset = self._on(cells)
         return cells.flatten(1) @ matrix + offset
 
-    def distances(self, cells: Tensor, antigens: Tensor, features: Tensor) -> Tensor:
-        """Return Euclidean feature distances `(B, n)`; the offset cancels."""
+    def distances(self, cells: Tensor, family: Family, antigens: Tensor, features: Tensor) -> Tensor:
+        """Return feature distances `(F, P)`; the offset cancels."""
         matrix, _ = self._on(cells)
-        return ((cells - antigens[:, None]).flatten(2) @ matrix).norm(dim=2)
+        fused = fused_for(cells)
+        if fused is not None and self._band is not None:
+            return fused.band_distances(cells, family, antigens, *self._band)  # type: ignore[no-any-return]
+        difference = (cells[family] - antigens[family[0], None]).flatten(2)
+        return _norms(difference @ matrix)
 
 
 class IdentityMap(FeatureMap):
@@ -128,9 +138,18 @@ class IdentityMap(FeatureMap):
         """Return the cells, flattened."""
         return cells.flatten(1)
 
-    def distances(self, cells: Tensor, antigens: Tensor, features: Tensor) -> Tensor:
-        """Return Euclidean distances `(B, n)` of the cells themselves."""
-        return (cells - antigens[:, None]).flatten(2).norm(dim=2)
+    def distances(self, cells: Tensor, family: Family, antigens: Tensor, features: Tensor) -> Tensor:
+        """Return Euclidean distances `(F, P)` of the cells themselves."""
+        fused = fused_for(cells)
+        if fused is not None:
+            ones = torch.ones(1, antigens[0].numel())
+            return fused.band_distances(cells, family, antigens, torch.zeros(1, dtype=torch.long), ones)  # type: ignore[no-any-return]
+        return _norms((cells[family] - antigens[family[0], None]).flatten(2))
+
+
+def _norms(difference: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(difference, dim=2)
+    return norms
 
 
 def layer_names(layers: Sequence[Layer]) -> tuple[str, ...]:
@@ -304,6 +323,28 @@ def _affine(function: FeatureMap, cells: Tensor) -> AffineMap | None:
         rows = (vectors * values.clamp(min=0).sqrt()).float()
     found = AffineMap(function.name, rows[:-1].contiguous(), rows[-1].contiguous())
     far = noise * scale
-    exact = (function(cells) - function(far)).norm(dim=1)
-    close = torch.allclose(found.distances(cells[:, None], far, far)[:, 0], exact, rtol=1e-4)
+    exact = torch.linalg.vector_norm(function(cells) - function(far), dim=1)
+    family = (
+        torch.arange(len(cells), device=cells.device),
+        torch.zeros(len(cells), dtype=torch.long, device=cells.device),
+    )
+    close = torch.allclose(found.distances(cells[:, None, None], family, far, far)[:, 0], exact, rtol=1e-4)
     return found if close else None
+
+
+def _band(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the diagonals of the Gram matrix of `matrix` `(d, r)`: offsets `(t,)` >= 0 and values `(t, d)`.
+
+    Those above the main diagonal count twice. None where the root is cheaper: a band's sums run at about a
+    sixth of the rate of a matrix product.
+    """
+    d = len(matrix)
+    gram = (matrix.double() @ matrix.double().T).float().cpu()
+    gram[gram.abs() <= 1e-7 * gram.abs().max()] = 0
+    offsets = [t for t in range(d) if bool(gram.diagonal(t).any())]
+    if 6 * len(offsets) > matrix.shape[1]:
+        return None
+    band = torch.zeros(len(offsets), d)
+    for row, t in zip(band, offsets, strict=True):
+        row[: d - t] = gram.diagonal(t) * (1 if t == 0 else 2)
+    return torch.tensor(offsets), band

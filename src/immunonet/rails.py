@@ -18,8 +18,9 @@ from immunonet.immune import sensing
 from immunonet.immune.consensus import winner
 from immunonet.immune.maturation import Matured, Naive, mature
 from immunonet.immune.noise import Noise, derive, identities
+from immunonet.immune.operators import Family
 from immunonet.immune.settings import Maturation
-from immunonet.repertoire import Index
+from immunonet.repertoire import Calibration
 from immunonet.response import Cells, ImmuneResponse, Trace
 
 # Values of the populations that mature at once: enough antigens to share a generation's random numbers.
@@ -37,7 +38,7 @@ class RAILS(Defence):
         space: None if cells are inputs, or the name of the submodule whose outputs they are.
         bounds: valid range of inputs, `(low, high)` or one pair per channel or feature; checked on every call.
         cell_bounds: the same for cells; None: `bounds`, or in another space the repertoire's range per channel.
-        false_alarm: share of clean inputs that may be flagged foreign, in (0, 1).
+        false_alarm: share of clean inputs that may be flagged foreign, in (0, 1].
         shared_noise: whether the antigens of a call share random numbers (faster); False: each has its own.
         seed: of every response without one; None: fresh randomness each time.
 
@@ -92,14 +93,13 @@ class RAILS(Defence):
     @torch.no_grad()
     def naive(self, x: Any, layer: int = 0) -> tuple[Tensor, Tensor]:
         """Return the naive B cells of `x` `(B, *S)` at one layer: repertoire indices and distances, `(B, C, K)`."""
-        cells = self._cells(self._inputs(x))
-        distances, index = self._flock(self.feature_maps[layer].chunked(cells), layer)
-        return index, distances
+        index = self.index(layer)
+        features = self.feature_maps[layer].chunked(self._cells(self._inputs(x)))
+        distances, found = index.nearest(features, self.maturations[layer].neighbours)
+        return found, distances
 
     def _flock(self, features: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        index = self.indices[layer]
-        assert isinstance(index, Index)
-        return index.nearest(features, self.maturations[layer].neighbours)
+        return self.index(layer).nearest(features, self.maturations[layer].neighbours)
 
     @torch.no_grad()
     def _answers(
@@ -138,7 +138,7 @@ class RAILS(Defence):
                 naive,
                 functools.partial(_to_antigens, feature_map, cells, features),
                 settings,
-                Noise(seeds, shared=names is None, device=x.device),
+                Noise(seeds, antigens=len(x)),
                 bounds=(low, high),
                 keep_cells=keep_cells,
                 trace=trace,
@@ -167,10 +167,10 @@ class RAILS(Defence):
 
     def _sense(self, flocks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         counts, far = self._neighbourhood(flocks)
-        credibility = sensing.p_values(self._label_scores, counts.float()).amax(1)
-        return credibility, self._is_foreign(far)
+        credibility = sensing.p_values(self.calibration.label_scores, counts.float()).amax(1)
+        return credibility, self.calibration.is_foreign(far, self.false_alarm)
 
-    def _calibrate(self, x: Tensor, y: Tensor) -> None:
+    def _calibrate(self, x: Tensor, y: Tensor) -> Calibration:
         counts, far = [], []
         for part, labels in zip(x.split(256), y.split(256), strict=True):
             cells = self._cells(part)
@@ -178,7 +178,7 @@ class RAILS(Defence):
             nonconformity, distance = self._neighbourhood(flocks)
             counts.append(nonconformity.gather(1, labels[:, None])[:, 0])
             far.append(distance)
-        self._set_calibration(torch.cat(counts), torch.cat(far))
+        return Calibration.of(torch.cat(counts), torch.cat(far))
 
     def _cell_bounds(self) -> _check.Bounds:
         return self.cell_bounds or (self.bounds if self.space is None else self._space_bounds)
@@ -186,6 +186,8 @@ class RAILS(Defence):
     def _remember(self, x: Tensor, y: Tensor, classes: int) -> None:
         if self.space is not None and self.cell_bounds is None:
             self._space_bounds = self._range(x)
+        cells = self._cells(x[:1])
+        self._cell_bounds().tensors(cells, cells.shape[1:], name="cell_bounds")
         super()._remember(x, y, classes)
 
     def _range(self, x: Tensor) -> _check.Bounds:
@@ -222,8 +224,8 @@ class RAILS(Defence):
         return cls(model, layers, **settings | {"maturation": maturation})
 
 
-def _to_antigens(feature_map: FeatureMap, antigens: Tensor, features: Tensor, cells: Tensor, rows: Tensor) -> Tensor:
-    return feature_map.distances(cells, antigens[rows], features[rows])
+def _to_antigens(feature_map: FeatureMap, antigens: Tensor, features: Tensor, cells: Tensor, family: Family) -> Tensor:
+    return feature_map.distances(cells, family, antigens, features)
 
 
 def _per_layer(maturation: Any, layers: int) -> tuple[Maturation, ...]:

@@ -6,11 +6,6 @@ import torch
 from torch import Tensor
 
 
-def fittest(distances: Tensor, n: int) -> Tensor:
-    """Return indices `(B, n)` into the flattened population `(B, C, P)` of the n nearest cells, nearest first."""
-    return distances.flatten(1).topk(n, dim=1, largest=False).indices
-
-
 def consensus(labels: Tensor, classes: int) -> Tensor:
     """Return the share `(B, C)` of each label among the plasma cells' labels `(B, n)`."""
     return torch.nn.functional.one_hot(labels, classes).float().mean(1)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from immunonet.immune import operators
-from immunonet.immune.consensus import consensus, entropy, fittest
+from immunonet.immune import backend, operators
+from immunonet.immune.consensus import consensus, entropy
 from immunonet.immune.noise import Noise
+from immunonet.immune.operators import Family, Mutation
 from immunonet.immune.settings import Maturation
 from immunonet.response import Cells, Trace
 
@@ -39,27 +40,17 @@ class Matured:
 
 
 @dataclass
-class _Antigens:
-    """The antigens that still mature, b of B: every field has one row each."""
+class _Population:
+    """The cells of B antigens `(B, C, P, *S)`, their origins and distances `(B, C, P)`; families change in place."""
 
-    row: Tensor
     cells: Tensor
     origin: Tensor
     distances: Tensor
-    temperature: Tensor
-    rate: Tensor
-    most: Tensor
-    least_total: Tensor
-    streak: Tensor
-
-    def at(self, mask: Tensor) -> _Antigens:
-        """Return the antigens of `mask` `(b,)`."""
-        return _Antigens(*(getattr(self, field.name)[mask] for field in fields(self)))
 
 
 def mature(
     naive: Naive,
-    distances_of: Callable[[Tensor, Tensor], Tensor],
+    distances_of: Callable[[Tensor, Family], Tensor],
     settings: Maturation,
     noise: Noise,
     *,
@@ -69,37 +60,57 @@ def mature(
 ) -> tuple[Matured, Trace | None]:
     """Evolve the naive cells of B antigens for up to G generations (design, section 5).
 
-    `distances_of(cells (b, n, *S), rows (b,))` gives feature distances `(b, n)` to the antigens in these rows;
-    `bounds`, low and high, broadcast against `*S`.
+    `distances_of(cells (B, C, P, *S), family)` gives the feature distances `(F, P)` of some families to their
+    antigens. `bounds`, low and high, broadcast against `*S`. Families whose antigen has its answer, and those
+    that are pruned, stop evolving and keep their last cells and distances.
     """
-    classes, k = naive.distances.shape[1:]
+    batch, classes, k = naive.distances.shape
     size = settings.per_class(classes)
     n_plasma, _ = settings.sizes(classes)
-    living = _expand(naive, settings, size // k)
-    ended: list[tuple[Tensor, Matured]] = []
+    population = _Population(
+        *(part.repeat_interleave(size // k, dim=2) for part in (naive.x, naive.index, naive.distances))
+    )
+    temperature = temperatures(settings, naive.distances)
+    mutation = Mutation(
+        rate=torch.full_like(temperature, settings.rates[1]),
+        least=settings.mutation_range[0],
+        most=torch.full_like(temperature, settings.mutation_range[1]),
+        low=bounds[0].expand(naive.x.shape[3:]),
+        high=bounds[1].expand(naive.x.shape[3:]),
+    )
+    nearest_yet = torch.full_like(temperature, torch.inf)
+    streak = torch.zeros_like(temperature, dtype=torch.long)
+    generations = torch.full_like(streak, settings.generations)
+    evolving = torch.ones(batch, classes, dtype=torch.bool, device=streak.device)
     curve = _Curve(settings.generations + 1, naive.distances) if trace else None
 
     for generation in range(settings.generations + 1):
-        if generation > 0:
-            living = _select_and_cross(living, settings, noise)
-        living.cells = _mutate(living, settings, noise, bounds)
-        living.distances = distances_of(living.cells.flatten(1, 2), living.row).unflatten(1, (classes, size))
-        _decay(living, settings)
+        antigen, label = evolving.nonzero(as_tuple=True)
+        family = (antigen, label)
+        if generation == 0:
+            parents, share = _clones(population, family)
+        else:
+            u = noise.draw(generation, "select", family, 2 * size)
+            parents, share = _parents(population.distances[family], temperature[family[0]], u, settings)
+        _breed(population, family, parents, share, mutation, noise, generation)
+        population.distances[family] = distances_of(population.cells, family)
 
-        labels = fittest(living.distances, n_plasma) // size
+        rows = evolving.any(1).nonzero()[:, 0]
+        distances = population.distances[rows]
+        _decay(mutation, nearest_yet, rows, distances.sum((1, 2)), settings)
+        near, labels = _plasma(distances, n_plasma)
         if curve is not None:
-            curve.record(generation, living, consensus(labels, classes))
-        living.streak = torch.where((labels == labels[:, :1]).all(1), living.streak + 1, 0)
-        done = living.streak >= (settings.early_stop or settings.generations + 2)
-        if generation == settings.generations:
-            done = torch.ones_like(done)
-        if bool(done.any()):
-            stopped = living.at(done)
-            ended.append((stopped.row, _harvest(stopped, settings, generation, keep_cells)))
-            if bool(done.all()):
+            curve.record(generation, rows, distances, consensus(labels, classes))
+        if settings.prune is not None:
+            evolving[rows] &= distances.amin(2) <= near[:, -1:] * (1 + settings.prune)
+        if settings.early_stop is not None:
+            streak[rows] = torch.where((labels == labels[:, :1]).all(1), streak[rows] + 1, 0)
+            done = rows[streak[rows] >= settings.early_stop]
+            evolving[done] = False
+            generations[done] = generation
+            if len(done) == len(rows):
                 break
-            living = living.at(~done)
-    return _in_order(ended), None if curve is None else curve.trace()
+    return _harvest(population, generations, settings, keep_cells), None if curve is None else curve.trace()
 
 
 def temperatures(settings: Maturation, naive_distances: Tensor) -> Tensor:
@@ -109,84 +120,72 @@ def temperatures(settings: Maturation, naive_distances: Tensor) -> Tensor:
     return naive_distances.new_full((len(naive_distances),), settings.temperature)
 
 
-def _expand(naive: Naive, settings: Maturation, copies: int) -> _Antigens:
-    temperature = temperatures(settings, naive.distances)
-    return _Antigens(
-        row=torch.arange(len(temperature), device=temperature.device),
-        cells=operators.expand(naive.x, copies),
-        origin=operators.expand(naive.index, copies),
-        distances=operators.expand(naive.distances, copies),
-        temperature=temperature,
-        rate=torch.full_like(temperature, settings.rates[1]),
-        most=torch.full_like(temperature, settings.mutation_range[1]),
-        least_total=torch.full_like(temperature, torch.inf),
-        streak=torch.zeros_like(temperature, dtype=torch.long),
-    )
+def _clones(population: _Population, family: Family) -> tuple[Tensor, Tensor]:
+    """Return every cell as its own parents: generation 0 mutates the clones of the naive cells."""
+    size = population.distances.shape[2]
+    own = torch.arange(size, device=family[0].device).repeat(len(family[0]), 2)
+    return own, torch.ones(len(family[0]), size, device=own.device)
 
 
-def _select_and_cross(living: _Antigens, settings: Maturation, noise: Noise) -> _Antigens:
-    classes, size = living.distances.shape[1:]
-    pairs = 1 if settings.crossover is None else 2
-    parents = operators.select(
-        living.distances, living.temperature, noise.draw(living.row, (classes, pairs * size))
-    ).split(size, dim=2)
-    cells = operators.take(living.cells, parents[0])
-    origin = living.origin.gather(2, parents[0])
-    if settings.crossover is not None:
-        d1, d2 = (living.distances.gather(2, parent) for parent in parents)
-        share = operators.first_parent_share(d1, d2, settings.crossover)
-        u = noise.draw(living.row, tuple(cells.shape[1:]))
-        cells = operators.cross(cells, operators.take(living.cells, parents[1]), share, u)
-        origin = torch.where(share >= 0.5, origin, living.origin.gather(2, parents[1]))
-    return replace(living, cells=cells, origin=origin)
+def _parents(distances: Tensor, temperature: Tensor, u: Tensor, settings: Maturation) -> tuple[Tensor, Tensor]:
+    """Return pairs of selected parents `(F, 2 P)` and the share `(F, P)` of pixels that the first one gives."""
+    parents = operators.select(distances, temperature, u)
+    if settings.crossover is None:
+        return parents, torch.ones_like(distances)
+    first, second = distances.gather(1, parents).chunk(2, dim=1)
+    return parents, operators.first_parent_share(first, second, settings.crossover)
 
 
-def _mutate(living: _Antigens, settings: Maturation, noise: Noise, bounds: tuple[Tensor, Tensor]) -> Tensor:
-    if settings.rates[1] == 0 or settings.mutation_range[1] == 0:
-        return living.cells
-    u = noise.draw(living.row, tuple(living.cells.shape[1:]))
-    return operators.mutate(living.cells, living.rate, settings.mutation_range[0], living.most, *bounds, u)
+def _breed(
+    population: _Population,
+    family: Family,
+    parents: Tensor,
+    share: Tensor,
+    mutation: Mutation,
+    noise: Noise,
+    generation: int,
+) -> None:
+    """Replace families by their offspring; a child's origin is that of the parent that gives more pixels."""
+    device = share.device
+    keys = [noise.keys(generation, use, device) for use in ("cross", "mutate")]
+    step = backend.offspring_for(population.cells)
+    step(population.cells, family, parents, share, keys[0], keys[1], mutation)
+    first, second = population.origin[family].gather(1, parents).chunk(2, dim=1)
+    population.origin[family] = torch.where(share >= 0.5, first, second)
 
 
-def _decay(living: _Antigens, settings: Maturation) -> None:
-    """Shrink rate and range of the antigens whose population's summed affinity fell below its best."""
-    total = living.distances.sum((1, 2))
-    factor = torch.where(total > living.least_total, settings.decay, 1.0)
-    living.rate = (living.rate * factor).clamp(min=settings.rates[0])
-    living.most = (living.most * factor).clamp(min=settings.mutation_range[0])
-    living.least_total = torch.minimum(living.least_total, total)
+def _decay(mutation: Mutation, nearest_yet: Tensor, rows: Tensor, total: Tensor, settings: Maturation) -> None:
+    """Shrink rate and range of antigens whose population's summed affinity fell below its best so far."""
+    factor = torch.where(total > nearest_yet[rows], settings.decay, 1.0)
+    mutation.rate[rows] = (mutation.rate[rows] * factor).clamp(min=settings.rates[0])
+    mutation.most[rows] = (mutation.most[rows] * factor).clamp(min=settings.mutation_range[0])
+    nearest_yet[rows] = torch.minimum(nearest_yet[rows], total)
 
 
-def _harvest(stopped: _Antigens, settings: Maturation, generation: int, keep_cells: bool) -> Matured:
-    classes, size = stopped.distances.shape[1:]
+def _plasma(distances: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return distances and labels, each `(B, n)`, of the n fittest of a population `(B, C, P)`, fittest first."""
+    near, index = distances.flatten(1).topk(n, dim=1, largest=False)
+    return near, index // distances.shape[2]
+
+
+def _harvest(population: _Population, generations: Tensor, settings: Maturation, keep_cells: bool) -> Matured:
+    classes, size = population.distances.shape[1:]
     n_plasma, n_memory = settings.sizes(classes)
-    top = fittest(stopped.distances, n_plasma + n_memory)
-    kept = top if keep_cells else top[:, :0]
+    near, top = population.distances.flatten(1).topk(n_plasma + n_memory, dim=1, largest=False)
+    kept = n_plasma + n_memory if keep_cells else 0
+    rows = torch.arange(len(top), device=top.device)[:, None]
     cells = Cells(
-        x=operators.take(stopped.cells.flatten(1, 2), kept),
-        label=kept // size,
-        affinity=-stopped.distances.flatten(1).gather(1, kept),
-        origin=stopped.origin.flatten(1).gather(1, kept),
+        x=population.cells.flatten(1, 2)[rows, top[:, :kept]],
+        label=top[:, :kept] // size,
+        affinity=-near[:, :kept],
+        origin=population.origin.flatten(1).gather(1, top[:, :kept]),
     )
     return Matured(
         votes=consensus(top[:, :n_plasma] // size, classes),
-        best=-stopped.distances.amin(2),
-        generations=torch.full_like(stopped.row, generation),
+        best=-population.distances.amin(2),
+        generations=generations,
         plasma=cells.part(slice(None, n_plasma)),
         memory=cells.part(slice(n_plasma, None)),
-    )
-
-
-def _in_order(ended: list[tuple[Tensor, Matured]]) -> Matured:
-    """Return the ends of all antigens as one, in the order of their rows."""
-    order = torch.cat([rows for rows, _ in ended]).argsort()
-    parts = [matured for _, matured in ended]
-    return Matured(
-        votes=torch.cat([part.votes for part in parts])[order],
-        best=torch.cat([part.best for part in parts])[order],
-        generations=torch.cat([part.generations for part in parts])[order],
-        plasma=Cells.cat([part.plasma for part in parts]).rows(order),
-        memory=Cells.cat([part.memory for part in parts]).rows(order),
     )
 
 
@@ -197,10 +196,10 @@ class _Curve:
         batch, classes = like.shape[:2]
         self._mean, self._best, self._votes = like.new_zeros(3, length, batch, classes)
 
-    def record(self, generation: int, living: _Antigens, votes: Tensor) -> None:
-        self._mean[generation:, living.row] = -living.distances.mean(2)
-        self._best[generation:, living.row] = -living.distances.amin(2)
-        self._votes[generation:, living.row] = votes
+    def record(self, generation: int, rows: Tensor, distances: Tensor, votes: Tensor) -> None:
+        self._mean[generation:, rows] = -distances.mean(2)
+        self._best[generation:, rows] = -distances.amin(2)
+        self._votes[generation:, rows] = votes
 
     def trace(self) -> Trace:
         return Trace(self._mean, self._best, self._votes, entropy(self._votes))

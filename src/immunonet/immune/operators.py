@@ -1,36 +1,43 @@
-"""The operators of clonal evolution on populations `(B, C, P, *S)`, driven by given uniform numbers in [0, 1).
+"""The operators of clonal evolution on families: the P cells of one class for one antigen, `(F, P, *S)`.
 
-Random numbers `(C, P, ...)` are shared by the antigens of a batch, `(B, C, P, ...)` are each antigen's own.
+Each is a pure function of uniform numbers in [0, 1); `offspring` puts them together on a whole population.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from immunonet.immune.noise import uniform
 
-def expand(naive: Tensor, copies: int) -> Tensor:
-    """Return clones `(B, C, K * copies, ...)` of naive cells `(B, C, K, ...)`, copies of a cell side by side."""
-    return naive.repeat_interleave(copies, dim=2)
+Family = tuple[Tensor, Tensor]
+"""The antigens `(F,)` and labels `(F,)` of some families of a population `(B, C, P, *S)`."""
+
+
+@dataclass
+class Mutation:
+    """Share `rate` `(B,)` of pixels that move, by `least` to `most` `(B,)` times `high - low`, within [low, high].
+
+    `low`, `high` have a cell's shape `(*S)`.
+    """
+
+    rate: Tensor
+    least: float
+    most: Tensor
+    low: Tensor
+    high: Tensor
 
 
 def select(distances: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
-    """Return parents, indices `(B, C, n)` into P, drawn with probability softmax(-distance / temperature).
+    """Return parents, indices `(F, n)` into P, drawn with probability softmax(-distance / temperature).
 
-    `distances` `(B, C, P)`; `temperature` `(B,)`, positive; `u` `(C, n)` or `(B, C, n)`.
+    `distances` `(F, P)`; `temperature` `(F,)`, positive; `u` `(F, n)`.
     """
-    weights = torch.softmax(-distances / temperature[:, None, None], dim=2)
-    cumulative = weights.cumsum(2)
-    u = u.expand(len(distances), -1, -1) * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, u.contiguous(), right=True).clamp(max=distances.shape[2] - 1)
-
-
-def take(cells: Tensor, index: Tensor) -> Tensor:
-    """Return the cells `(..., n, *S)` at `index` `(..., n)` into the last axis that `index` has of `cells`."""
-    lead = index.ndim
-    width = cells.shape[lead - 1]
-    start = torch.arange(index.shape[:-1].numel(), device=index.device).reshape(*index.shape[:-1], 1) * width
-    return cells.flatten(0, lead - 1)[index + start]
+    cumulative = torch.softmax(-distances / temperature[:, None], dim=1).cumsum(1)
+    drawn = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
+    return drawn.clamp(max=distances.shape[1] - 1)
 
 
 def first_parent_share(d1: Tensor, d2: Tensor, crossover: str) -> Tensor:
@@ -43,23 +50,57 @@ def first_parent_share(d1: Tensor, d2: Tensor, crossover: str) -> Tensor:
 
 
 def cross(first: Tensor, second: Tensor, share: Tensor, u: Tensor) -> Tensor:
-    """Return children that take each pixel from `first` with probability `share` `(B, C, P)`, else from `second`.
+    """Return children that take each pixel from `first` with probability `share` `(F, P)`, else from `second`.
 
-    `first`, `second` `(B, C, P, *S)`; `u` `(C, P, *S)` or `(B, C, P, *S)`.
+    `first`, `second`, `u`: `(F, P, *S)`.
     """
-    share = share.reshape(*share.shape, *(1,) * (first.ndim - 3))
-    return torch.where(u < share, first, second)
+    return torch.where(u < _spread(share, first), first, second)
 
 
 def mutate(cells: Tensor, rate: Tensor, least: float, most: Tensor, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
     """Return cells of which each pixel moved with probability `rate`, clipped to [low, high].
 
-    The amount is uniform in [least, most] times (high - low), its sign random. `cells` `(B, C, P, *S)`;
-    `rate`, `most` `(B,)`; `low`, `high` broadcast against `*S`; `u` `(C, P, *S)` or `(B, C, P, *S)`: where
-    u < rate, u / rate is uniform again and gives sign and amount.
+    The amount is uniform in [least, most] times (high - low), its sign random. `cells`, `u` `(F, P, *S)`;
+    `rate`, `most` `(F,)`; `low`, `high` broadcast against `*S`. Where u < rate, u / rate is uniform again
+    and gives sign and amount.
     """
-    ones = (1,) * (cells.ndim - 1)
-    rate, most = rate.reshape(-1, *ones), most.reshape(-1, *ones)
-    signed = 2 * u / rate.clamp(min=torch.finfo(rate.dtype).tiny) - 1
-    amount = torch.sign(signed) * (least + signed.abs() * (most - least)) * (high - low)
+    rate, most = _spread(rate, cells), _spread(most, cells)
+    signed = 2 * u * (1 / rate.clamp(min=1e-30)) - 1
+    amount = torch.where(signed >= 0, 1.0, -1.0) * (least + signed.abs() * (most - least)) * (high - low)
     return torch.where(u < rate, cells + amount, cells).clamp(min=low, max=high)
+
+
+def offspring(
+    cells: Tensor,
+    family: Family,
+    parents: Tensor,
+    share: Tensor,
+    cross_keys: Tensor,
+    mutate_keys: Tensor,
+    mutation: Mutation,
+) -> None:
+    """Replace, in place, the families of a population `cells` `(B, C, P, *S)` by their mutated offspring.
+
+    `parents` `(F, 2 P)`: first parents, then second; `share` `(F, P)` of the first; keys `(B, 2)`.
+    """
+    antigen, label = family
+    size, values = cells.shape[2], cells[0, 0].numel()
+    start = label * values
+    rows = torch.arange(len(label), device=label.device)[:, None]
+    old = cells[family]
+    first, second = old[rows, parents[:, :size]], old[rows, parents[:, size:]]
+    children = cross(first, second, share, uniform(cross_keys[antigen], start, values).reshape(old.shape))
+    cells[family] = mutate(
+        children,
+        mutation.rate[antigen],
+        mutation.least,
+        mutation.most[antigen],
+        mutation.low,
+        mutation.high,
+        uniform(mutate_keys[antigen], start, values).reshape(old.shape),
+    )
+
+
+def _spread(values: Tensor, like: Tensor) -> Tensor:
+    """Return `values` with trailing axes of one, to broadcast against `like`."""
+    return values.reshape(*values.shape, *(1,) * (like.ndim - values.ndim))

@@ -26,6 +26,8 @@ class Maturation:
         crossover: "affinity" (the nearer parent's pixels more often), "authors" (the farther one's), or None.
         plasma: share of the population that votes; memory: the share after it that is kept.
         early_stop: stop an antigen after this many generations in a row with one label in its plasma; None: never.
+        prune: a class whose fittest cell is farther than the last plasma cell by more than this fraction stops
+            evolving and keeps its last cells; None: never.
     """
 
     population: int = 1000
@@ -39,6 +41,7 @@ class Maturation:
     plasma: float = 0.05
     memory: float = 0.20
     early_stop: int | None = 2
+    prune: float | None = 0.05
 
     def __post_init__(self) -> None:
         _check.integer("population", self.population)
@@ -60,6 +63,8 @@ class Maturation:
             raise ValueError(f"plasma + memory must be at most 1, got {self.plasma:g} + {self.memory:g}")
         if self.early_stop is not None:
             _check.integer("early_stop", self.early_stop)
+        if self.prune is not None:
+            _check.number("prune", self.prune, least=0)
 
     @property
     def rates(self) -> tuple[float, float]:
@@ -84,7 +89,7 @@ class Maturation:
         A small share of pixels mutates by a two-sided band, the nearer parent's pixels are taken more often,
         and nothing stops early.
         """
-        return cls(**{"mutation_rate": (0.05, 0.15), "early_stop": None} | overrides)
+        return cls(**{"mutation_rate": (0.05, 0.15), "early_stop": None, "prune": None} | overrides)
 
     @classmethod
     def authors(cls, dataset: Literal["mnist", "cifar10"], **overrides: Any) -> Any:
@@ -100,6 +105,7 @@ class Maturation:
             "mutation_range": (0.0, 0.15),
             "crossover": "authors",
             "early_stop": None,
+            "prune": None,
         }
         if dataset == "mnist":
             return cls(**common | {"temperature": 18.0} | overrides)

@@ -1,0 +1,157 @@
+"""The operators and the distances of affine maps as numba loops: the same numbers as the torch path, in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+from torch import Tensor
+from torch.nn import functional as F
+
+from immunonet.immune.noise import FIRST, GOLDEN, SECOND
+from immunonet.immune.operators import Family, Mutation
+
+_FIRST, _SECOND, _GOLDEN = np.uint32(FIRST), np.uint32(SECOND), np.uint32(GOLDEN)
+_8, _15, _16 = np.uint32(8), np.uint32(15), np.uint32(16)
+_ONE, _TWO, _UNIT = np.float32(1), np.float32(2), np.float32(2.0**-24)
+
+GROUP = 7
+"""Diagonals that are added in one pass over a cell."""
+
+
+def offspring(
+    cells: Tensor,
+    family: Family,
+    parents: Tensor,
+    share: Tensor,
+    cross_keys: Tensor,
+    mutate_keys: Tensor,
+    mutation: Mutation,
+) -> None:
+    """Do what `operators.offspring` does, on contiguous float32 CPU tensors."""
+    _offspring(
+        _flat(cells),
+        *(_contiguous(part) for part in family),
+        _contiguous(parents),
+        _contiguous(share),
+        _contiguous(cross_keys).astype(np.uint32),
+        _contiguous(mutate_keys).astype(np.uint32),
+        _contiguous(mutation.rate),
+        np.float32(mutation.least),
+        _contiguous(mutation.most),
+        _contiguous(mutation.low.flatten()),
+        _contiguous(mutation.high.flatten()),
+    )
+
+
+def band_distances(cells: Tensor, family: Family, antigens: Tensor, offsets: Tensor, band: Tensor) -> Tensor:
+    """Return distances `(F, P)` of families of `cells` `(B, C, P, *S)` to their antigens `(B, *S)`.
+
+    The squared distance of a difference q is the sum over diagonals of `band[t, j] q[j] q[j + offsets[t]]`:
+    `offsets` `(t,)` >= 0, `band` `(t, d)`.
+    """
+    missing = -len(offsets) % GROUP
+    offsets, band = F.pad(offsets, (0, missing)), F.pad(band, (0, 0, 0, missing))
+    out = cells.new_empty(len(family[0]), cells.shape[2])
+    _band_distances(
+        _flat(cells),
+        *(_contiguous(part) for part in family),
+        _contiguous(antigens.flatten(1)),
+        _contiguous(offsets),
+        _contiguous(band),
+        out.numpy(),
+    )
+    return out
+
+
+def _flat(cells: Tensor) -> Any:
+    return cells.view(*cells.shape[:3], -1).numpy()
+
+
+def _contiguous(tensor: Tensor) -> Any:
+    return tensor.contiguous().numpy()
+
+
+@njit(inline="always")
+def _uniform(n: Any, key0: Any, key1: Any) -> Any:
+    x = np.uint32(np.uint32(n * _GOLDEN) ^ key0)
+    x = np.uint32(np.uint32(x ^ np.uint32(x >> _16)) * _FIRST)
+    x = np.uint32(np.uint32(np.uint32(x ^ np.uint32(x >> _15)) + key1) * _SECOND)
+    x = np.uint32(x ^ np.uint32(x >> _16))
+    return np.float32(np.int32(np.uint32(x >> _8))) * _UNIT
+
+
+@njit(cache=True)
+def _child(
+    out: Any, first: Any, second: Any, share: Any, start: Any, kc: Any, km: Any,
+    rate: Any, least: Any, most: Any, low: Any, high: Any,
+) -> None:  # fmt: skip
+    inverse = _ONE / max(rate, np.float32(1e-30))
+    kc0, kc1, km0, km1 = kc[0], kc[1], km[0], km[1]
+    for j in range(out.shape[0]):
+        n = np.uint32(start + np.uint32(j))
+        value = first[j] if _uniform(n, kc0, kc1) < share else second[j]
+        u = _uniform(n, km0, km1)
+        signed = _TWO * u * inverse - _ONE
+        amount = (least + abs(signed) * (most - least)) * (high[j] - low[j])
+        moved = value + amount if signed >= 0 else value - amount
+        value = moved if u < rate else value
+        out[j] = min(max(value, low[j]), high[j])
+
+
+@njit(parallel=True, cache=True)
+def _offspring(
+    cells: Any, antigen: Any, label: Any, parents: Any, share: Any, cross_keys: Any, mutate_keys: Any,
+    rate: Any, least: Any, most: Any, low: Any, high: Any,
+) -> None:  # fmt: skip
+    size, values = cells.shape[2], cells.shape[3]
+    for f in prange(len(antigen)):
+        b, c = antigen[f], label[f]
+        family = cells[b, c]
+        children = np.empty((size, values), np.float32)
+        for i in range(size):
+            _child(
+                children[i], family[parents[f, i]], family[parents[f, size + i]], share[f, i],
+                np.uint32((c * size + i) * values), cross_keys[b], mutate_keys[b],
+                rate[b], least, most[b], low, high,
+            )  # fmt: skip
+        family[:] = children
+
+
+@njit(fastmath=True, cache=True)
+def _quadratic(q: Any, offsets: Any, band: Any, partial: Any) -> Any:
+    values = partial.shape[0]
+    partial[:] = 0
+    for t in range(0, len(offsets), 7):
+        c0, c1, c2, c3, c4, c5, c6 = (
+            band[t], band[t + 1], band[t + 2], band[t + 3], band[t + 4], band[t + 5], band[t + 6],
+        )  # fmt: skip
+        q0, q1, q2, q3 = q[offsets[t] :], q[offsets[t + 1] :], q[offsets[t + 2] :], q[offsets[t + 3] :]
+        q4, q5, q6 = q[offsets[t + 4] :], q[offsets[t + 5] :], q[offsets[t + 6] :]
+        for j in range(values):
+            partial[j] += (
+                c0[j] * q0[j] + c1[j] * q1[j] + c2[j] * q2[j] + c3[j] * q3[j]
+                + c4[j] * q4[j] + c5[j] * q5[j] + c6[j] * q6[j]
+            )  # fmt: skip
+    total = np.float32(0)
+    for j in range(values):
+        total += partial[j] * q[j]
+    return total
+
+
+@njit(parallel=True, cache=True)
+def _band_distances(
+    cells: Any, antigen: Any, label: Any, antigens: Any, offsets: Any, band: Any, out: Any
+) -> None:  # fmt: skip
+    values = cells.shape[3]
+    pad = offsets.max()
+    for f in prange(len(antigen)):
+        family = cells[antigen[f], label[f]]
+        goal = antigens[antigen[f]]
+        q = np.zeros(values + pad, np.float32)
+        partial = np.empty(values, np.float32)
+        for i in range(family.shape[0]):
+            for j in range(values):
+                q[j] = family[i, j] - goal[j]
+            out[f, i] = np.sqrt(max(_quadratic(q, offsets, band, partial), np.float32(0)))

@@ -74,13 +74,13 @@ class Bounds:
             raise ValueError(f"{name} must be finite with low < high, got {value!r}")
         return cls(tuple(table[:, 0].tolist()), tuple(table[:, 1].tolist()))
 
-    def tensors(self, like: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def tensors(self, like: Tensor, shape: Sequence[int], name: str = "bounds") -> tuple[Tensor, Tensor]:
         """Return low and high, on `like`'s device and dtype, shaped to broadcast against samples of `shape`."""
         if len(self.low) == 1:
             size: tuple[int, ...] = (1,) * len(shape)
         elif not shape or len(self.low) != shape[0]:
             raise ValueError(
-                f"bounds has {len(self.low)} pairs, but samples have shape {tuple(shape)}: "
+                f"{name} has {len(self.low)} pairs, but samples have shape {tuple(shape)}: "
                 f"give one pair in all, or {shape[0] if shape else 1} pairs"
             )
         else:

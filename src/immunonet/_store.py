@@ -87,6 +87,11 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
 
 
+def fingerprint(value: Any) -> str:
+    """Return the hexadecimal sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def sha256(path: str | Path) -> str:
     """Return the hexadecimal sha256 of a file."""
     with open(path, "rb") as file:

@@ -11,23 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import _check, _store
-from immunonet.features import (
-    FeatureMap,
-    Layer,
-    as_layers,
-    build,
-    check_names,
-    evaluating,
-    layer_names,
-    space_map,
-)
-from immunonet.immune import sensing
-from immunonet.repertoire import Index, Repertoire, check_classes, gather, hold_out
+from immunonet.features import FeatureMap, Layer, as_layers, build, check_names, evaluating, layer_names, own, space_map
+from immunonet.repertoire import Calibration, Index, Repertoire, check_classes, gather, hold_out
 
 FORMAT = 1
 PROBES = 8
 DEFENCE_FILE = "defence.json"
-CALIBRATION = ("label_scores", "strangeness", "scales")
 
 
 class Defence(nn.Module, abc.ABC):
@@ -37,9 +26,7 @@ class Defence(nn.Module, abc.ABC):
     """
 
     repertoire: Repertoire
-    _label_scores: Tensor
-    _strangeness: Tensor
-    _scales: Tensor
+    calibration: Calibration
 
     def __init__(
         self,
@@ -67,8 +54,6 @@ class Defence(nn.Module, abc.ABC):
         self.shape: tuple[int, ...] = ()
         self.feature_maps: list[FeatureMap] = []
         self.indices = nn.ModuleList()
-        for name in CALIBRATION:
-            self.register_buffer(f"_{name}", torch.empty(0), persistent=False)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -90,11 +75,13 @@ class Defence(nn.Module, abc.ABC):
             x: inputs `(N, *S)` within bounds (tensor or array), or a Dataset or DataLoader of `(x, y)`.
             y: labels `(N,)`, whole numbers in [0, C) where the model gives C logits.
             calibration: the fraction of the examples held out to calibrate on (the same ones each time), or
-                `(x_cal, y_cal)`, which the model should never have seen: p-values are valid only then.
+                `(x_cal, y_cal)`, which the model should never have seen: p-values are valid only then. With
+                fewer than 1 / false_alarm - 1 of them nothing can look foreign.
 
         Raises:
             ValueError or TypeError, before any work is lost, for inputs out of bounds, NaN, wrong shapes or
             labels, a class with fewer examples than neighbours, or a model or layer that cannot be used.
+            After a failed fit the defence is unfitted.
         """
         x, y = self._examples("x", "y", *gather(x, y))
         classes = self._count_classes(x)
@@ -105,15 +92,28 @@ class Defence(nn.Module, abc.ABC):
             x_cal, y_cal = self._examples("x_cal", "y_cal", calibration[0], calibration[1], shape=tuple(x.shape[1:]))
             y_cal = _check.labels("y_cal", y_cal, n=len(x_cal), classes=classes)
         else:
+            if isinstance(calibration, bool) or not isinstance(calibration, int | float):
+                raise TypeError(f"calibration must be a fraction or a pair (x_cal, y_cal), got {calibration!r}")
             fraction = _check.number("calibration", calibration, least=0, most=1, above=True)
             keep, held = hold_out(y, fraction, seed=0)
             x, y, x_cal, y_cal = x[keep], y[keep], x[held], y[held]
         check_classes(y, classes, self._least_per_class())
         if len(y) < self._least_in_all():
             raise ValueError(f"neighbours={self._least_in_all()} is more than the {len(y)} examples of the repertoire")
-        self._remember(x, y, classes)
-        self._calibrate(x_cal, y_cal)
+        try:
+            self._remember(x, y, classes)
+            self.calibration = self._calibrate(x_cal, y_cal)
+        except BaseException:
+            self.feature_maps = []
+            raise
         return self
+
+    def index(self, layer: int = 0) -> Index:
+        """Return the search index of one layer, by its place in `layers`: its features of the repertoire."""
+        self._require_fit()
+        index = self.indices[_check.integer("layer", layer, least=0, most=len(self.indices) - 1)]
+        assert isinstance(index, Index)
+        return index
 
     def features(self, x: Any) -> list[Tensor]:
         """Return the features `(B, D)` of inputs `x` `(B, *S)`, one tensor per layer (reduced where affine)."""
@@ -131,12 +131,13 @@ class Defence(nn.Module, abc.ABC):
         tensors = {
             "x": self.repertoire.x,
             "y": self.repertoire.y,
-            **{f"calibration.{n}": getattr(self, f"_{n}") for n in CALIBRATION},
+            **{f"calibration.{name}": buffer for name, buffer in self.calibration.named_buffers()},
         }
         for i, probe in enumerate(self.features(self.repertoire.x[:PROBES])):
             tensors[f"probe.{i}"] = probe
         checksum = _store.write_tensors(folder / "repertoire.new", tensors)
         name = f"repertoire-{checksum[:12]}.safetensors"
+        known = (folder / name).exists()
         (folder / "repertoire.new").replace(folder / name)
         record = {
             "format": FORMAT,
@@ -147,7 +148,12 @@ class Defence(nn.Module, abc.ABC):
             "classes": self.classes,
             "tensors": {"file": name, "sha256": checksum},
         }
-        _store.write_json(folder / DEFENCE_FILE, record)
+        try:
+            _store.write_json(folder / DEFENCE_FILE, record | {"checksum": _store.fingerprint(record)})
+        except BaseException:
+            if not known:
+                (folder / name).unlink(missing_ok=True)
+            raise
         for old in folder.glob("repertoire-*.safetensors"):
             if old.name != name:
                 old.unlink()
@@ -168,32 +174,28 @@ class Defence(nn.Module, abc.ABC):
             raise ValueError(f"{path} has format {record['format']}; this version reads format {FORMAT}")
         if record["defence"] != cls.__name__:
             raise ValueError(f"{path} holds a {record['defence']}, not a {cls.__name__}")
-        try:
-            names, callables, settings = record["layers"], record["callables"], record["settings"]
-            file, checksum, classes = (
-                record["tensors"]["file"],
-                record["tensors"]["sha256"],
-                record["classes"],
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} was edited: it lacks {error}") from error
+        if record.pop("checksum", None) != _store.fingerprint(record):
+            raise ValueError(f"{path} was edited: its content does not match its checksum")
+        names, callables, file = record["layers"], record["callables"], record["tensors"]["file"]
         if layers is None and any(callables):
             raise ValueError(f"layers must be given again: {names[callables.index(True)]!r} was a callable")
-        defence = cls._from_settings(model, names if layers is None else layers, settings)
+        defence = cls._from_settings(model, names if layers is None else layers, record["settings"])
         if len(defence.layers) != len(names):
             raise ValueError(f"layers must be {len(names)} as saved, {names}, got {list(defence.layers)}")
-        tensors = _store.read_tensors(path.parent / file, checksum=checksum)
-        device = defence.device
-        defence._remember(tensors["x"].to(device), tensors["y"].to(device), classes)
-        for i, (name, found) in enumerate(zip(names, defence.features(tensors["x"][:PROBES]), strict=True)):
-            stored = tensors[f"probe.{i}"].to(device)
-            if found.shape != stored.shape or not torch.allclose(_gram(found), _gram(stored), rtol=1e-3, atol=1e-5):
+        tensors = _store.read_tensors(path.parent / file, checksum=record["tensors"]["sha256"])
+        x, y = tensors["x"].to(defence.device), tensors["y"].to(defence.device)
+        if (classes := defence._count_classes(x)) != record["classes"]:
+            raise ValueError(f"model must give {record['classes']} logits, as when {folder} was saved, got {classes}")
+        defence._remember(x, y, classes)
+        for i, (name, found) in enumerate(zip(names, defence.features(x[:PROBES]), strict=True)):
+            if not _alike(found, tensors[f"probe.{i}"].to(x.device)):
                 raise ValueError(
                     f"model gives other features at layer {name!r} than when {folder} was saved: "
                     "load the weights that the defence was fitted with"
                 )
-        for name in CALIBRATION:
-            setattr(defence, f"_{name}", tensors[f"calibration.{name}"].to(device))
+        prefix = "calibration."
+        kept = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        defence.calibration = Calibration(**kept).to(x.device)
         return defence
 
     @abc.abstractmethod
@@ -218,19 +220,7 @@ class Defence(nn.Module, abc.ABC):
         """Return what the index compares, from features; may overwrite them."""
 
     @abc.abstractmethod
-    def _calibrate(self, x: Tensor, y: Tensor) -> None: ...
-
-    def _set_calibration(self, scores: Tensor, far: Tensor) -> None:
-        """Keep the calibration examples' nonconformity `(n,)` and mean distances to their nearest `(n, L)`."""
-        self._label_scores = scores.float().sort().values
-        # Layers differ in scale; each counts in units of its own typical distance.
-        self._scales = far.mean(0).clamp(min=1e-12)
-        self._strangeness = (far / self._scales).sum(1).sort().values
-
-    def _is_foreign(self, far: Tensor) -> Tensor:
-        """Return whether `(B,)` mean distances `(B, L)` are stranger than all but `false_alarm` of calibration."""
-        p = sensing.p_values(self._strangeness, (far / self._scales).sum(1))
-        return p <= self.false_alarm
+    def _calibrate(self, x: Tensor, y: Tensor) -> Calibration: ...
 
     def _cells(self, x: Tensor) -> Tensor:
         return space_map(self.model, self.space)(x)
@@ -268,24 +258,24 @@ class Defence(nn.Module, abc.ABC):
         return x.to(self.device), y.to(self.device)
 
     def _count_classes(self, x: Tensor) -> int:
-        probe = FeatureMap("logits", self.model, self.model)
-        with evaluating(self.model):
-            out = self.model(x[: min(2, len(x))].to(_dtype(self.model)))
+        """Return how many classes the model tells apart, judged by its logits of one or two inputs."""
+        probe = own(self.model, x[:2])
+        try:
+            with evaluating(self.model):
+                out = self.model(probe)
+        except Exception as error:
+            raise ValueError(f"model fails on inputs of shape {tuple(probe.shape)}: {error}") from error
         if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[1] < 2 or not out.is_floating_point():
-            found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"model must give logits (B, C) with C of 2 or more, got {found}")
-        if not bool(torch.isfinite(probe(x[:1])).all()):
-            raise ValueError("model gives NaN or infinite logits on the first example")
-        if len(out) != min(2, len(x)):
-            raise ValueError(f"model must give one row of logits per input, got {len(out)} for {min(2, len(x))}")
+            found = f"shape {tuple(out.shape)}, {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"model must give logits (B, C), floating and with C of 2 or more, got {found}")
+        if len(out) != len(probe):
+            raise ValueError(f"model must give one row of logits per input, got {len(out)} for {len(probe)}")
+        if not bool(torch.isfinite(out).all()):
+            raise ValueError("model gives NaN or infinite logits on the first examples")
         return int(out.shape[1])
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _gram(features: Tensor) -> Tensor:
-    """Return the inner products of features relative to their mean square: the same for every affine root."""
-    gram = features @ features.T
-    return gram / gram.diagonal().mean().clamp(min=1e-12)
+def _alike(found: Tensor, stored: Tensor) -> bool:
+    """Return whether features `(n, D)` have the same lengths and pairwise distances: every affine root keeps them."""
+    a, b = (torch.cat([torch.linalg.vector_norm(f, dim=1), torch.pdist(f)]) for f in (found, stored))
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-5 * b.mean().item())

@@ -12,7 +12,7 @@ from immunonet import _check
 from immunonet.defence import Defence
 from immunonet.features import Layer
 from immunonet.immune import sensing
-from immunonet.repertoire import Index
+from immunonet.repertoire import Calibration
 
 QUERIES = 256
 
@@ -29,7 +29,7 @@ class DkNN(Defence):
         neighbours: k nearest examples per layer, over all classes.
         metric: "cosine" or "euclidean" distance of features.
         bounds: valid range of inputs, `(low, high)` or one pair per channel or feature; checked on every call.
-        false_alarm: share of clean inputs that may be flagged foreign, in (0, 1).
+        false_alarm: share of clean inputs that may be flagged foreign, in (0, 1].
 
     Raises:
         ValueError or TypeError that names the argument.
@@ -57,7 +57,7 @@ class DkNN(Defence):
     def p_values(self, x: Any) -> Tensor:
         """Return the conformal p-value `(B, C)` of every label: how usual its nonconformity is on calibration data."""
         counts, _, _ = self._neighbourhood(self._inputs(x))
-        return sensing.p_values(self._label_scores, self._nonconformity(counts))
+        return sensing.p_values(self.calibration.label_scores, self._nonconformity(counts))
 
     def credibility(self, x: Any) -> Tensor:
         """Return the largest p-value `(B,)`: how well the training data support the answer."""
@@ -70,7 +70,7 @@ class DkNN(Defence):
     def foreign(self, x: Any) -> Tensor:
         """Return whether `(B,)` inputs are farther from the examples than all but `false_alarm` of calibration data."""
         _, _, far = self._neighbourhood(self._inputs(x))
-        return self._is_foreign(far)
+        return self.calibration.is_foreign(far, self.false_alarm)
 
     def forward(self, x: Any) -> Tensor:
         """Return finite log-probabilities `(B, C)`: log((m + 1) / (n + C)) for m of n neighbours with the label."""
@@ -89,9 +89,8 @@ class DkNN(Defence):
         counts = torch.zeros(len(x), self.classes, device=x.device)
         nearness = torch.zeros_like(counts)
         far = []
-        for feature_map, index in zip(self.feature_maps, self.indices, strict=True):
-            assert isinstance(index, Index)
-            distances, found = index.nearest(self._keys(feature_map.chunked(x)), self.neighbours)
+        for i, feature_map in enumerate(self.feature_maps):
+            distances, found = self.index(i).nearest(self._keys(feature_map.chunked(x)), self.neighbours)
             distances, labels = distances[:, 0], self.repertoire.y[found[:, 0]]
             if self.metric == "cosine":
                 # Of unit vectors, half the squared distance is one minus the cosine.
@@ -104,9 +103,9 @@ class DkNN(Defence):
     def _nonconformity(self, counts: Tensor) -> Tensor:
         return self.neighbours * len(self.layers) - counts
 
-    def _calibrate(self, x: Tensor, y: Tensor) -> None:
+    def _calibrate(self, x: Tensor, y: Tensor) -> Calibration:
         counts, _, far = self._neighbourhood(x)
-        self._set_calibration(self._nonconformity(counts).gather(1, y[:, None])[:, 0], far)
+        return Calibration.of(self._nonconformity(counts).gather(1, y[:, None])[:, 0], far)
 
     def _groups(self, y: Tensor) -> tuple[Tensor, list[int]]:
         return torch.arange(len(y), device=y.device), [len(y)]

@@ -1,17 +1,27 @@
-"""The repertoire: the labelled training examples that cells come from, and their features."""
+"""The repertoire: the labelled training examples that cells come from, their features, and their calibration."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from immunonet.immune import sensing
 from immunonet.immune.flocking import flock
 
 
-class Index(nn.Module):
+class Kept(nn.Module):
+    """Buffers that follow `.to(device)` but keep their dtype: a cast, such as `.bfloat16()`, is for the model."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(lambda t: t.to(fn(t[:0]).device), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class Index(Kept):
     """Features of the examples at one layer, in groups, for exact nearest-neighbour search within each."""
 
     keys: Tensor
@@ -33,11 +43,13 @@ class Index(nn.Module):
 
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return Euclidean distances and example indices, each `(B, groups, k)`, of the k nearest of every group."""
-        distances, index = flock(features - self.centre, self.keys, self.squares, self.counts, k)
+        # Autocast is for the model; the search needs every digit.
+        with torch.autocast(features.device.type, enabled=False):
+            distances, index = flock(features - self.centre, self.keys, self.squares, self.counts, k)
         return distances, self.order[index]
 
 
-class Repertoire(nn.Module):
+class Repertoire(Kept):
     """Training examples `x` `(N, *S)` and labels `y` `(N,)`, in the order they were given."""
 
     x: Tensor
@@ -50,6 +62,34 @@ class Repertoire(nn.Module):
 
     def __len__(self) -> int:
         return len(self.x)
+
+
+class Calibration(Kept):
+    """What sensing measures antigens by, from n calibration examples.
+
+    `label_scores` `(n,)`, sorted: the nonconformity of their true labels. `strangeness` `(n,)`, sorted: their
+    mean distances to the nearest repertoire examples, in units of `scales` `(L,)`, summed over layers.
+    """
+
+    label_scores: Tensor
+    strangeness: Tensor
+    scales: Tensor
+
+    def __init__(self, label_scores: Tensor, strangeness: Tensor, scales: Tensor) -> None:
+        super().__init__()
+        for name, value in (("label_scores", label_scores), ("strangeness", strangeness), ("scales", scales)):
+            self.register_buffer(name, value, persistent=False)
+
+    @classmethod
+    def of(cls, scores: Tensor, far: Tensor) -> Calibration:
+        """Take the examples' nonconformity `(n,)` and their mean distances to the nearest `(n, L)`."""
+        # Layers differ in scale; each counts in units of its own typical distance.
+        scales = far.mean(0).clamp(min=1e-12)
+        return cls(scores.float().sort().values, (far / scales).sum(1).sort().values, scales)
+
+    def is_foreign(self, far: Tensor, false_alarm: float) -> Tensor:
+        """Return whether `(B,)` mean distances `(B, L)` are stranger than all but `false_alarm` of calibration."""
+        return sensing.p_values(self.strangeness, (far / self.scales).sum(1)).le(false_alarm)
 
 
 def gather(x: Any, y: Any = None) -> tuple[Any, Any]:
@@ -76,7 +116,9 @@ def hold_out(y: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Return indices of examples to keep and to hold out, each sorted: a random `fraction`, the same for a seed."""
     n = round(fraction * len(y))
     if not 0 < n < len(y):
-        raise ValueError(f"calibration={fraction:g} of {len(y)} examples leaves {n} to calibrate on; need 1 or more")
+        raise ValueError(
+            f"calibration={fraction:g} holds out {n} of {len(y)} examples; at least 1 must be held out, and 1 kept"
+        )
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
     return order[n:].sort().values, order[:n].sort().values
 
@@ -86,8 +128,12 @@ def check_classes(y: Tensor, classes: int, least: int) -> None:
     counts = torch.bincount(y, minlength=classes).tolist()
     for label, count in enumerate(counts):
         if count == 0:
-            raise ValueError(f"y has no example of class {label}; each of the model's {classes} classes needs {least}")
+            raise ValueError(
+                f"y has no example of class {label} (those held out for calibration not counted); "
+                f"each of the model's {classes} classes needs {least}"
+            )
         if count < least:
             raise ValueError(
-                f"neighbours={least} is more than the {count} examples of class {label}; use neighbours={min(counts)}"
+                f"neighbours={least} is more than the {count} examples of class {label} (those held out for "
+                f"calibration not counted); use neighbours={max(1, min(counts))}"
             )

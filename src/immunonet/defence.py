@@ -243,10 +243,10 @@ class Defence(nn.Module, abc.ABC):
     def _inputs(self, x: Any, name: str = "x") -> Tensor:
         """Return checked inputs on the defence's device."""
         self._require_fit()
-        x = _check.inputs(name, x, bounds=self.bounds, shape=self.shape).to(self.device)
-        if not len(x):
-            raise ValueError(f"{name} must hold at least one input, got shape {tuple(x.shape)}")
-        return x
+        checked = _check.inputs(name, x, bounds=self.bounds, shape=self.shape).to(self.device)
+        if not len(checked):
+            raise ValueError(f"{name} must hold at least one input, got shape {tuple(checked.shape)}")
+        return checked
 
     def _examples(
         self, x_name: str, y_name: str, x: Any, y: Any, shape: tuple[int, ...] | None = None

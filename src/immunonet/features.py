@@ -42,22 +42,25 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             m.training = training
 
 
+def own(model: nn.Module, x: Tensor) -> Tensor:
+    """Return a copy of inputs `x` in the model's dtype: a model may change its input in place."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+    return x.to(dtype, copy=True)
+
+
 class FeatureMap:
     """A map from cells `(n, *S)` to feature vectors `(n, D)` float32, differentiable in the cells."""
 
-    def __init__(self, name: str, function: Callable[[Tensor], Any], model: nn.Module | None = None) -> None:
+    def __init__(self, name: str, function: Callable[[Tensor], Any], model: nn.Module) -> None:
+        """Take a function that runs (part of) `model`, which is in eval mode and gets a copy in its own dtype."""
         self.name = name
         self._function = function
         self._model = model
 
     def __call__(self, cells: Tensor) -> Tensor:
         """Return the features `(n, D)`, in one piece; ValueError unless the layer gives one tensor row per cell."""
-        with contextlib.ExitStack() as stack:
-            if self._model is not None:
-                stack.enter_context(evaluating(self._model))
-                parameter = next((p for p in self._model.parameters() if p.is_floating_point()), None)
-                cells = cells if parameter is None else cells.to(parameter.dtype)
-            out = self._function(cells)
+        with evaluating(self._model):
+            out = self._function(own(self._model, cells))
         if not isinstance(out, Tensor):
             raise ValueError(f"layer {self.name!r} must give one tensor, got {type(out).__name__}")
         if out.ndim == 0 or len(out) != len(cells):
@@ -194,7 +197,7 @@ def space_map(model: nn.Module, space: str | None) -> Callable[[Tensor], Tensor]
 
     def cells(x: Tensor) -> Tensor:
         with evaluating(model):
-            shape = _tap(model, space, x[:1]).shape[1:]
+            shape = _tap(model, space, own(model, x[:1])).shape[1:]
         return flat.chunked(x).reshape(-1, *shape)
 
     return cells
@@ -207,6 +210,8 @@ def build(model: nn.Module, layers: Sequence[Layer], space: str | None, x: Tenso
     Raises ValueError for a layer that the model does not call exactly once, that gives no tensor, or that
     is no function of `space` alone. An affine map is found numerically and reduced to its root.
     """
+    if space is not None:
+        _check_called_once(model, space, x)
     cells = space_map(model, space)(x)
     maps: list[FeatureMap] = []
     for layer, name in zip(layers, layer_names(layers), strict=True):
@@ -215,7 +220,7 @@ def build(model: nn.Module, layers: Sequence[Layer], space: str | None, x: Tenso
             continue
         found: FeatureMap
         if not isinstance(layer, str):
-            found = FeatureMap(name, layer, layer if isinstance(layer, nn.Module) else None)
+            found = FeatureMap(name, layer, layer if isinstance(layer, nn.Module) else model)
         else:
             _check_called_once(model, layer, x)
             direct = FeatureMap(name, functools.partial(_tap, model, layer), model)
@@ -252,7 +257,7 @@ def _check_called_once(model: nn.Module, name: str, x: Tensor) -> None:
     handle = model.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
     try:
         with evaluating(model):
-            model(x)
+            model(own(model, x))
     finally:
         handle.remove()
     if len(calls) != 1:
@@ -270,7 +275,7 @@ def _tail(model: nn.Module, layer: str, space: str, x: Tensor, cells: Tensor, ex
     """
 
     def replay(rows: int | None, c: Tensor) -> Any:
-        dummy = torch.zeros_like(x[:1]).expand(rows or len(c), *x.shape[1:])
+        dummy = torch.zeros_like(x[:1], dtype=c.dtype).expand(rows or len(c), *x.shape[1:])
         handle = model.get_submodule(space).register_forward_hook(lambda *_: c)
         try:
             return _tap(model, layer, dummy)

@@ -98,6 +98,16 @@ class RAILS(Defence):
         distances, found = index.nearest(features, self.maturations[layer].neighbours)
         return found, distances
 
+    @torch.no_grad()
+    def foreign(self, x: Any) -> Tensor:
+        """Return the response's `foreign` flags `(B,)` of inputs `(B, *S)`, by sensing alone."""
+        flags = []
+        for part in self._inputs(x).split(256):
+            cells = self._cells(part)
+            flocks = [self._flock(f.chunked(cells), i) for i, f in enumerate(self.feature_maps)]
+            flags.append(self._sense(flocks)[1])
+        return torch.cat(flags)
+
     def _flock(self, features: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         return self.index(layer).nearest(features, self.maturations[layer].neighbours)
 

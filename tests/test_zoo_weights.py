@@ -1,5 +1,7 @@
 import hashlib
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from immunonet import zoo
+from immunonet import data, zoo
 from immunonet.zoo import weights
 
 
@@ -108,3 +110,23 @@ def test_a_full_disk_keeps_the_old_weights(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"net\.safetensors could not be written .*No space left"):
         zoo.save_weights(zoo.build("digits", seed=1), path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+WEIGHTS = Path(__file__).parents[1] / "weights" / "mnist.safetensors"
+
+
+def test_the_stored_mnist_weights_are_those_of_their_recipe():
+    net = zoo.build("mnist")
+    recipe = zoo.load_weights(net, WEIGHTS)
+    assert recipe["command"] == "immunonet train mnist --epochs 5"
+    assert {row["split"]: row["accuracy"] >= 0.99 for row in recipe["results"]} == {"validation": True, "test": True}
+    assert all(bool(torch.isfinite(value).all()) for value in net.state_dict().values())
+
+
+@pytest.mark.skipif(
+    not (Path(os.environ.get("IMMUNONET_DATA", "")) / "mnist-test.parquet").is_file(), reason="no MNIST here"
+)
+def test_the_stored_mnist_weights_classify_mnist():
+    net = zoo.build("mnist")
+    zoo.load_weights(net, WEIGHTS)
+    assert zoo.accuracy(net, data.load("mnist", "test")[:1000]) >= 0.99

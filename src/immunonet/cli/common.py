@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 
 from immunonet import _store, data, zoo
+from immunonet.features import Layer
 
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file.")]
 OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that the files are written to.")]
@@ -118,19 +121,37 @@ def build_model(model: str, *, classes: int, seed: int = 0) -> nn.Module:
         if model not in zoo.NAMES:
             raise ValueError(f"--model must be {', '.join(zoo.NAMES)} or package.module:factory, got {model!r}")
         return zoo.build(model, classes=classes, seed=seed)
-    module, _, factory = model.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as python -m does: the user's own module lies in the working directory
-    try:
-        make = getattr(importlib.import_module(module), factory)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--model {model} cannot be imported ({error}): give package.module:factory") from error
+    make = _imported("--model", model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = make()
     if not isinstance(net, nn.Module):
         raise TypeError(f"--model {model} must return a torch.nn.Module, got {type(net).__name__}")
     return net.eval()
+
+
+def resolve_layer(name: str, net: nn.Module) -> Layer:
+    """Return a layer that a command line names.
+
+    "mnist_affine" and `package.module:factory` (called with `net`) give the feature map that they make; "input" and
+    a submodule's name stay as they are.
+    """
+    if name == "mnist_affine":
+        return zoo.mnist_affine(cast(zoo.MnistNet, net))
+    if ":" not in name:
+        return name
+    layer = _imported("--layer", name)(net)
+    if not callable(layer):
+        raise TypeError(f"--layer {name} must return a feature map, got {type(layer).__name__}")
+    return cast(Layer, layer)
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Return the hexadecimal sha256 of tensors' values, such as a network's weights, to tell whether they changed."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def load_model(model: str, weights: Path | None, device: str | torch.device = "cpu", *, classes: int = 10) -> nn.Module:
@@ -209,6 +230,18 @@ def write_results(path: Path | None, results: list[dict[str, Any]]) -> None:
     """Write `envelope(results)` to `path` if there is one."""
     if path is not None:
         _store.write_json(path, envelope(results))
+
+
+def _imported(option: str, name: str) -> Callable[..., Any]:
+    """Return what `package.module:factory` names; ValueError that names the option if it cannot be imported."""
+    module, _, factory = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as python -m does: the user's own module lies in the working directory
+    try:
+        found = getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{option} {name} cannot be imported ({error}): give package.module:factory") from error
+    return cast(Callable[..., Any], found)
 
 
 def _cpu() -> str:

@@ -8,6 +8,8 @@ from torch import Tensor
 # Candidates beyond K that are ranked again by exact distances: the quadratic expansion of a distance
 # loses digits where neighbours are nearly as far from the antigen as each other.
 SLACK = 8
+# What a distance squared loses in the expansion, at most, as a share of the squared norms.
+LOSS = 2**-20
 # Values of the candidates' features that are gathered at once.
 CHUNK_VALUES = 2**22
 
@@ -19,12 +21,19 @@ def nearest(queries: Tensor, keys: Tensor, squares: Tensor, k: int) -> tuple[Ten
     """
     m = min(len(keys), k + SLACK)
     rough = torch.addmm(squares, queries, keys.T, alpha=-2)
-    candidates = rough.topk(m, dim=1, largest=False).indices
+    farthest, candidates = rough.topk(m, dim=1, largest=False)
     step = max(1, CHUNK_VALUES // (m * keys.shape[1]))
     pairs = zip(queries.split(step), candidates.split(step), strict=True)
     exact = torch.cat([(keys[c] - q[:, None]).norm(dim=2) for q, c in pairs])
     distances, order = exact.topk(k, dim=1, largest=False)
-    return distances, candidates.gather(1, order)
+    index = candidates.gather(1, order)
+    if m < len(keys):
+        own = torch.linalg.vector_norm(queries, dim=1).square()
+        unsure = distances[:, -1].square() > farthest[:, -1] + own - LOSS * (own + squares.max())
+        if bool(unsure.any()):
+            every = torch.cdist(queries[unsure], keys, compute_mode="donot_use_mm_for_euclid_dist")
+            distances[unsure], index[unsure] = every.topk(k, dim=1, largest=False)
+    return distances, index
 
 
 def flock(queries: Tensor, keys: Tensor, squares: Tensor, counts: list[int], k: int) -> tuple[Tensor, Tensor]:

@@ -47,8 +47,10 @@ class Maturation:
         _check.integer("population", self.population)
         _check.integer("neighbours", self.neighbours)
         _check.integer("generations", self.generations, least=0)
-        if self.temperature != "auto":
+        if not isinstance(self.temperature, str):
             _check.number("temperature", self.temperature, least=0, above=True)
+        elif self.temperature != "auto":
+            raise TypeError(f"temperature must be a number or 'auto', got {self.temperature!r}")
         rate = self.mutation_rate
         if isinstance(rate, tuple | list):
             object.__setattr__(self, "mutation_rate", _pair("mutation_rate", rate))

@@ -1,0 +1,74 @@
+"""Small models and data that several test modules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from immunonet import zoo
+
+
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build().eval()
+
+
+def conv_net(inplace: bool) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.ReLU(inplace=inplace),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.ReLU(inplace=inplace),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(36, 3),
+    )
+
+
+@pytest.fixture
+def conv() -> nn.Module:
+    """Inputs `(B, 1, 6, 6)` to 3 logits, with activations in place."""
+    return seeded(lambda: conv_net(True))
+
+
+@pytest.fixture
+def functional_conv() -> nn.Module:
+    """The weights of `conv`, with activations out of place."""
+    return seeded(lambda: conv_net(False))
+
+
+@pytest.fixture
+def residual() -> nn.Module:
+    """Inputs `(B, 3, 8, 8)` to 3 logits."""
+    return seeded(lambda: zoo.ResidualNet(3, width=4))
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    """Inputs `(B, 1, 6, 6)` to 3 logits."""
+    return seeded(lambda: zoo.TinyViT(3, size=6, patch=3, dim=8, depth=1))
+
+
+@pytest.fixture
+def mlp() -> nn.Module:
+    """Inputs `(B, 4)` to 3 logits."""
+    return seeded(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)))
+
+
+def examples(n: int, shape: tuple[int, ...], classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return noisy copies of one random pattern per class, in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % classes
+    patterns = torch.rand(classes, *shape, generator=torch.Generator().manual_seed(99))
+    noise = torch.rand(n, *shape, generator=generator)
+    return 0.6 * patterns[y] + 0.4 * noise, y
+
+
+@pytest.fixture
+def images() -> tuple[Tensor, Tensor]:
+    """90 examples `(1, 6, 6)` of 3 classes."""
+    return examples(90, (1, 6, 6))

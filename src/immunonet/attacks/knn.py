@@ -30,13 +30,14 @@ class SoftNeighbours(nn.Module):
     generations), nor of a defence's own number of neighbours. What an attack on it finds must be tested again
     on the defence itself: `AttackResult.success` is only about this surrogate.
 
-    `defence`: a fitted RAILS or DkNN. `neighbours` per class, at most the examples of the smallest class.
-    `temperature` > 0, or "auto": per layer the mean over 100 repertoire examples of the standard deviation of
-    d^2 over their C x neighbours nearest. Raises ValueError or TypeError that names the argument.
+    `defence`: a fitted RAILS or DkNN. `neighbours` per class, at most the examples of the smallest class; None:
+    20, or as many as that class has. `temperature` > 0, or "auto": per layer the mean over 100 repertoire
+    examples of the standard deviation of d^2 over their C x neighbours nearest. Raises ValueError or TypeError
+    that names the argument.
     """
 
     def __init__(
-        self, defence: Defence, *, neighbours: int = 20, temperature: float | Literal["auto"] = "auto"
+        self, defence: Defence, *, neighbours: int | None = None, temperature: float | Literal["auto"] = "auto"
     ) -> None:
         super().__init__()
         if not isinstance(defence, Defence):
@@ -44,8 +45,9 @@ class SoftNeighbours(nn.Module):
         if not defence.feature_maps:
             raise ValueError("defence must be fitted: call defence.fit(x, y) with the training set first")
         self.defence = defence
-        counts = torch.bincount(defence.repertoire.y, minlength=defence.classes)
-        self.neighbours = _check.integer("neighbours", neighbours, most=int(counts.min()))
+        fewest = int(torch.bincount(defence.repertoire.y, minlength=defence.classes).min())
+        neighbours = min(20, fewest) if neighbours is None else neighbours
+        self.neighbours = _check.integer("neighbours", neighbours, most=fewest)
         self.temperatures = self._temperatures(temperature)
 
     @property

@@ -211,8 +211,7 @@ def _quick(defence: nn.Module, base: nn.Module, eps: float, norm: str, bounds: _
         _Attack("pgd", "base", pgd, base),
     ]
     if isinstance(defence, Defence):
-        smallest = int(torch.bincount(defence.repertoire.y, minlength=defence.classes).min())
-        soft = SoftNeighbours(defence, neighbours=min(20, smallest))
+        soft = SoftNeighbours(defence)
         small = dataclasses.replace(pgd, batch_size=min(pgd.batch_size, soft.batch_size))
         attacks.append(_Attack("soft-knn", "defence", small, soft))
     return attacks

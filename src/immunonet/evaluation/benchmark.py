@@ -1,0 +1,188 @@
+"""Several defences under the same attacks, in parts that are kept, so that a long run can be continued."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from immunonet import _store
+from immunonet.attacks import FGSM, PGD, SoftNeighbours
+from immunonet.defence import Defence
+from immunonet.dknn import DkNN
+from immunonet.evaluation.journal import Journal
+from immunonet.evaluation.protocol import answers, describe, describe_attack, is_randomised
+from immunonet.evaluation.records import Row
+from immunonet.features import Layer
+from immunonet.rails import RAILS
+
+# What the attacker differentiates, for every attack there is.
+KNOWS = {"none": None, "fgsm": "base", "pgd": "base", "soft-knn": "defence"}
+NEIGHBOURS = (1, 3, 5, 10, 20, 50, 75, 200)
+METRICS: tuple[Literal["cosine", "euclidean"], ...] = ("cosine", "euclidean")
+TUNING_IMAGES = 300
+
+Examples = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A row, what it was counted from, `correct` `(R, n)` bool, and which images looked `foreign`, `(n,)` or None."""
+
+    row: Row
+    correct: Tensor
+    foreign: Tensor | None
+
+
+class Benchmark:
+    """The same images and attacks for several defences; finished parts and adversarial examples stay in a folder.
+
+    `folder` gets `parts.jsonl` and `adversarials/`. `settings` (JSON) go into every row, `dataset` and `model` among
+    them, and must hold all that results depend on and no other argument tells. `base`: the undefended network.
+    `repertoire` and `calibration`: the `(x, y)` that defences are fitted on; `test`: those that
+    they are asked about. `pgd`: the attack's settings; FGSM takes its `eps`. `seeds`: the runs of a randomised
+    defence. `chunk`: images per part. `advance(steps)` is called as work is done: a step per image, and one per
+    candidate of a tuning.
+
+    Raises ValueError where the folder holds results of other settings.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        *,
+        base: nn.Module,
+        repertoire: Examples,
+        calibration: Examples,
+        test: Examples,
+        pgd: PGD,
+        seeds: Sequence[int],
+        chunk: int = 100,
+        advance: Callable[[int], None] = lambda steps: None,
+    ) -> None:
+        self.folder = folder
+        own = {"pgd": describe_attack(pgd)["attack"], "seeds": list(seeds), "chunk": chunk}
+        self.journal = Journal(folder / "parts.jsonl", settings | own)
+        self.base, self.repertoire, self.calibration, self.test = base, repertoire, calibration, test
+        self.pgd = pgd
+        self.attacks: dict[str, FGSM | PGD] = {
+            "fgsm": FGSM(eps=pgd.eps, norm=pgd.norm, bounds=pgd.bounds),
+            "pgd": pgd,
+            "soft-knn": pgd,
+        }
+        self.seeds, self.chunk = tuple(seeds), chunk
+        self.advance = advance
+        self._settings = settings
+        self._parts = [slice(i, min(i + chunk, len(test[1]))) for i in range(0, len(test[1]), chunk)]
+
+    def run(
+        self, kind: str, layer: str | None, defence: nn.Module, attacks: Sequence[str], **extra: Any
+    ) -> dict[str, Outcome]:
+        """Return the outcome of each attack on `defence`, which is fitted here if a part of the answer is missing.
+
+        `kind` and `layer` name it in the rows and on disk; `extra` is added to the rows' settings.
+        """
+        name = kind if layer is None else f"{kind} {layer}"
+        settings = describe(defence) | {"layers": [] if layer is None else [layer]} | extra
+        self.journal.agree(name, settings)
+        soft: SoftNeighbours | None = None
+        outcomes = {}
+        for attack in attacks:
+            for part in self._parts:
+                if (key := _key(name, attack, part)) not in self.journal:
+                    self._fit(defence)
+                    if attack == "soft-knn" and isinstance(defence, Defence):
+                        soft = soft or SoftNeighbours(defence)
+                    self.journal.add(key, self._answer(defence, self._adversarials(name, attack, soft, part)))
+                self.advance(part.stop - part.start)
+            outcomes[attack] = self._outcome(kind, name, attack, is_randomised(defence), settings)
+        return outcomes
+
+    def tune_dknn(self, layer: str, feature_map: Layer) -> dict[str, Any]:
+        """Return the `neighbours` and `metric` with which DkNN does best at a layer, and that mean `accuracy`.
+
+        It is the mean over clean images and PGD's on the base, of the first 300 of the calibration split. The
+        fewest neighbours win a tie, then cosine.
+        """
+        key = f"tuning dknn {layer}"
+        if key in self.journal:
+            self.advance(len(METRICS) * len(NEIGHBOURS))
+        else:
+            x, y = (values[:TUNING_IMAGES].to(self.test[0].device) for values in self.calibration)
+            versions = [x, self.pgd(self.base, x, y).adversarials]
+            scores = {}
+            for metric in METRICS:
+                counts = [k for k in NEIGHBOURS if k <= len(self.repertoire[1])]
+                dknn = DkNN(self.base, feature_map, neighbours=counts[-1], metric=metric)
+                self._fit(dknn)
+                for k in counts:
+                    dknn.neighbours = k  # labels depend on nothing else that a new fit would change
+                    right = torch.stack([dknn.predict(version) == y for version in versions])
+                    scores[k, metric] = float(right.float().mean())
+                self.advance(len(NEIGHBOURS))
+            (k, metric), accuracy = max(scores.items(), key=lambda item: (item[1], -item[0][0], item[0][1] == "cosine"))
+            found = {"neighbours": k, "metric": metric, "accuracy": accuracy, "images": len(y)}
+            self.journal.add(key, found)
+        return dict(self.journal[key])
+
+    def _fit(self, defence: nn.Module) -> None:
+        if isinstance(defence, Defence) and not defence.feature_maps:
+            defence.fit(*self.repertoire, calibration=self.calibration)
+
+    def _adversarials(self, name: str, attack: str, soft: SoftNeighbours | None, part: slice) -> Tensor:
+        x, y = self.test[0][part], self.test[1][part]
+        if attack == "none":
+            return x
+        of = f"-{name}" if attack == "soft-knn" else ""
+        file = re.sub(r"[^\w.-]+", "-", f"{attack}{of}-{part.start}-{part.stop}") + ".safetensors"
+        path = self.folder / "adversarials" / file
+        if not path.exists():
+            method = self.attacks[attack]
+            if attack == "soft-knn" and soft is not None:
+                method = dataclasses.replace(method, batch_size=min(method.batch_size, soft.batch_size))
+                found = method(soft, x, y)
+            else:
+                found = method(self.base, x, y)
+            _store.write_tensors(path, {"x": found.adversarials})
+        return _store.read_tensors(path)["x"].to(x.device)
+
+    def _answer(self, defence: nn.Module, x: Tensor) -> dict[str, Any]:
+        labels, seconds = answers(defence, x, self.seeds if is_randomised(defence) else ())
+        foreign = None
+        if isinstance(defence, RAILS | DkNN):
+            foreign = defence.foreign(x).tolist()
+        return {"labels": labels.tolist(), "foreign": foreign, "seconds": seconds}
+
+    def _outcome(self, kind: str, name: str, attack: str, randomised: bool, settings: dict[str, Any]) -> Outcome:
+        parts = [self.journal[_key(name, attack, part)] for part in self._parts]
+        labels = torch.cat([torch.tensor(part["labels"]) for part in parts], 1)
+        correct = labels == self.test[1].cpu()
+        foreign = None if parts[0]["foreign"] is None else torch.tensor([f for part in parts for f in part["foreign"]])
+        method, n = self.attacks.get(attack), correct.shape[1]
+        row = Row.of(
+            correct,
+            dataset=self._settings["dataset"],
+            defence=kind,
+            attack=attack,
+            knows=KNOWS[attack],
+            eps=method.eps if method else 0.0,
+            norm=self.pgd.norm,
+            seconds_per_image=sum(part["seconds"] for part in parts) / n,
+            seeds=self.seeds if randomised else (),
+            settings=self._settings
+            | {"chunk": self.chunk, "slice": [0, correct.shape[1]]}
+            | settings
+            | describe_attack(method),
+        )
+        return Outcome(row, correct, foreign)
+
+
+def _key(name: str, attack: str, part: slice) -> str:
+    return f"{name} / {attack} / {part.start}-{part.stop}"

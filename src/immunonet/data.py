@@ -138,6 +138,11 @@ def read_folder(path: str | Path) -> Images:
     return Images(x, torch.tensor([label for _, label in files]), tuple(folder.name for folder in folders))
 
 
+def read_images(files: Sequence[Path]) -> Tensor:
+    """Return image files of one size as (N, C, H, W) in [0, 1]; ValueError names the file that cannot be read."""
+    return _decode(((str(file), file) for file in files), files[0].parent)
+
+
 def _visible(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 

@@ -1,0 +1,149 @@
+"""`immunonet predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from immunonet import RAILS, DkNN, _store, data
+from immunonet.cli import common
+from immunonet.cli.fit import DEFENCES, RECORD
+from immunonet.defence import DEFENCE_FILE, Defence
+from immunonet.evaluation.journal import Journal
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+
+def predict(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT...", help="Image files, folders of images, Parquet files, or names of datasets."),
+    ],
+    defence: Annotated[Path, typer.Option("--defence", metavar="DIR", help="Folder that fit wrote.")] = Path("defence"),
+    model: Annotated[str | None, typer.Option("--model", help="As given to fit, which is the default.")] = None,
+    weights: common.WeightsOption = None,
+    split: Annotated[str, typer.Option("--split", help="Of a dataset: train or test.")] = "test",
+    chunk: Annotated[int, typer.Option("--chunk", min=1, help="Images per part that is kept.")] = 100,
+    seed: common.SeedOption = 0,
+    device: common.DeviceOption = "cpu",
+    data_dir: common.DataOption = None,
+    out: common.OutOption = Path("predictions"),
+    json: common.JsonOption = None,
+) -> None:
+    """Classify images with a fitted defence: one line per image, its columns parted by tabs.
+
+    They are the image's name, its label, the share of votes for it, its credibility (a p-value), and "foreign" if
+    the image looks unlike the training images. Finished parts are kept in DIR, and the same command continues from
+    them.
+    """
+    target = common.resolve_device(device)
+    record = _record(defence)
+    net = common.load_model(model or record["model"], weights, target, classes=len(record["classes"]))
+    if common.digest(net.state_dict().values()) != record["weights"]:
+        raise ValueError(f"--weights {weights} are not those that {defence} was fitted with")
+    layers = [common.resolve_layer(name, net) for name in record["settings"]["layers"]]
+    fitted = DEFENCES[record["defence"]].load(defence, net, layers)
+    names, x = read(inputs, split, data_dir, fitted.shape)
+    common.prepare(out, json)
+    settings = {
+        "defence": _store.sha256(defence / DEFENCE_FILE),
+        "images": common.digest([x]),
+        "chunk": chunk,
+        "seed": seed,
+        "device": target.type,
+    }
+    journal = Journal(out / f"{_store.fingerprint(settings)[:16]}.jsonl", settings)
+    with common.progress() as bar:
+        for start in bar.track(range(0, len(x), chunk), description="predicting"):
+            if str(start) not in journal:
+                journal.add(str(start), answers(fitted, x[start : start + chunk].to(target), seed))
+    found = (answer for start in range(0, len(x), chunk) for answer in journal[str(start)])
+    results = [
+        {"input": name, "name": record["classes"][answer["label"]]} | answer
+        for name, answer in zip(names, found, strict=True)
+    ]
+    typer.echo("input\tlabel\tshare\tcredibility\tforeign")
+    for row in results:
+        flag = "foreign" if row["foreign"] else ""
+        typer.echo(f"{row['input']}\t{row['name']}\t{row['share']:.3f}\t{row['credibility']:.3f}\t{flag}")
+    common.write_results(json, results)
+
+
+@torch.no_grad()
+def answers(defence: Defence, x: Tensor, seed: int) -> list[dict[str, Any]]:
+    """Return per image `(B, *S)` its `label`, the `share` of votes for it, its `credibility`, and `foreign`."""
+    if isinstance(defence, RAILS):
+        response = defence.respond(x, seed=seed)
+        labels, votes, credibility, foreign = (
+            response.labels,
+            response.votes,
+            response.credibility,
+            response.foreign,
+        )
+    elif isinstance(defence, DkNN):
+        n = defence.neighbours * len(defence.layers)
+        labels, votes = defence.predict(x), (defence(x).exp() * (n + defence.classes) - 1) / n
+        credibility, foreign = defence.credibility(x), defence.foreign(x)
+    shares = votes.gather(1, labels[:, None])[:, 0]
+    columns = (labels.tolist(), shares.tolist(), credibility.tolist(), foreign.tolist())
+    return [
+        {"label": label, "share": round(share, 6), "credibility": round(p, 6), "foreign": strange}
+        for label, share, p, strange in zip(*columns, strict=True)
+    ]
+
+
+def read(inputs: list[str], split: str, directory: Path | None, shape: tuple[int, ...]) -> tuple[list[str], Tensor]:
+    """Return a name for each image of all inputs, and the images `(N, *shape)` in [0, 1].
+
+    Grey images become colour for a defence of colour images. FileNotFoundError or ValueError names the input that
+    is not there, has no images, or has images of another shape.
+    """
+    names: list[str] = []
+    parts: list[Tensor] = []
+    for one in inputs:
+        path = Path(one)
+        if one in data.DATASETS or path.suffix == ".parquet":
+            x = data.load(one, split, directory=directory).x if one in data.DATASETS else data.read_parquet(path).x
+            names += [f"{one}:{i}" for i in range(len(x))]
+        else:
+            files = _files(path)
+            x = data.read_images(files)
+            names += map(str, files)
+        if shape[0] == 3 and x.shape[1] == 1:
+            x = x.expand(-1, 3, -1, -1)
+        if tuple(x.shape[1:]) != shape:
+            raise ValueError(f"{one} has images of shape {tuple(x.shape[1:])}, but the defence takes {shape}")
+        parts.append(x)
+    return names, torch.cat(parts)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"INPUT must be an image file, a folder of images, a Parquet file or {', '.join(data.DATASETS)}; "
+            f"there is no {str(path)!r}"
+        )
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"{path} has no images ({', '.join(SUFFIXES)})")
+    return files
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """Return what fit wrote about the defence; the error names the folder if it did not, or not wholly."""
+    path = folder / RECORD
+    if not path.is_file():
+        raise FileNotFoundError(f"--defence {folder} has no {RECORD}: give the folder that immunonet fit wrote")
+    record = _store.read_json(path)
+    try:
+        record["settings"]["layers"], record["model"], record["weights"], record["classes"]
+        DEFENCES[record["defence"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} was edited: it lacks {error}. Run immunonet fit again") from error
+    return dict(record)

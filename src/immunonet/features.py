@@ -346,7 +346,7 @@ def _band(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     d = len(matrix)
     gram = (matrix.double() @ matrix.double().T).float().cpu()
     gram[gram.abs() <= 1e-7 * gram.abs().max()] = 0
-    offsets = [t for t in range(d) if bool(gram.diagonal(t).any())]
+    offsets = [t for t in range(d) if t == 0 or bool(gram.diagonal(t).any())]
     if 6 * len(offsets) > matrix.shape[1]:
         return None
     band = torch.zeros(len(offsets), d)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from immunonet import RAILS, DkNN, Maturation, _check, _store, data, zoo
@@ -27,7 +28,7 @@ PRESETS: dict[str, Callable[..., Maturation]] = {
     "authors": lambda **overrides: cast(Maturation, Maturation.authors("mnist", **overrides)),
 }
 
-COLUMNS = ("layer", "defence", "attack", "knows", "accuracy", "95 % interval", "ms per image", "flagged foreign")
+COLUMNS = ("layer", "defence", "attack", "knows", "accuracy", "95 % interval", "ms/image", "foreign")
 
 
 def evaluate(
@@ -132,8 +133,8 @@ def evaluate(
         def measure(kind: str, at: str | None, defence: nn.Module, **extra: Any) -> None:
             for found in bench.run(kind, at, defence, attacks if at else on_base, **extra).values():
                 outcomes.append(found)
-                done = f"{kind} {at or ''} {found.row.attack}: {found.row.accuracy:.4f}"
-                bar.console.print(done, markup=False, highlight=False)
+                done = " ".join(filter(None, (kind, at, found.row.attack)))
+                bar.console.print(f"{done}: {found.row.accuracy:.4f}", markup=False, highlight=False)
 
         measure("cnn", None, net)
         for at in layers:
@@ -145,10 +146,10 @@ def evaluate(
             measure("rails", at, RAILS(net, maps[at], maturation=maturations[at]))
 
     rows = [_cells(found) for found in outcomes]
-    table = Table(*COLUMNS)
+    table = Table(*(Column(name, no_wrap=True) for name in COLUMNS))
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
     lines = ["| " + " | ".join(row) + " |" for row in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
     _store.write_text(out / "table.md", "\n".join([*lines, "", *_pairs(outcomes)]) + "\n")
     for line in _pairs(outcomes):
@@ -207,7 +208,7 @@ def _cells(found: Outcome) -> list[str]:
         row.attack,
         row.knows or "",
         f"{row.accuracy:.4f}",
-        f"{row.ci95[0]:.4f} to {row.ci95[1]:.4f}",
+        f"{row.ci95[0]:.3f} to {row.ci95[1]:.3f}",
         f"{1000 * row.seconds_per_image:.2f}",
         "" if found.foreign is None else f"{float(found.foreign.float().mean()):.3f}",
     ]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,13 @@ from immunonet.attacks import FGSM, PGD, SoftNeighbours
 from immunonet.defence import Defence
 from immunonet.dknn import DkNN
 from immunonet.evaluation.journal import Journal
-from immunonet.evaluation.protocol import answers, describe, describe_attack, is_randomised
+from immunonet.evaluation.protocol import (
+    answers,
+    describe,
+    describe_attack,
+    describe_surrogate,
+    is_randomised,
+)
 from immunonet.evaluation.records import Row
 from immunonet.features import Layer
 from immunonet.rails import RAILS
@@ -91,24 +97,27 @@ class Benchmark:
         """
         name = kind if layer is None else f"{kind} {layer}"
         settings = describe(defence) | {"layers": [] if layer is None else [layer]} | extra
-        self.journal.agree(name, settings)
+        self.journal.agree(f"settings of {name}", settings)
         soft: SoftNeighbours | None = None
         outcomes = {}
         for attack in attacks:
             for part in self._parts:
                 if (key := _key(name, attack, part)) not in self.journal:
                     self._fit(defence)
-                    if attack == "soft-knn" and isinstance(defence, Defence):
-                        soft = soft or SoftNeighbours(defence)
+                    if attack == "soft-knn" and soft is None:
+                        soft = SoftNeighbours(cast(Defence, defence))  # it refuses anything else
+                        if (surrogate := f"surrogate of {name}") not in self.journal:
+                            self.journal.add(surrogate, describe_surrogate(soft))
                     self.journal.add(key, self._answer(defence, self._adversarials(name, attack, soft, part)))
                 self.advance(part.stop - part.start)
-            outcomes[attack] = self._outcome(kind, name, attack, is_randomised(defence), settings)
+            known = self.journal[f"surrogate of {name}"] if attack == "soft-knn" else {}
+            outcomes[attack] = self._outcome(kind, name, attack, is_randomised(defence), settings | known)
         return outcomes
 
     def tune_dknn(self, layer: str, feature_map: Layer) -> dict[str, Any]:
         """Return the `neighbours` and `metric` with which DkNN does best at a layer, and that mean `accuracy`.
 
-        It is the mean over clean images and PGD's on the base, of the first 300 of the calibration split. The
+        It is the mean over the first 300 calibration images as they are and under PGD on the base. The
         fewest neighbours win a tie, then cosine.
         """
         key = f"tuning dknn {layer}"
@@ -176,10 +185,7 @@ class Benchmark:
             norm=self.pgd.norm,
             seconds_per_image=sum(part["seconds"] for part in parts) / n,
             seeds=self.seeds if randomised else (),
-            settings=self._settings
-            | {"chunk": self.chunk, "slice": [0, correct.shape[1]]}
-            | settings
-            | describe_attack(method),
+            settings=self._settings | {"chunk": self.chunk, "slice": [0, n]} | settings | describe_attack(method),
         )
         return Outcome(row, correct, foreign)
 

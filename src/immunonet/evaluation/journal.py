@@ -43,10 +43,10 @@ class Journal:
     def agree(self, name: str, settings: dict[str, Any]) -> None:
         """Keep settings of a part of the work, or raise ValueError if others are kept under that name."""
         settings = json.loads(json.dumps(settings))
-        if (key := f"settings of {name}") in self._parts:
-            self._same(f"{name}: ", self._parts[key], settings)
+        if name in self:
+            self._same(f"{name} ", self[name], settings)
         else:
-            self.add(key, settings)
+            self.add(name, settings)
 
     def add(self, key: str, value: Any) -> None:
         """Keep a JSON value under `key`; it is on disk when this returns."""
@@ -58,10 +58,17 @@ class Journal:
         self._parts[key] = json.loads(line)["value"]
 
     def _same(self, name: str, found: dict[str, Any], settings: dict[str, Any]) -> None:
-        differing = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
-        if differing:
-            changes = "; ".join(f"{key} was {found.get(key)}, now {settings.get(key)}" for key in differing)
+        old, new = _leaves(found), _leaves(settings)
+        if differing := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
+            changes = "; ".join(f"{name}{key} was {old.get(key)}, now {new.get(key)}" for key in differing)
             raise ValueError(
-                f"{self.path.parent} holds results of other settings ({name}{changes}): "
-                "give another folder, or remove it"
+                f"{self.path.parent} holds results of other settings ({changes}): give another folder, or remove it"
             )
+
+
+def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """Return what nested objects and lists hold, by dotted names."""
+    if not isinstance(value, dict | list):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {k: v for key, part in items for k, v in _leaves(part, f"{name}.{key}" if name else str(key)).items()}

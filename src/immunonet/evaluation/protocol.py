@@ -63,6 +63,9 @@ class _Attack:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         return x if self.method is None or self.target is None else self.method(self.target, x, y).adversarials
 
+    def describe(self) -> dict[str, Any]:
+        return describe_attack(self.method) | describe_surrogate(self.target)
+
     def at(self, eps: float) -> _Attack:
         return (
             self if self.method is None else dataclasses.replace(self, method=dataclasses.replace(self.method, eps=eps))
@@ -145,7 +148,7 @@ def evaluate(
     rows = [
         Row.of(
             correct[who, attack.name],
-            **fields | own[who] | {"settings": own[who]["settings"] | describe_attack(attack.method)},
+            **fields | own[who] | {"settings": own[who]["settings"] | attack.describe()},
             attack=attack.name,
             knows=attack.knows,
             eps=eps if attack.method else 0.0,
@@ -201,6 +204,13 @@ def describe(defence: nn.Module) -> dict[str, Any]:
 def describe_attack(attack: FGSM | PGD | None) -> dict[str, Any]:
     """Return an attack's hyper-parameters for the settings of a row."""
     return {} if attack is None else {"attack": vars(attack) | {"bounds": attack.bounds.pairs()}}
+
+
+def describe_surrogate(target: object) -> dict[str, Any]:
+    """Return the hyper-parameters of `SoftNeighbours` for the settings of a row; none of another model."""
+    if not isinstance(target, SoftNeighbours):
+        return {}
+    return {"surrogate": {"neighbours": target.neighbours, "temperatures": target.temperatures}}
 
 
 def _quick(defence: nn.Module, base: nn.Module, eps: float, norm: str, bounds: _check.Bounds) -> list[_Attack]:

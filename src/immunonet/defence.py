@@ -5,14 +5,15 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from immunonet import _check, _store
 from immunonet.features import FeatureMap, Layer, as_layers, build, check_names, evaluating, layer_names, own, space_map
-from immunonet.repertoire import Calibration, Index, Repertoire, check_classes, gather, hold_out
+from immunonet.repertoire import Calibration, Repertoire, check_classes, gather, hold_out
+from immunonet.search import ExactIndex, FeatureFile, Index, Progress, SignatureIndex, auto_budget, computed
 
 FORMAT = 1
 PROBES = 8
@@ -36,6 +37,7 @@ class Defence(nn.Module, abc.ABC):
         bounds: Any,
         space: str | None,
         false_alarm: float,
+        memory_budget: int | Literal["auto"],
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -49,6 +51,9 @@ class Defence(nn.Module, abc.ABC):
         self._callables = nn.ModuleList(layer for layer in self._layers if isinstance(layer, nn.Module))
         self.space = space
         self.bounds = _check.Bounds.of("bounds", bounds)
+        self.memory_budget = (
+            auto_budget() if memory_budget == "auto" else _check.integer("memory_budget", memory_budget)
+        )
         self.false_alarm = _check.number("false_alarm", false_alarm, least=0, most=1, above=True)
         self.classes = 0
         self.shape: tuple[int, ...] = ()
@@ -68,7 +73,15 @@ class Defence(nn.Module, abc.ABC):
         return torch.device("cpu")
 
     @torch.no_grad()
-    def fit(self, x: Any, y: Any = None, calibration: Any = 0.05) -> Self:
+    def fit(
+        self,
+        x: Any,
+        y: Any = None,
+        calibration: Any = 0.05,
+        *,
+        feature_file: str | Path | None = None,
+        on_progress: Progress | None = None,
+    ) -> Self:
         """Take the training examples as repertoire, calibrate sensing on others, and return self.
 
         Args:
@@ -77,6 +90,9 @@ class Defence(nn.Module, abc.ABC):
             calibration: the fraction of the examples held out to calibrate on (the same ones each time), or
                 `(x_cal, y_cal)`, which the model should never have seen: p-values are valid only then. With
                 fewer than 1 / false_alarm - 1 of them nothing can look foreign.
+            feature_file: where features beyond `memory_budget` are kept as float16 (2 N D bytes, logged before they
+                are written; ".0", ".1" and so on are added for several layers); None: computed again when needed.
+            on_progress: called with how many examples are done, and how many there are, layer by layer.
 
         Raises:
             ValueError or TypeError, before any work is lost, for inputs out of bounds, NaN, wrong shapes or
@@ -101,7 +117,7 @@ class Defence(nn.Module, abc.ABC):
         if len(y) < self._least_in_all():
             raise ValueError(f"neighbours={self._least_in_all()} is more than the {len(y)} examples of the repertoire")
         try:
-            self._remember(x, y, classes)
+            self._remember(x, y, classes, feature_file, on_progress)
             self.calibration = self._calibrate(x_cal, y_cal)
         except BaseException:
             self.feature_maps = []
@@ -112,7 +128,7 @@ class Defence(nn.Module, abc.ABC):
         """Return the search index of one layer, by its place in `layers`: its features of the repertoire."""
         self._require_fit()
         index = self.indices[_check.integer("layer", layer, least=0, most=len(self.indices) - 1)]
-        assert isinstance(index, Index)
+        assert isinstance(index, ExactIndex | SignatureIndex)
         return index
 
     def features(self, x: Any) -> list[Tensor]:
@@ -212,10 +228,6 @@ class Defence(nn.Module, abc.ABC):
     def _least_in_all(self) -> int: ...
 
     @abc.abstractmethod
-    def _groups(self, y: Tensor) -> tuple[Tensor, list[int]]:
-        """Return the order in which the examples are indexed, and the sizes of the groups searched apart."""
-
-    @abc.abstractmethod
     def _keys(self, features: Tensor) -> Tensor:
         """Return what the index compares, from features; may overwrite them."""
 
@@ -225,15 +237,38 @@ class Defence(nn.Module, abc.ABC):
     def _cells(self, x: Tensor) -> Tensor:
         return space_map(self.model, self.space)(x)
 
-    def _remember(self, x: Tensor, y: Tensor, classes: int) -> None:
+    def _remember(
+        self,
+        x: Tensor,
+        y: Tensor,
+        classes: int,
+        feature_file: str | Path | None = None,
+        on_progress: Progress | None = None,
+    ) -> None:
         maps = build(self.model, self._layers, self.space, x[:PROBES])
         self.classes = classes
-        order, counts = self._groups(y)
-        cells = self._cells(x[order])
-        indices = [Index(self._keys(feature_map.chunked(cells)), order, counts) for feature_map in maps]
-        self.feature_maps, self.indices = maps, nn.ModuleList(indices)
         self.repertoire = Repertoire(x, y)
         self.shape = tuple(x.shape[1:])
+        indices = []
+        for i, feature_map in enumerate(maps):
+            file = feature_file if feature_file is None or len(maps) == 1 else f"{feature_file}.{i}"
+            indices.append(self._index(feature_map, file, on_progress))
+        self.feature_maps, self.indices = maps, nn.ModuleList(indices)
+
+    def _index(
+        self, feature_map: FeatureMap, file: str | Path | None, on_progress: Progress | None
+    ) -> ExactIndex | SignatureIndex:
+        """Return an exact index of the repertoire's features, or one by signature where they exceed the budget."""
+
+        def rows(examples: Tensor) -> Tensor:
+            return self._keys(feature_map.chunked(self._cells(self.repertoire.x[examples])))
+
+        y = self.repertoire.y
+        order, counts = y.argsort(stable=True), torch.bincount(y, minlength=self.classes).tolist()
+        if 4 * len(y) * rows(order[:1]).shape[1] * len(self._layers) <= self.memory_budget:
+            return ExactIndex(computed(rows, order, on_progress), order, counts)
+        source = rows if file is None else FeatureFile(file, rows, len(y), on_progress=on_progress)
+        return SignatureIndex(source, order, counts, on_progress=on_progress)
 
     def _require_fit(self) -> None:
         if not self.feature_maps:

@@ -44,8 +44,9 @@ class DkNN(Defence):
         metric: Literal["cosine", "euclidean"] = "cosine",
         bounds: Any = (0.0, 1.0),
         false_alarm: float = 0.05,
+        memory_budget: int | Literal["auto"] = "auto",
     ) -> None:
-        super().__init__(model, layers, bounds=bounds, space=None, false_alarm=false_alarm)
+        super().__init__(model, layers, bounds=bounds, space=None, false_alarm=false_alarm, memory_budget=memory_budget)
         self.neighbours = _check.integer("neighbours", neighbours)
         self.metric = _check.choice("metric", metric, ("cosine", "euclidean"))
 
@@ -90,8 +91,10 @@ class DkNN(Defence):
         nearness = torch.zeros_like(counts)
         far = []
         for i, feature_map in enumerate(self.feature_maps):
-            distances, found = self.index(i).nearest(self._keys(feature_map.chunked(x)), self.neighbours)
-            distances, labels = distances[:, 0], self.repertoire.y[found[:, 0]]
+            distances, found = self.index(i).nearest(
+                self._keys(feature_map.chunked(x)), self.neighbours, by_class=False
+            )
+            labels = self.repertoire.y[found]
             if self.metric == "cosine":
                 # Of unit vectors, half the squared distance is one minus the cosine.
                 distances = distances.square() / 2
@@ -106,9 +109,6 @@ class DkNN(Defence):
     def _calibrate(self, x: Tensor, y: Tensor) -> Calibration:
         counts, _, far = self._neighbourhood(x)
         return Calibration.of(self._nonconformity(counts).gather(1, y[:, None])[:, 0], far)
-
-    def _groups(self, y: Tensor) -> tuple[Tensor, list[int]]:
-        return torch.arange(len(y), device=y.device), [len(y)]
 
     def _keys(self, features: Tensor) -> Tensor:
         if self.metric == "euclidean":

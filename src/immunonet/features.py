@@ -16,8 +16,10 @@ from immunonet.immune.operators import Family
 
 Layer = str | Callable[[Tensor], Tensor]
 
-# Feature values computed at once; keeps the activations of a chunk near the size of a last-level cache.
+# Values of the widest activation of a chunk of cells: near the size of a last-level cache.
 CHUNK_VALUES = 2**22
+# Cells run at once through a model that was not probed, and through a matrix.
+ROWS, MATRIX_ROWS = 128, 4096
 # Above this width a Gram matrix of the space costs more than it saves.
 AFFINE_WIDTH = 4096
 
@@ -42,25 +44,52 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             m.training = training
 
 
-def own(model: nn.Module, x: Tensor) -> Tensor:
+def own(model: nn.Module, x: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
     """Return a copy of inputs `x` in the model's dtype: a model may change its input in place."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
-    return x.to(dtype, copy=True)
+    return x.to(dtype, copy=True, memory_format=memory_format)
 
 
 class FeatureMap:
     """A map from cells `(n, *S)` to feature vectors `(n, D)` float32, differentiable in the cells."""
+
+    rows = ROWS
 
     def __init__(self, name: str, function: Callable[[Tensor], Any], model: nn.Module) -> None:
         """Take a function that runs (part of) `model`, which is in eval mode and gets a copy in its own dtype."""
         self.name = name
         self._function = function
         self._model = model
+        self._format = torch.preserve_format
+
+    def probe(self, cells: Tensor) -> None:
+        """Learn from a few cells how many to run at once, and the faster memory format."""
+        widths: list[int] = []
+
+        def measure(_module: nn.Module, _args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                widths.append(output.numel() // len(cells))
+
+        handles = [module.register_forward_hook(measure) for module in self._model.modules()]
+        try:
+            features = self(cells)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.rows = max(16, CHUNK_VALUES // max([features.shape[1], *widths]))
+        if cells.ndim == 4:
+            # Convolutions run about twice as fast; models that reshape by view refuse it.
+            self._format = torch.channels_last
+            with contextlib.suppress(RuntimeError):
+                found = self(cells)
+                if found.shape == features.shape and torch.allclose(found, features, rtol=1e-3, atol=1e-4):
+                    return
+            self._format = torch.preserve_format
 
     def __call__(self, cells: Tensor) -> Tensor:
         """Return the features `(n, D)`, in one piece; ValueError unless the layer gives one tensor row per cell."""
         with evaluating(self._model):
-            out = self._function(own(self._model, cells))
+            out = self._function(own(self._model, cells, self._format))
         if not isinstance(out, Tensor):
             raise ValueError(f"layer {self.name!r} must give one tensor, got {type(out).__name__}")
         if out.ndim == 0 or len(out) != len(cells):
@@ -72,10 +101,9 @@ class FeatureMap:
     def chunked(self, cells: Tensor) -> Tensor:
         """Return the features `(n, D)` of any number of cells, computed in chunks; ValueError if not finite."""
         width = self(cells[:1]).shape[1]
-        size = max(16, CHUNK_VALUES // max(width, cells[0].numel()))
         out = torch.empty(len(cells), width, device=cells.device)
-        for start in range(0, len(cells), size):
-            out[start : start + size] = self(cells[start : start + size])
+        for start in range(0, len(cells), self.rows):
+            out[start : start + self.rows] = self(cells[start : start + self.rows])
         if not bool(torch.isfinite(out).all()):
             raise ValueError(f"layer {self.name!r} gave NaN or infinite features: check the model and its precision")
         return out
@@ -86,7 +114,7 @@ class FeatureMap:
         `features` `(B, D)` are the antigens' own.
         """
         size = cells.shape[2]
-        chunk = max(16, CHUNK_VALUES // max(features.shape[1], cells[0, 0, 0].numel()))
+        chunk = self.rows
         out = torch.empty(len(family[0]), size, device=cells.device)
         step = max(1, chunk // size)
         for start in range(0, len(out), step):
@@ -105,6 +133,8 @@ class AffineMap(FeatureMap):
     W W' = R R' keeps every inner product, so distances and angles of `[a, 1] R` are those of the features.
     The Gram matrix of a small convolution has few diagonals, whose quadratic form is cheaper than the root.
     """
+
+    rows = MATRIX_ROWS
 
     def __init__(self, name: str, matrix: Tensor, offset: Tensor) -> None:
         self.name = name
@@ -133,6 +163,8 @@ class AffineMap(FeatureMap):
 
 class IdentityMap(FeatureMap):
     """Cells as their own features: `"input"`, or a layer that is itself the space."""
+
+    rows = MATRIX_ROWS
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -228,6 +260,7 @@ def build(model: nn.Module, layers: Sequence[Layer], space: str | None, x: Tenso
         expected = found(cells[:1])
         if expected.shape != found(cells[:2])[:1].shape:
             raise ValueError(f"layer {name!r} must give features of one width, whatever the batch")
+        found.probe(cells)
         maps.append(_affine(found, cells) or found)
     return maps
 

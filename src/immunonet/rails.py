@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import secrets
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from immunonet.immune.operators import Family
 from immunonet.immune.settings import Maturation
 from immunonet.repertoire import Calibration
 from immunonet.response import Cells, ImmuneResponse, Trace
+from immunonet.search import Progress
 
 # Values of the populations that mature at once: enough antigens to share a generation's random numbers.
 BATCH_VALUES = 2**24
@@ -56,10 +58,13 @@ class RAILS(Defence):
         bounds: Any = (0.0, 1.0),
         cell_bounds: Any = None,
         false_alarm: float = 0.05,
+        memory_budget: int | Literal["auto"] = "auto",
         shared_noise: bool = True,
         seed: int | None = None,
     ) -> None:
-        super().__init__(model, layers, bounds=bounds, space=space, false_alarm=false_alarm)
+        super().__init__(
+            model, layers, bounds=bounds, space=space, false_alarm=false_alarm, memory_budget=memory_budget
+        )
         self.maturations = _per_layer(maturation, len(self._layers))
         self.cell_bounds = None if cell_bounds is None else _check.Bounds.of("cell_bounds", cell_bounds)
         self.shared_noise = _check.boolean("shared_noise", shared_noise)
@@ -193,12 +198,19 @@ class RAILS(Defence):
     def _cell_bounds(self) -> _check.Bounds:
         return self.cell_bounds or (self.bounds if self.space is None else self._space_bounds)
 
-    def _remember(self, x: Tensor, y: Tensor, classes: int) -> None:
+    def _remember(
+        self,
+        x: Tensor,
+        y: Tensor,
+        classes: int,
+        feature_file: str | Path | None = None,
+        on_progress: Progress | None = None,
+    ) -> None:
         if self.space is not None and self.cell_bounds is None:
             self._space_bounds = self._range(x)
         cells = self._cells(x[:1])
         self._cell_bounds().tensors(cells, cells.shape[1:], name="cell_bounds")
-        super()._remember(x, y, classes)
+        super()._remember(x, y, classes, feature_file, on_progress)
 
     def _range(self, x: Tensor) -> _check.Bounds:
         """Return the range of the repertoire's cells per channel (the first axis of a cell)."""
@@ -206,9 +218,6 @@ class RAILS(Defence):
         low = torch.stack([part.amin(1) for part in parts]).amin(0)
         high = torch.stack([part.amax(1) for part in parts]).amax(0)
         return _check.Bounds(tuple(low.tolist()), tuple(high.tolist()))
-
-    def _groups(self, y: Tensor) -> tuple[Tensor, list[int]]:
-        return y.argsort(stable=True), torch.bincount(y, minlength=self.classes).tolist()
 
     def _keys(self, features: Tensor) -> Tensor:
         return features

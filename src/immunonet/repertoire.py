@@ -2,51 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from immunonet.immune import sensing
-from immunonet.immune.flocking import flock
-
-
-class Kept(nn.Module):
-    """Buffers that follow `.to(device)` but keep their dtype: a cast, such as `.bfloat16()`, is for the model."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(lambda t: t.to(fn(t[:0]).device), recurse)  # type: ignore[no-untyped-call]
-        return self
-
-
-class Index(Kept):
-    """Features of the examples at one layer, in groups, for exact nearest-neighbour search within each."""
-
-    keys: Tensor
-    squares: Tensor
-    order: Tensor
-    centre: Tensor
-
-    def __init__(self, features: Tensor, order: Tensor, counts: list[int]) -> None:
-        """Take the features `(N, D)`, overwritten, of examples `order` `(N,)`; `counts` are the groups' sizes."""
-        super().__init__()
-        # Small norms keep the digits of small distances in the quadratic expansion.
-        centre = features.mean(0)
-        keys = features.sub_(centre)
-        self.counts = counts
-        self.register_buffer("keys", keys, persistent=False)
-        self.register_buffer("squares", torch.linalg.vector_norm(keys, dim=1).square(), persistent=False)
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("centre", centre, persistent=False)
-
-    def nearest(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return Euclidean distances and example indices, each `(B, groups, k)`, of the k nearest of every group."""
-        # Autocast is for the model; the search needs every digit.
-        with torch.autocast(features.device.type, enabled=False):
-            distances, index = flock(features - self.centre, self.keys, self.squares, self.counts, k)
-        return distances, self.order[index]
+from immunonet.search import Kept
 
 
 class Repertoire(Kept):

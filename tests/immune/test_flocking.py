@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from immunonet.repertoire import Index
+from immunonet.search import ExactIndex
 
 
 def oracle(queries, keys, labels, k):
@@ -21,7 +21,7 @@ def oracle(queries, keys, labels, k):
 def search(queries, keys, labels, k):
     order = labels.argsort(stable=True)
     counts = torch.bincount(labels).tolist()
-    distances, found = Index(keys[order].clone(), order, counts).nearest(queries, k)
+    distances, found = ExactIndex(keys[order].clone(), order, counts).nearest(queries, k)
     return distances.numpy(), found.numpy()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from immunonet import _check
 from immunonet.defence import Defence
 from immunonet.features import space_map
-from immunonet.repertoire import Index
 
-# Values of neighbours' features that one call keeps for its gradient: 1 GiB.
-_KEPT_VALUES = 2**28
+# Values of neighbours' features in one call, which are kept twice for its gradient: 1 GiB.
+_KEPT_VALUES = 2**27
 # Repertoire examples whose neighbourhoods set the scale of "auto".
 _PROBES = 100
+# A softer vote leaves the defence's own, harder one standing; a harder one gives gradients of few neighbours.
+_SHARPNESS = 0.3
 
 
 class SoftNeighbours(nn.Module):
@@ -31,9 +32,9 @@ class SoftNeighbours(nn.Module):
     on the defence itself: `AttackResult.success` is only about this surrogate.
 
     `defence`: a fitted RAILS or DkNN. `neighbours` per class, at most the examples of the smallest class; None:
-    20, or as many as that class has. `temperature` > 0, or "auto": per layer the mean over 100 repertoire
-    examples of the standard deviation of d^2 over their C x neighbours nearest. Raises ValueError or TypeError
-    that names the argument.
+    20, or as many as that class has. `temperature` > 0, or "auto": per layer 0.3 times the mean, over 100
+    repertoire examples, of the standard deviation of d^2 over their C x neighbours nearest. Raises ValueError or
+    TypeError that names the argument.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class SoftNeighbours(nn.Module):
     @property
     def batch_size(self) -> int:
         """How many antigens a call should take at most, for its gradient to need about 1 GiB."""
-        widest = max(index.keys.shape[1] for index in self._indices())
+        widest = max(self.defence.index(i).width for i in range(len(self.defence.layers)))
         return max(1, _KEPT_VALUES // (self.defence.classes * self.neighbours * widest))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,28 +68,17 @@ class SoftNeighbours(nn.Module):
         return torch.stack(votes).mean(0).log_softmax(1)
 
     def _squared_distances(self, x: Tensor) -> list[Tensor]:
-        """Return `(B, C, neighbours)` per layer, up to a term that is the same for all of an antigen."""
+        """Return `(B, C, neighbours)` per layer."""
         cells = space_map(self.defence.model, self.defence.space)(x)
         found = []
-        for feature_map, index in zip(self.defence.feature_maps, self._indices(), strict=True):
-            features = feature_map(cells)
+        for i, feature_map in enumerate(self.defence.feature_maps):
+            features, index = feature_map(cells), self.defence.index(i)
             if getattr(self.defence, "metric", "euclidean") == "cosine":
                 features = features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
-            features = features - index.centre
-            nearest = self._nearest(features.detach(), index)
-            products = torch.einsum("bd,bckd->bck", features, index.keys[nearest])
-            found.append(index.squares[nearest] - 2 * products)
+            with torch.no_grad():
+                near = index.rows(index.nearest(features, self.neighbours)[1])
+            found.append((features[:, None, None] - near).square().sum(3))
         return found
-
-    def _nearest(self, features: Tensor, index: Index) -> Tensor:
-        """Return `(B, C, neighbours)`, the rows of `index` that are nearest to `features` `(B, D)` in every class."""
-        rough = torch.addmm(index.squares, features, index.keys.T, alpha=-2)
-        labels = self.defence.repertoire.y[index.order]
-        members = [(labels == c).nonzero()[:, 0] for c in range(self.defence.classes)]
-        return torch.stack([m[rough[:, m].topk(self.neighbours, dim=1, largest=False).indices] for m in members], 1)
-
-    def _indices(self) -> list[Index]:
-        return cast(list[Index], list(self.defence.indices))
 
     @torch.no_grad()
     def _temperatures(self, temperature: float | str) -> list[float]:
@@ -99,4 +89,4 @@ class SoftNeighbours(nn.Module):
         probes = x[:: max(1, len(x) // _PROBES)][:_PROBES]
         parts = [self._squared_distances(part) for part in probes.split(self.batch_size)]
         spreads = [torch.cat(layer).flatten(1).std(1).mean() for layer in zip(*parts, strict=True)]
-        return [max(float(spread), 1e-12) for spread in spreads]
+        return [max(_SHARPNESS * float(spread), 1e-12) for spread in spreads]

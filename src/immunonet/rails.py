@@ -133,9 +133,12 @@ class RAILS(Defence):
             yield self._answer(x[part], seed, None if names is None else names[part], keep_cells, trace)
 
     def _batch_size(self, x: Tensor) -> int:
-        cell = self._cells(x[:1]).numel()
+        values = self._population_values(x)
+        return max(1, min(BATCH_VALUES, self.memory_budget // 4) // values)
+
+    def _population_values(self, x: Tensor) -> int:
         population = max(m.per_class(self.classes) for m in self.maturations) * self.classes
-        return max(1, BATCH_VALUES // (cell * population))
+        return self._cells(x[:1]).numel() * population
 
     def _answer(self, x: Tensor, seed: int, names: list[str] | None, keep_cells: bool, trace: bool) -> ImmuneResponse:
         cells = self._cells(x)
@@ -210,6 +213,11 @@ class RAILS(Defence):
             self._space_bounds = self._range(x)
         cells = self._cells(x[:1])
         self._cell_bounds().tensors(cells, cells.shape[1:], name="cell_bounds")
+        self.classes = classes
+        if 4 * (values := self._population_values(x)) > self.memory_budget:
+            raise ValueError(
+                f"memory_budget={self.memory_budget:,} is too small for one antigen: its population takes {4 * values:,} bytes"
+            )
         super()._remember(x, y, classes, feature_file, on_progress)
 
     def _range(self, x: Tensor) -> _check.Bounds:

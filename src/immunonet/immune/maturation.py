@@ -81,7 +81,7 @@ def mature(
     nearest_yet = torch.full_like(temperature, torch.inf)
     streak = torch.zeros_like(temperature, dtype=torch.long)
     generations = torch.full_like(streak, settings.generations)
-    evolving = torch.ones(batch, classes, dtype=torch.bool, device=streak.device)
+    evolving = _candidates(naive.distances, settings)
     curve = _Curve(settings.generations + 1, naive.distances) if trace else None
 
     for generation in range(settings.generations + 1):
@@ -118,6 +118,13 @@ def temperatures(settings: Maturation, naive_distances: Tensor) -> Tensor:
     if settings.temperature == "auto":
         return naive_distances.flatten(1).std(1, correction=0).clamp(min=1e-6)
     return naive_distances.new_full((len(naive_distances),), settings.temperature)
+
+
+def _candidates(naive_distances: Tensor, settings: Maturation) -> Tensor:
+    """Return whether each class `(B, C)` is one of the nearest few, whose cells evolve."""
+    classes = naive_distances.shape[1]
+    nearest = naive_distances.amin(2).topk(min(settings.candidates or classes, classes), dim=1, largest=False).indices
+    return torch.zeros_like(naive_distances[:, :, 0], dtype=torch.bool).scatter(1, nearest, True)
 
 
 def _clones(population: _Population, family: Family) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,8 @@ class Maturation:
         early_stop: stop an antigen after this many generations in a row with one label in its plasma; None: never.
         prune: a class whose fittest cell is farther than the last plasma cell by more than this fraction stops
             evolving and keeps its last cells; None: never.
+        candidates: only the cells of this many classes, those with the nearest naive cells, evolve; the others'
+            stay clones. For problems with many classes. None: all classes.
     """
 
     population: int = 1000
@@ -42,6 +44,7 @@ class Maturation:
     memory: float = 0.20
     early_stop: int | None = 2
     prune: float | None = 0.05
+    candidates: int | None = None
 
     def __post_init__(self) -> None:
         _check.integer("population", self.population)
@@ -65,6 +68,8 @@ class Maturation:
             raise ValueError(f"plasma + memory must be at most 1, got {self.plasma:g} + {self.memory:g}")
         if self.early_stop is not None:
             _check.integer("early_stop", self.early_stop)
+        if self.candidates is not None:
+            _check.integer("candidates", self.candidates)
         if self.prune is not None:
             _check.number("prune", self.prune, least=0)
 

@@ -67,7 +67,8 @@ def gather(x: Any, y: Any = None) -> tuple[Any, Any]:
     xs, ys = [], []
     for batch in loader:
         if not isinstance(batch, list | tuple) or len(batch) != 2:
-            raise TypeError(f"x must yield pairs (x, y), got {type(batch).__name__}")
+            size = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
+            raise TypeError(f"x must yield pairs (x, y), got {type(batch).__name__}{size}")
         xs.append(torch.as_tensor(batch[0]))
         ys.append(torch.as_tensor(batch[1]))
     if not xs:

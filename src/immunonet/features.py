@@ -149,7 +149,8 @@ class AffineMap(FeatureMap):
     def __call__(self, cells: Tensor) -> Tensor:
         """Return reduced features `(n, r)`."""
         matrix, offset = self._on(cells)
-        return cells.flatten(1) @ matrix + offset
+        with _every_digit(cells):
+            return cells.flatten(1) @ matrix + offset
 
     def distances(self, cells: Tensor, family: Family, antigens: Tensor, features: Tensor) -> Tensor:
         """Return feature distances `(F, P)`; the offset cancels."""
@@ -158,7 +159,8 @@ class AffineMap(FeatureMap):
         if fused is not None and self._band is not None:
             return fused.band_distances(cells, family, antigens, *self._band)  # type: ignore[no-any-return]
         difference = (cells[family] - antigens[family[0], None]).flatten(2)
-        return _norms(difference @ matrix)
+        with _every_digit(cells):
+            return _norms(difference @ matrix)
 
 
 class IdentityMap(FeatureMap):
@@ -180,6 +182,11 @@ class IdentityMap(FeatureMap):
             ones = torch.ones(1, antigens[0].numel())
             return fused.band_distances(cells, family, antigens, torch.zeros(1, dtype=torch.long), ones)  # type: ignore[no-any-return]
         return _norms((cells[family] - antigens[family[0], None]).flatten(2))
+
+
+def _every_digit(like: Tensor) -> torch.autocast:
+    """Switch autocast off, which is for the model."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def _norms(difference: Tensor) -> Tensor:

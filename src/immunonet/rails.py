@@ -92,8 +92,9 @@ class RAILS(Defence):
 
     def forward(self, x: Any, seed: int | None = None) -> Tensor:
         """Return finite log-probabilities `(B, C)`: log((n v + 1) / (n + C)) for n plasma cells and votes v."""
+        votes = self.predict_proba(x, seed)
         n = sum(settings.sizes(self.classes)[0] for settings in self.maturations)
-        return ((n * self.predict_proba(x, seed) + 1) / (n + self.classes)).log()
+        return ((n * votes + 1) / (n + self.classes)).log()
 
     @torch.no_grad()
     def naive(self, x: Any, layer: int = 0) -> tuple[Tensor, Tensor]:

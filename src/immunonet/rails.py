@@ -217,7 +217,8 @@ class RAILS(Defence):
         self.classes = classes
         if 4 * (values := self._population_values(x)) > self.memory_budget:
             raise ValueError(
-                f"memory_budget={self.memory_budget:,} is too small for one antigen: its population takes {4 * values:,} bytes"
+                f"memory_budget={self.memory_budget:,} is too small for one antigen: "
+                f"its population takes {4 * values:,} bytes"
             )
         super()._remember(x, y, classes, feature_file, on_progress)
 

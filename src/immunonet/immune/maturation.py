@@ -64,7 +64,7 @@ def mature(
     antigens. `bounds`, low and high, broadcast against `*S`. Families whose antigen has its answer, and those
     that are pruned, stop evolving and keep their last cells and distances.
     """
-    batch, classes, k = naive.distances.shape
+    classes, k = naive.distances.shape[1:]
     size = settings.per_class(classes)
     n_plasma, _ = settings.sizes(classes)
     population = _Population(

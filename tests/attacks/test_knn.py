@@ -81,14 +81,14 @@ def test_cells_of_another_space_are_reached_through_the_model(problem):
     assert torch.autograd.grad(found[:, 0].sum(), antigens)[0].abs().max() > 0
 
 
-def test_auto_temperature_is_the_mean_spread_of_squared_distances(problem):
+def test_auto_temperature_is_a_share_of_the_mean_spread_of_squared_distances(problem):
     _, x, y = problem
     soft = SoftNeighbours(fitted(problem, "euclidean", "input"), neighbours=4)
     squares = torch.cdist(x, x).square()
     spread = torch.stack(
         [torch.cat([row[y == c].sort().values[:4] for c in range(CLASSES)]).std() for row in squares]
     ).mean()
-    assert soft.temperatures == pytest.approx([float(spread)], rel=1e-4)
+    assert soft.temperatures == pytest.approx([0.3 * float(spread)], rel=1e-4)
 
 
 def test_auto_temperature_of_equal_examples_is_not_zero(problem):
@@ -124,9 +124,16 @@ def test_batch_size_bounds_the_features_that_are_kept(problem, monkeypatch):
     soft = SoftNeighbours(fitted(problem, "cosine", ["input", "1"]), neighbours=4)
     assert soft.batch_size >= 1
     monkeypatch.setattr("immunonet.attacks.knn._KEPT_VALUES", 1000)
-    assert soft.batch_size == math.floor(1000 / (CLASSES * 4 * soft.defence.indices[1].keys.shape[1]))
+    assert soft.batch_size == math.floor(1000 / (CLASSES * 4 * soft.defence.index(1).width))
     monkeypatch.setattr("immunonet.attacks.knn._KEPT_VALUES", 1)
     assert soft.batch_size == 1
+
+
+def test_as_many_neighbours_as_the_smallest_class_has_but_no_more_than_20(problem):
+    model, x, y = problem
+    assert SoftNeighbours(fitted(problem, "cosine", "input")).neighbours == PER_CLASS
+    many = DkNN(model, "input", neighbours=2).fit(x.repeat(3, 1), y.repeat(3), calibration=(x[:6], y[:6]))
+    assert SoftNeighbours(many).neighbours == 20
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -15,12 +13,11 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from immunonet import RAILS, DkNN, Maturation, _check, _store, data, zoo
+from immunonet import RAILS, DkNN, Maturation, _check, _store, data
 from immunonet.attacks import PGD
 from immunonet.cli import common
 from immunonet.evaluation.benchmark import KNOWS, METRICS, NEIGHBOURS, Benchmark, Outcome
 from immunonet.evaluation.statistics import mcnemar
-from immunonet.features import Layer
 
 PRESETS: dict[str, Callable[..., Maturation]] = {
     "default": Maturation,
@@ -90,7 +87,7 @@ def evaluate(
     attacks = [_check.choice("--attack", name, tuple(KNOWS)) for name in dict.fromkeys(attack or KNOWS)]
     populations = _populations(population or [], layers)
     make = PRESETS[_check.choice("--preset", preset, tuple(PRESETS))]
-    maturations = {at: make(**({"population": populations[at]} if populations[at] else {})) for at in layers}
+    maturations = {at: make(**({} if populations[at] is None else {"population": populations[at]})) for at in layers}
     size = _number("--eps", eps)
     step_size = size / 4 if step is None else _number("--step", step)
     pgd = PGD(eps=size, step=step_size, iterations=iterations, norm=norm, random_start=False)
@@ -100,7 +97,8 @@ def evaluate(
     training, held_out = (images[part] for part in data.split(len(images), validation))
     name = common.model_name(model, images)
     net = common.load_model(name, weights, target, classes=len(images.classes))
-    maps = {at: _feature_map(at, net) for at in layers}
+    common.check_model(name, net, images)
+    maps = {at: common.resolve_layer(at, net) for at in layers}
     for at in layers:
         DkNN(net, maps[at])  # a wrong name is told before any work
     on_base = [attack for attack in attacks if KNOWS[attack] != "defence"]
@@ -115,7 +113,7 @@ def evaluate(
             {
                 "dataset": dataset,
                 "model": name,
-                "weights": _fingerprint(net),
+                "weights": common.digest(net.state_dict().values()),
                 "repertoire": len(training),
                 "calibration": len(held_out),
                 "device": target.type,
@@ -138,11 +136,11 @@ def evaluate(
 
         measure("cnn", None, net)
         for at in layers:
-            measure("dknn", at, DkNN(net, maps[at]))
+            measure("dknn", at, DkNN(net, maps[at], neighbours=min(75, len(training))))
             if tune_dknn:
                 best = bench.tune_dknn(at, maps[at])
-                tuned = DkNN(net, maps[at], neighbours=best["neighbours"], metric=best["metric"])
-                measure("dknn-tuned", at, tuned, tuning=best)
+                chosen = {key: best[key] for key in ("neighbours", "metric")}
+                measure("dknn-tuned", at, DkNN(net, maps[at], **chosen), tuning=best)
             measure("rails", at, RAILS(net, maps[at], maturation=maturations[at]))
 
     rows = [_cells(found) for found in outcomes]
@@ -154,7 +152,7 @@ def evaluate(
     _store.write_text(out / "table.md", "\n".join([*lines, "", *_pairs(outcomes)]) + "\n")
     for line in _pairs(outcomes):
         typer.echo(line)
-    common.write_results(json, [found.row.to_json() for found in outcomes])
+    common.write_results(json, [found.row.to_json() | {"foreign": _share(found)} for found in outcomes])
 
 
 def _populations(values: list[str], layers: list[str]) -> dict[str, int | None]:
@@ -178,30 +176,13 @@ def _number(option: str, text: str) -> float:
         raise ValueError(f"{option} must be a number such as 0.1 or 60/255, got {text!r}") from error
 
 
-def _feature_map(layer: str, net: nn.Module) -> Layer:
-    """Return a submodule's name as it is, or what `mnist_affine` or `package.module:factory` makes of `net`."""
-    if layer == "mnist_affine":
-        return zoo.mnist_affine(cast(zoo.MnistNet, net))  # it names a network that is none
-    if ":" not in layer:
-        return layer
-    module, _, factory = layer.partition(":")
-    try:
-        made = getattr(importlib.import_module(module), factory)(net)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--layer {layer} cannot be imported ({error}): give package.module:factory") from error
-    return cast(Layer, made)
-
-
-def _fingerprint(net: nn.Module) -> str:
-    """Return a sha256 of the network's weights."""
-    digest = hashlib.sha256()
-    for name, value in net.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().contiguous().view(-1).numpy().tobytes())
-    return digest.hexdigest()
+def _share(found: Outcome) -> float | None:
+    """Return the share flagged foreign, None for a network that flags nothing."""
+    return None if found.foreign is None else float(found.foreign.float().mean())
 
 
 def _cells(found: Outcome) -> list[str]:
-    row = found.row
+    row, share = found.row, _share(found)
     return [
         ", ".join(row.settings["layers"]),
         row.defence,
@@ -210,7 +191,7 @@ def _cells(found: Outcome) -> list[str]:
         f"{row.accuracy:.4f}",
         f"{row.ci95[0]:.3f} to {row.ci95[1]:.3f}",
         f"{1000 * row.seconds_per_image:.2f}",
-        "" if found.foreign is None else f"{float(found.foreign.float().mean()):.3f}",
+        "" if share is None else f"{share:.3f}",
     ]
 
 

@@ -1,0 +1,164 @@
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from immunonet import DkNN, data, zoo
+from immunonet.attacks import PGD
+from immunonet.cli import main
+
+KEYS = {
+    "dataset", "defence", "attack", "knows", "eps", "norm", "n", "correct", "accuracy", "ci95",
+    "seconds_per_image", "seeds", "settings", "foreign",
+}  # fmt: skip
+SMALL = [
+    "--dataset", "digits", "--n", 30, "--eps", "1/8", "--iterations", 5, "--chunk", 20, "--seeds", 2,
+    "--population", 40, "--weights", "digits.safetensors",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def net():
+    images = data.load("digits", "train")
+    net = zoo.build("digits")
+    zoo.train(net, images[:800], images[800:900], epochs=4, batch_size=64, lr=3e-3)
+    return net
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path, net):
+    """Return a function that runs `immunonet evaluate` in tmp_path and returns (code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("IMMUNONET_DATA", raising=False)
+    monkeypatch.delenv("IMMUNONET_DEBUG", raising=False)
+    zoo.save_weights(net, "digits.safetensors", half=False)
+
+    def call(*arguments):
+        arguments = ["evaluate", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", ["immunonet", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    return call
+
+
+def by_key(path):
+    record = json.loads(Path(path).read_text())
+    rows = record["results"]
+    return record, {(r["defence"], *r["settings"]["layers"], r["attack"]): r for r in rows}
+
+
+def test_every_defence_meets_every_attack(run, net):
+    code, out, err = run(*SMALL, "--layer", "input", "--layer", "conv1", "--population", "conv1=20", "--json", "r.json")
+    assert code == 0, err
+    record, rows = by_key("r.json")
+    layers, attacks = ["input", "conv1"], ["none", "fgsm", "pgd", "soft-knn"]
+    assert list(rows) == [("cnn", a) for a in attacks[:3]] + [
+        (kind, at, a) for at in layers for kind in ("dknn", "rails") for a in attacks
+    ]
+    assert set(record) == {"results", "environment", "command"}
+    assert all(set(row) == KEYS for row in rows.values())
+    assert all(row["n"] == 30 and row["settings"]["model"] == "digits" for row in rows.values())
+    assert rows["cnn", "none"]["foreign"] is None
+    pgd = rows["rails", "conv1", "pgd"]
+    assert (pgd["eps"], pgd["norm"], pgd["knows"], pgd["seeds"]) == (0.125, "linf", "base", [0, 1])
+    assert pgd["settings"]["maturation"][0]["population"] == 20
+    assert rows["rails", "input", "pgd"]["settings"]["maturation"][0]["population"] == 40
+    assert pgd["settings"]["attack"]["step"] == 0.03125
+    assert rows["dknn", "conv1", "none"]["settings"]["neighbours"] == 75
+    assert rows["rails", "conv1", "soft-knn"]["knows"] == "defence"
+
+    test, train = data.load("digits", "test")[:30], data.load("digits", "train")
+    moved = PGD(eps=1 / 8, step=1 / 32, iterations=5, random_start=False)(net, test.x, test.y).adversarials
+    with torch.no_grad():
+        assert rows["cnn", "pgd"]["correct"] == int((net(moved).argmax(1) == test.y).sum())
+    training, held = (train[part] for part in data.split(len(train)))
+    dknn = DkNN(net, "conv1").fit(training.x, training.y, calibration=(held.x, held.y))
+    assert rows["dknn", "conv1", "pgd"]["correct"] == int((dknn.predict(moved) == test.y).sum())
+    assert rows["dknn", "conv1", "pgd"]["foreign"] == pytest.approx(float(dknn.foreign(moved).float().mean()))
+
+    table = Path("evaluation/table.md").read_text()
+    assert table.startswith("| layer | defence | attack | knows | accuracy | 95 % interval | ms/image | foreign |\n")
+    assert len(re.findall(r"^\| (input|conv1) \|", table, re.M)) == 16
+    assert "conv1" in out
+    assert f"{rows['rails', 'input', 'pgd']['accuracy']:.4f}" in out
+    assert re.search(r"input, pgd: rails alone is right on \d+, dknn alone on \d+ of 30 images, p = ", out)
+    assert "rails conv1 soft-knn: " in err
+
+
+def test_the_same_command_continues_and_another_is_refused(run, monkeypatch):
+    assert run(*SMALL, "--attack", "none", "--json", "a.json")[0] == 0
+    before = Path("evaluation/parts.jsonl").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(DkNN, "fit", None)
+        assert run(*SMALL, "--attack", "none", "--json", "b.json")[0] == 0
+    assert Path("evaluation/parts.jsonl").read_text() == before
+    assert by_key("a.json")[0]["results"] == by_key("b.json")[0]["results"]
+    # More images and attacks are added to what is there.
+    assert run(*SMALL, "--attack", "none", "--attack", "pgd", "--n", 40, "--json", "c.json")[0] == 0
+    assert by_key("c.json")[1]["cnn", "pgd"]["n"] == 40
+    assert Path("evaluation/parts.jsonl").read_text().startswith(before)
+    for change, told in (
+        (["--eps", "0.2"], "pgd.eps was 0.125, now 0.2"),
+        (["--population", "80"], "settings of rails input maturation.0.population was 40, now 80"),
+        (["--preset", "paper"], "maturation.0.early_stop was 2, now None"),
+    ):
+        code, _, err = run(*SMALL, "--attack", "none", *change)
+        assert code == 2
+        assert told in err
+        assert "give another folder" in err
+
+
+def test_tuning_chooses_for_dknn_on_the_validation_split(run):
+    code, _, err = run(*SMALL, "--attack", "none", "--tune-dknn", "--json", "r.json")
+    assert code == 0, err
+    _, rows = by_key("r.json")
+    tuned = rows["dknn-tuned", "input", "none"]["settings"]
+    assert tuned["tuning"]["images"] == 129 + 14  # a tenth of the training set is fewer than 300
+    assert tuned["neighbours"] == tuned["tuning"]["neighbours"]
+    assert tuned["metric"] == tuned["tuning"]["metric"]
+    assert rows["dknn", "input", "none"]["settings"]["metric"] == "cosine"
+
+
+def test_a_feature_map_of_ones_own_and_the_authors_settings(run, tmp_path):
+    Path("mine.py").write_text("def halves(net):\n    return lambda x: x.flatten(1) / 2\n")
+    code, _, err = run(*SMALL, "--attack", "none", "--layer", "mine:halves", "--preset", "authors", "--json", "r.json")
+    sys.modules.pop("mine", None)
+    assert code == 0, err
+    _, rows = by_key("r.json")
+    assert rows["rails", "mine:halves", "none"]["settings"]["maturation"][0]["crossover"] == "authors"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (["--eps", "much"], "--eps must be a number such as 0.1 or 60/255, got 'much'"),
+        (["--eps", "1/0"], "--eps must be a number"),
+        (["--eps", "-0.1"], "eps must be a finite number in [0"),
+        (["--step", "x"], "--step must be a number"),
+        (["--norm", "l1"], "norm must be one of 'linf', 'l2'"),
+        (["--attack", "magic"], "--attack must be one of 'none', 'fgsm', 'pgd', 'soft-knn', got 'magic'"),
+        (["--preset", "best"], "--preset must be one of"),
+        (["--population", "many"], "--population must be a number, or LAYER=NUMBER for one of input, got 'many'"),
+        (["--population", "fc1=10"], "--population must be a number, or LAYER=NUMBER"),
+        (["--population", "0"], "population must be at least 1"),
+        (["--layer", "conv9"], "layers='conv9' is no submodule of the model; nearest names: conv"),
+        (["--layer", "mnist_affine"], "net must be a MnistNet"),
+        (["--dataset", "nothing"], "there is no 'nothing'"),
+        (["--weights", "none.safetensors"], "none.safetensors"),
+        (["--device", "tpu9"], "--device must be one of"),
+        (["--validation", "100000"], "validation must be at least 1 and at most"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_before_any_work(run, change, told):
+    code, out, err = run(*SMALL, *change)
+    assert code == 2
+    assert told in err
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not Path("evaluation/parts.jsonl").exists()

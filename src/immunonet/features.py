@@ -100,9 +100,11 @@ class FeatureMap:
 
     def chunked(self, cells: Tensor) -> Tensor:
         """Return the features `(n, D)` of any number of cells, computed in chunks; ValueError if not finite."""
-        width = self(cells[:1]).shape[1]
-        out = torch.empty(len(cells), width, device=cells.device)
-        for start in range(0, len(cells), self.rows):
+        first = self(cells[: self.rows])
+        # A tensor of its own, which callers may overwrite.
+        out = first.new_empty(len(cells), first.shape[1])
+        out[: self.rows] = first
+        for start in range(self.rows, len(cells), self.rows):
             out[start : start + self.rows] = self(cells[start : start + self.rows])
         if not bool(torch.isfinite(out).all()):
             raise ValueError(f"layer {self.name!r} gave NaN or infinite features: check the model and its precision")
@@ -111,7 +113,7 @@ class FeatureMap:
     def distances(self, cells: Tensor, family: Family, antigens: Tensor, features: Tensor) -> Tensor:
         """Return feature distances `(F, P)` of families of `cells` `(B, C, P, *S)` to their antigens `(B, *S)`.
 
-        `features` `(B, D)` are the antigens' own.
+        `features` `(B, D)` are the antigens' own. A cell whose features are NaN is infinitely far.
         """
         size = cells.shape[2]
         chunk = self.rows
@@ -123,7 +125,7 @@ class FeatureMap:
             for i in range(0, size, chunk):
                 found = self(part[:, i : i + chunk].flatten(0, 1)).unflatten(0, (len(part), -1))
                 out[some, i : i + chunk] = torch.linalg.vector_norm(found - goal, dim=2)
-        return out
+        return out.nan_to_num_(nan=torch.inf, posinf=torch.inf)
 
 
 class AffineMap(FeatureMap):

@@ -195,9 +195,10 @@ class Defence(nn.Module, abc.ABC):
         names, callables, file = record["layers"], record["callables"], record["tensors"]["file"]
         if layers is None and any(callables):
             raise ValueError(f"layers must be given again: {names[callables.index(True)]!r} was a callable")
-        defence = cls._from_settings(model, names if layers is None else layers, record["settings"])
-        if len(defence.layers) != len(names):
-            raise ValueError(f"layers must be {len(names)} as saved, {names}, got {list(defence.layers)}")
+        given = as_layers(names if layers is None else layers)
+        if len(given) != len(names):
+            raise ValueError(f"layers must be {len(names)} as saved, {names}, got {list(layer_names(given))}")
+        defence = cls._from_settings(model, given, record["settings"])
         tensors = _store.read_tensors(path.parent / file, checksum=record["tensors"]["sha256"])
         x, y = tensors["x"].to(defence.device), tensors["y"].to(defence.device)
         if (classes := defence._count_classes(x)) != record["classes"]:

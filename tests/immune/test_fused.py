@@ -1,0 +1,224 @@
+"""The fused loops against the torch operators: single calls, and whole responses with and without numba."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import nn
+from torch.testing import assert_close
+
+from immunonet import RAILS, Maturation, features
+from immunonet.features import AffineMap, IdentityMap
+from immunonet.immune import backend, operators
+from immunonet.immune.noise import Noise, uniform
+from immunonet.immune.operators import Mutation
+
+fused = pytest.importorskip("immunonet.immune.fused")
+
+LEVEL = 1e-4
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def families(batch, classes, seed):
+    """A random non-empty part of all families, in their order."""
+    keep = rand(batch, classes, seed=seed) < 0.6
+    keep[seed % batch, seed % classes] = True
+    return keep.nonzero(as_tuple=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    batch=st.integers(1, 3),
+    classes=st.integers(1, 4),
+    size=st.sampled_from([1, 3, 8]),
+    shape=st.sampled_from([(1,), (7,), (3, 5), (3, 4, 5)]),
+    rate=st.sampled_from([0.0, 0.1, 0.985, 1.0]),
+    shared=st.booleans(),
+)
+def test_offspring_equal_the_operators_to_the_bit(seed, batch, classes, size, shape, rate, shared):
+    # Bounds of their own for every channel, far apart in scale; cells outside of them are clipped by both.
+    low = rand(*shape[:1], *(1,) * (len(shape) - 1), seed=seed) * torch.logspace(-2, 2, shape[0]).reshape(
+        -1, *(1,) * (len(shape) - 1)
+    )
+    high = 2 * low + 0.1
+    cells = low + (high - low) * (1.2 * rand(batch, classes, size, *shape, seed=seed + 1) - 0.1)
+    family = families(batch, classes, seed)
+    g = torch.Generator().manual_seed(seed)
+    parents = torch.randint(0, size, (len(family[0]), 2 * size), generator=g)
+    share = torch.rand(len(family[0]), size, generator=g)
+    noise = Noise([seed] if shared else list(range(batch)), antigens=batch)
+    keys = [noise.keys(3, use, cells.device) for use in ("cross", "mutate")]
+    mutation = Mutation(
+        rate=torch.linspace(rate, min(1.0, 1.1 * rate), batch),
+        least=0.05,
+        most=torch.linspace(0.05, 0.3, batch),
+        low=low.expand(shape),
+        high=high.expand(shape),
+    )
+    expected, found = cells.clone(), cells.clone()
+    operators.offspring(expected, family, parents, share, *keys, mutation)
+    fused.offspring(found, family, parents, share, *keys, mutation)
+    assert torch.equal(found, expected)
+    named = torch.zeros(batch, classes, dtype=torch.bool)
+    named[family] = True
+    assert torch.equal(found[~named], cells[~named])
+    inside = found[named]
+    assert ((inside >= low) & (inside <= high)).all()
+
+
+def test_places_beyond_32_bits_of_a_stream_are_the_same():
+    """A population of many classes has more pixels than a 32-bit counter's half."""
+    keys = torch.tensor([[2**32 - 1, 123]])
+    n = 2**31 + 5
+    value = uniform(keys, torch.tensor([n]), 1)
+    again = fused._uniform.py_func
+    with np.errstate(over="ignore"):
+        assert again(np.uint32(n), np.uint32(2**32 - 1), np.uint32(123)) == value.item()
+
+
+def wide_band(d, reach):
+    """A matrix whose Gram matrix has `2 reach + 1` diagonals."""
+    full = torch.zeros(d, d + reach)
+    for t in range(reach + 1):
+        full.diagonal(t).copy_(rand(d, seed=t) - 0.3)
+    return full
+
+
+@pytest.mark.parametrize("reach", [0, 1, 6, 7, 13])
+@pytest.mark.parametrize("shape", [(121,), (1, 11, 11), (5, 5, 5)])
+def test_distances_by_diagonals_equal_those_by_the_matrix(shape, reach, monkeypatch):
+    d = int(np.prod(shape))
+    affine = AffineMap("layer", wide_band(d, reach), rand(d + reach))
+    assert len(affine._band[0]) == reach + 1
+    cells, antigens = rand(3, 4, 5, *shape), rand(3, *shape, seed=1)
+    # One cell is its antigen.
+    cells[1, 2, 3] = antigens[1]
+    family = (torch.tensor([0, 1, 1, 2]), torch.tensor([3, 2, 0, 1]))
+    found = affine.distances(cells, family, antigens, affine(antigens))
+    difference = (affine(cells[family].flatten(0, 1)).unflatten(0, (4, 5)) - affine(antigens)[family[0], None]).norm(
+        dim=2
+    )
+    assert_close(found, difference, atol=1e-5, rtol=1e-5)
+    assert found[1, 3] == 0
+    monkeypatch.setattr(features, "fused_for", lambda _: None)
+    assert_close(affine.distances(cells, family, antigens, None), difference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1,), (9,), (3, 4, 5)])
+def test_distances_of_the_cells_themselves(shape, monkeypatch):
+    cells, antigens = rand(2, 3, 4, *shape), rand(2, *shape, seed=1)
+    family = families(2, 3, 5)
+    identity = IdentityMap("input")
+    expected = torch.stack([(cells[b, c] - antigens[b]).flatten(1).norm(dim=1) for b, c in zip(*family, strict=True)])
+    assert_close(identity.distances(cells, family, antigens, None), expected)
+    monkeypatch.setattr(features, "fused_for", lambda _: None)
+    assert_close(identity.distances(cells, family, antigens, None), expected)
+
+
+def test_no_family_is_no_trouble():
+    none = (torch.zeros(0, dtype=torch.long),) * 2
+    cells = rand(2, 3, 4, 9)
+    assert IdentityMap("input").distances(cells, none, rand(2, 9), None).shape == (0, 4)
+    assert AffineMap("layer", wide_band(9, 1), rand(10)).distances(cells, none, rand(2, 9), None).shape == (0, 4)
+
+
+def test_only_float32_cells_on_the_cpu_are_fused():
+    assert backend.fused_for(torch.zeros(1)) is fused
+    assert backend.offspring_for(torch.zeros(1)) is fused.offspring
+    for other in (torch.zeros(1, dtype=torch.float64), torch.zeros(1, device="meta")):
+        assert backend.fused_for(other) is None
+        assert backend.offspring_for(other) is operators.offspring
+
+
+@pytest.mark.parametrize("shared_noise", [True, False])
+@pytest.mark.parametrize("layer", ["0", "2", "input"])
+def test_responses_are_the_same_with_and_without_numba(layer, shared_noise, conv, images, monkeypatch):
+    x, y = images
+    maturation = Maturation(population=120, neighbours=4, generations=4)
+    rails = RAILS(conv, layer, maturation=maturation, shared_noise=shared_noise, seed=0).fit(x, y)
+    assert isinstance(rails.feature_maps[0], AffineMap) == (layer == "0")
+    antigens = (x[:20] + 0.4 * rand(20, 1, 6, 6) - 0.2).clamp(0, 1)
+    found = rails.respond(antigens, trace=True)
+    monkeypatch.setattr(backend, "_numba", lambda: None)
+    assert backend.fused_for(antigens) is None
+    expected = rails.respond(antigens, trace=True)
+    assert torch.equal(found.labels, expected.labels)
+    # Distances may differ in their last digit, and two cells that are equally near change places.
+    assert (found.generations == expected.generations).double().mean() > 0.9
+    assert ((found.votes - expected.votes).abs().amax(1) < 0.01).double().mean() > 0.9
+    assert_close(found.trace[0].affinity_best[0], expected.trace[0].affinity_best[0], atol=1e-5, rtol=1e-5)
+    if layer == "2":
+        # The distances are torch's in both, so that only the offspring could tell.
+        assert torch.equal(found.plasma.x, expected.plasma.x)
+
+
+def test_without_numba_the_operators_serve(monkeypatch):
+    backend._numba.cache_clear()
+    import sys
+
+    import immunonet.immune
+
+    monkeypatch.setitem(sys.modules, "immunonet.immune.fused", None)
+    monkeypatch.delattr(immunonet.immune, "fused")
+    try:
+        assert backend.fused_for(torch.zeros(1)) is None
+        assert backend.offspring_for(torch.zeros(1)) is operators.offspring
+    finally:
+        backend._numba.cache_clear()
+
+
+# Numbers as the fused loops use them.
+
+
+def drawn(seed, generation, use, batch=2, count=20_000):
+    """The amounts `(batch, count)` by which pixels moved, uniform in (-1, 1): they tell the noise."""
+    cells = torch.zeros(batch, 1, 1, count)
+    ones = torch.ones(count)
+    mutation = Mutation(torch.ones(batch), 0.0, torch.full((batch,), 0.5), -ones, ones)
+    noise = Noise(seed, antigens=batch)
+    keys = noise.keys(generation, use, cells.device)
+    family = (torch.arange(batch), torch.zeros(batch, dtype=torch.long))
+    fused.offspring(cells, family, torch.zeros(batch, 2, dtype=torch.long), torch.ones(batch, 1), keys, keys, mutation)
+    return cells[:, 0, 0].double().numpy()
+
+
+def test_amounts_are_uniform_and_streams_independent():
+    streams = [
+        drawn([seed], generation, use)[0] for seed in (0, 1) for generation in (0, 1) for use in ("cross", "mutate")
+    ]
+    for u in streams:
+        assert stats.kstest(u, stats.uniform(-1, 2).cdf).pvalue > LEVEL
+    correlation = np.corrcoef(np.array(streams))[np.triu_indices(len(streams), 1)]
+    # 28 pairs of 20,000 numbers: chance stays within 5 standard errors.
+    assert np.abs(correlation).max() < 5 / 20_000**0.5
+
+
+def test_shared_noise_is_the_same_for_all_antigens_and_private_noise_is_not():
+    shared = drawn([4], 1, "mutate")
+    assert (shared[0] == shared[1]).all()
+    private = drawn([4, 5], 1, "mutate")
+    assert abs(np.corrcoef(private)[0, 1]) < 5 / 20_000**0.5
+    assert (private[0] == shared[0]).all()
+
+
+class Wide(nn.Module):
+    """Logits of 200 values."""
+
+    def forward(self, x):
+        return x[:, :2] * 1.0
+
+
+def test_an_antigen_does_not_feel_what_noise_others_have():
+    x, y = rand(40, 200), torch.arange(40) % 2
+    rails = RAILS(Wide(), "input", maturation=Maturation(population=40, neighbours=4), shared_noise=False, seed=1).fit(
+        x, y
+    )
+    both = rails.respond(x[:2] * 0.9)
+    alone = rails.respond(x[1:2] * 0.9)
+    assert torch.equal(both.plasma.x[1], alone.plasma.x[0])

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+
+# Read when numba is first imported. Threads that wait for each other cost more than these small tests take, and
+# many times more on a busy machine.
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -59,7 +64,7 @@ def mlp() -> nn.Module:
     return seeded(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)))
 
 
-def examples(n: int, shape: tuple[int, ...], classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
+def make(n: int, shape: tuple[int, ...], classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return noisy copies of one random pattern per class, in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % classes
@@ -71,4 +76,10 @@ def examples(n: int, shape: tuple[int, ...], classes: int = 3, seed: int = 0) ->
 @pytest.fixture
 def images() -> tuple[Tensor, Tensor]:
     """90 examples `(1, 6, 6)` of 3 classes."""
-    return examples(90, (1, 6, 6))
+    return make(90, (1, 6, 6))
+
+
+@pytest.fixture
+def examples() -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function that makes them: n examples of a shape."""
+    return make

@@ -129,7 +129,7 @@ def test_cells_never_leave_their_bounds(low, width, rate, band, seed):
 
 def offspring(step, *, cells, share, rate=0.3, shared=True, family=None):
     batch, classes, size = cells.shape[:3]
-    family = family or tuple(part.flatten() for part in torch.meshgrid(*map(torch.arange, (batch, classes)), indexing="ij"))
+    family = family or torch.ones(batch, classes).nonzero(as_tuple=True)
     g = torch.Generator().manual_seed(5)
     parents = torch.randint(0, size, (len(family[0]), 2 * size), generator=g)
     keys = torch.randint(0, 2**32, (2, 1 if shared else batch, 2), generator=g).expand(2, batch, 2)

@@ -1,0 +1,185 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import NearestNeighbors
+from torch import nn
+from torch.testing import assert_close
+
+from immunonet import DkNN
+
+
+class Two(nn.Module):
+    def forward(self, x):
+        x = x.flatten(1)
+        return torch.stack([x[:, 0], 1 - x[:, 0]], 1)
+
+
+def column(*values):
+    return torch.tensor(values)[:, None]
+
+
+REPERTOIRE = column(0.0, 0.1, 0.2, 0.8, 0.9, 1.0), torch.tensor([0, 0, 0, 1, 1, 1])
+
+
+@pytest.fixture
+def line():
+    """DkNN with 3 neighbours on the line, calibrated on four examples.
+
+    Their neighbours, and the nonconformity (neighbours of another label) of their true label: .05, label 0: .0 .1 .2,
+    so 0; .95, label 1: .8 .9 1., so 0; .45, label 1: .2 .1 .8, so 2; .45, label 0: 1.
+    """
+    dknn = DkNN(Two(), "input", neighbours=3, metric="euclidean", false_alarm=0.2)
+    return dknn.fit(*REPERTOIRE, calibration=(column(0.05, 0.95, 0.45, 0.45), torch.tensor([0, 1, 1, 0])))
+
+
+def test_a_hand_worked_example(line):
+    # Calibration scores 0 0 1 2, n = 4. The antigen .55 has neighbours .8 .9 .2: nonconformity 2 and 1, of which
+    # 1 and 2 calibration scores are at least as high: p = 2/5, 3/5. 0 has neighbours of its own label alone:
+    # nonconformity 0 and 3, p = 5/5 and 1/5. 1 is its mirror image.
+    x = column(0.55, 0.0, 1.0)
+    assert_close(line.p_values(x), torch.tensor([[0.4, 0.6], [1.0, 0.2], [0.2, 1.0]]))
+    assert line.predict(x).tolist() == [1, 0, 1]
+    assert_close(line.credibility(x), torch.tensor([0.6, 1.0, 1.0]))
+    assert_close(line.confidence(x), torch.tensor([0.6, 0.8, 0.8]))
+    # (m + 1) / (3 + 2) for m of 3 neighbours.
+    assert_close(line(x).exp(), torch.tensor([[2 / 5, 3 / 5], [4 / 5, 1 / 5], [1 / 5, 4 / 5]]))
+
+
+def test_the_strangeness_of_a_hand_worked_example(line):
+    # Mean distances of calibration: .05 -> (.05 + .05 + .15) / 3, .95 the same, .45 -> (.25 + .35 + .35) / 3, twice.
+    # Of .5 it is (.3 + .3 + .4) / 3 and of .46 (.26 + .34 + .36) / 3, farther than all, so p = 1/5; of .44, whose
+    # neighbours are .2 .8 .1, it is (.24 + .36 + .34) / 3, nearer than two of the four: p = 3/5.
+    assert line.foreign(column(0.5, 0.46, 0.44, 0.05)).tolist() == [True, True, False, False]
+    line.false_alarm = 0.19
+    assert not line.foreign(column(0.5)).any()
+
+
+@pytest.mark.parametrize(("antigen", "label"), [(0.45, 0), (0.55, 1), (0.0, 0)])
+def test_ties_go_to_the_smaller_summed_distance(antigen, label):
+    dknn = DkNN(Two(), "input", neighbours=2, metric="euclidean").fit(*REPERTOIRE, calibration=REPERTOIRE)
+    assert dknn.predict(column(antigen)).tolist() == [label]
+
+
+def test_layers_are_counted_together():
+    # Of .45 the first layer sees .2 .1 .8 (two of label 0), the second, of squares, .04 .01 .0 (three).
+    dknn = DkNN(Two(), ["input", torch.square], neighbours=3, metric="euclidean")
+    dknn.fit(*REPERTOIRE, calibration=(column(0.45), torch.tensor([1])))
+    assert dknn.layers == ("input", "square")
+    # Nonconformity: label 0 has 6 - 5 = 1, label 1 has 6 - 1 = 5. The one calibration score is 5.
+    assert_close(dknn.p_values(column(0.45)), torch.tensor([[1.0, 1.0]]))
+    assert_close(dknn(column(0.45)).exp(), torch.tensor([[6 / 8, 2 / 8]]))
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_neighbours_equal_scikit_learns(metric, images, functional_conv):
+    x, y = images
+    g = torch.Generator().manual_seed(3)
+    queries = torch.rand(300, 1, 6, 6, generator=g)
+    dknn = DkNN(functional_conv, ["2", "5"], neighbours=10, metric=metric).fit(x, y, calibration=(x[:9], y[:9]))
+    counts, summed, mean = np.zeros((300, 3)), np.zeros((300, 3)), []
+    with torch.no_grad():
+        for stop in (3, 6):
+            keys, own = (functional_conv[:stop](part).flatten(1).double().numpy() for part in (x, queries))
+            near, index = NearestNeighbors(n_neighbors=10, metric=metric, algorithm="brute").fit(keys).kneighbors(own)
+            for label in range(3):
+                counts[:, label] += (y.numpy()[index] == label).sum(1)
+                summed[:, label] += np.where(y.numpy()[index] == label, near, 0).sum(1)
+            mean.append(near.mean(1))
+    scores = np.sort([20 - counts_of(dknn, x[i : i + 1])[0, y[i]] for i in range(9)])
+    expected = np.stack([(scores[None] >= (20 - counts[:, c, None])).sum(1) + 1 for c in range(3)], 1) / 10
+    np.testing.assert_allclose(dknn.p_values(queries).numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(dknn(queries).exp().numpy(), (counts + 1) / 23, rtol=1e-5)
+    # The most neighbours, then the smaller sum; no sum comes near the 1e6 that a neighbour more is worth here.
+    assert (dknn.predict(queries).numpy() == (1e6 * counts - summed).argmax(1)).all()
+
+
+def counts_of(dknn, x):
+    """The neighbours of each label, from the log-probabilities of 2 layers of 10 neighbours and 3 labels."""
+    return (dknn(x).exp().numpy() * 23 - 1).round()
+
+
+def test_scale_does_not_matter_to_cosine():
+    x = torch.rand(40, 5, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(40) % 2
+    dknn = DkNN(Two(), "input", neighbours=5).fit(x, y, calibration=(x, y))
+    assert torch.equal(dknn.p_values(x), dknn.p_values(0.25 * x))
+    euclidean = DkNN(Two(), "input", neighbours=5, metric="euclidean").fit(x, y, calibration=(x, y))
+    assert not torch.equal(euclidean.p_values(x), euclidean.p_values(0.25 * x))
+
+
+def test_an_input_without_direction():
+    x = torch.rand(20, 5, generator=torch.Generator().manual_seed(0))
+    dknn = DkNN(Two(), "input", neighbours=5).fit(x, torch.arange(20) % 2, calibration=(x, torch.arange(20) % 2))
+    assert torch.isfinite(dknn(torch.zeros(1, 5))).all()
+
+
+def test_p_values_hold_on_held_out_data():
+    """With calibration data like the rest, P(p of the true label <= level) is at most the level."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(3000) % 2
+    x = (0.5 + 0.1 * (2 * y[:, None] - 1) + 0.1 * torch.randn(3000, 3, generator=g)).clamp(0, 1)
+    dknn = DkNN(Two(), "input", neighbours=20, metric="euclidean")
+    dknn.fit(x[:1000], y[:1000], calibration=(x[1000:2000], y[1000:2000]))
+    p = dknn.p_values(x[2000:]).gather(1, y[2000:, None])
+    for level in (0.05, 0.1, 0.3):
+        # Five standard deviations of both samples.
+        assert p.le(level).double().mean() < level + 5 * (2 * level * (1 - level) / 1000) ** 0.5
+    flagged = dknn.foreign(x[2000:]).double().mean()
+    assert abs(flagged - 0.05) < 5 * (2 * 0.05 * 0.95 / 1000) ** 0.5
+    assert dknn.foreign(torch.tensor([[0.0, 1.0, 0.0]])).all()
+
+
+def test_batches_do_not_matter(images, functional_conv, monkeypatch):
+    x, y = images
+    dknn = DkNN(functional_conv, "2", neighbours=10).fit(x, y)
+    whole = dknn.p_values(x)
+    monkeypatch.setattr("immunonet.dknn.QUERIES", 7)
+    assert_close(dknn.p_values(x), whole)
+
+
+def test_log_probabilities_are_finite_and_sum_to_one(images, conv):
+    dknn = DkNN(conv, "2", neighbours=5).fit(*images)
+    found = dknn(images[0])
+    assert torch.isfinite(found).all()
+    assert_close(found.exp().sum(1), torch.ones(90))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"neighbours": 0}, ValueError, "neighbours must be at least 1, got 0"),
+        ({"neighbours": 2.5}, TypeError, "neighbours must be an integer, got 2.5"),
+        ({"metric": "l2"}, ValueError, "metric must be one of 'cosine', 'euclidean', got 'l2'"),
+        ({"false_alarm": 0}, ValueError, r"false_alarm must be a finite number in \(0, 1\], got 0"),
+        ({"false_alarm": math.nan}, ValueError, "false_alarm must be"),
+        ({"bounds": (1, 0)}, ValueError, r"bounds must be finite with low < high, got \(1, 0\)"),
+        ({"layers": "second"}, ValueError, "layers='second' is no submodule of the model"),
+        ({"model": "net"}, TypeError, "model must be a torch.nn.Module, got str"),
+    ],
+)
+def test_bad_settings(settings, error, message):
+    settings = {"model": Two(), "layers": "input", **settings}
+    with pytest.raises(error, match=message):
+        DkNN(settings.pop("model"), settings.pop("layers"), **settings)
+
+
+def test_more_neighbours_than_examples():
+    with pytest.raises(ValueError, match="neighbours=7 is more than the 6 examples of the repertoire"):
+        DkNN(Two(), "input", neighbours=7).fit(*REPERTOIRE, calibration=REPERTOIRE)
+
+
+@pytest.mark.parametrize("method", ["predict", "p_values", "credibility", "confidence", "foreign", "forward", "save"])
+def test_unfitted(method, tmp_path):
+    argument = tmp_path if method == "save" else column(0.5)
+    with pytest.raises(ValueError, match=r"this DkNN is not fitted: call dknn.fit\(x, y\) with the training set first"):
+        getattr(DkNN(Two(), "input"), method)(argument)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_inputs(line):
+    with pytest.raises(ValueError, match=r"x must lie within bounds=.*Normalised"):
+        line.predict(column(1.5))
+    with pytest.raises(ValueError, match=r"x must hold at least one input, got shape \(0, 1\)"):
+        line.predict(torch.zeros(0, 1))

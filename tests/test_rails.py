@@ -1,0 +1,466 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+from immunonet import RAILS, DkNN, Maturation
+
+SMALL = Maturation(population=60, neighbours=3, generations=3)
+
+
+@pytest.fixture
+def rails(functional_conv, images):
+    return RAILS(functional_conv, "2", maturation=SMALL, seed=0).fit(*images)
+
+
+ANTIGENS = torch.rand(12, 1, 6, 6, generator=torch.Generator().manual_seed(5))
+
+
+def same(one, other):
+    """Whether two responses are the same, bit by bit."""
+    pairs = zip(flat(one), flat(other), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def flat(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from flat(part)
+    elif value is not None:
+        for part in vars(value).values():
+            yield from flat(part)
+
+
+def test_shapes_and_types(rails):
+    r = rails.respond(ANTIGENS, trace=True)
+    assert (r.labels.shape, r.labels.dtype) == ((12,), torch.int64)
+    assert (r.votes.shape, r.votes.dtype) == ((12, 3), torch.float32)
+    assert (r.credibility.shape, r.foreign.dtype) == ((12,), torch.bool)
+    assert (r.generations.dtype, int(r.generations.max())) == (torch.int64, int(r.generations.clamp(0, 3).max()))
+    # 5 and 20 percent of 63 cells: 21 per class, the next multiple of 3 times 3.
+    assert r.plasma.x.shape == (12, 3, 1, 6, 6)
+    assert r.memory.x.shape == (12, 13, 1, 6, 6)
+    assert r.plasma.label.dtype == r.plasma.origin.dtype == torch.int64
+    assert torch.equal(rails.repertoire.y[r.plasma.origin], r.plasma.label)
+    (curve,) = r.trace
+    assert curve.affinity_mean.shape == curve.affinity_best.shape == curve.votes.shape == (4, 12, 3)
+    assert curve.entropy.shape == (4, 12)
+    assert (curve.affinity_best >= curve.affinity_mean).all()
+    assert_close(curve.votes[-1], r.votes)
+    assert_close(curve.entropy, -torch.xlogy(curve.votes, curve.votes).sum(2))
+    assert rails.respond(ANTIGENS).trace is None
+
+
+def test_every_method_tells_the_same(rails):
+    r = rails.respond(ANTIGENS)
+    assert torch.equal(rails.predict(ANTIGENS), r.labels)
+    assert torch.equal(rails.predict_proba(ANTIGENS), r.votes)
+    assert torch.equal(rails.predict(ANTIGENS.numpy()), r.labels)
+    n = 3
+    assert_close(rails(ANTIGENS), ((n * r.votes + 1) / (n + 3)).log())
+    assert_close(rails(ANTIGENS).exp().sum(1), torch.ones(12))
+    assert torch.isfinite(rails(ANTIGENS)).all()
+    assert torch.equal(rails.predict(ANTIGENS, seed=1), rails.respond(ANTIGENS, seed=1).labels)
+
+
+def test_naive_cells_are_the_nearest_of_each_class(rails, images):
+    index, distances = rails.naive(ANTIGENS)
+    assert index.shape == distances.shape == (12, 3, 3)
+    own, all_ = rails.features(ANTIGENS)[0], rails.features(rails.repertoire.x)[0]
+    every = torch.cdist(own, all_)
+    for label in range(3):
+        members = (rails.repertoire.y == label).nonzero()[:, 0]
+        near, order = every[:, members].topk(3, largest=False)
+        assert torch.equal(index[:, label], members[order])
+        assert_close(distances[:, label], near, rtol=1e-4, atol=1e-5)
+    for layer in (1, -1):
+        with pytest.raises(ValueError, match=f"layer must be at least 0 and at most 0, got {layer}"):
+            rails.naive(ANTIGENS, layer=layer)
+
+
+# Seeds and batches.
+
+
+def test_one_seed_one_answer(functional_conv, images):
+    rails = RAILS(functional_conv, "2", maturation=SMALL).fit(*images)
+    assert same(rails.respond(ANTIGENS, seed=3, trace=True), rails.respond(ANTIGENS, seed=3, trace=True))
+    assert not same(rails.respond(ANTIGENS, seed=3), rails.respond(ANTIGENS, seed=4))
+    assert not same(rails.respond(ANTIGENS), rails.respond(ANTIGENS))
+
+
+def test_the_seed_of_a_call_comes_before_the_instances(rails):
+    assert same(rails.respond(ANTIGENS), rails.respond(ANTIGENS, seed=0))
+    assert not same(rails.respond(ANTIGENS), rails.respond(ANTIGENS, seed=1))
+
+
+def test_the_global_generator_is_neither_used_nor_moved(rails):
+    torch.manual_seed(1)
+    first, state = rails.respond(ANTIGENS), torch.get_rng_state()
+    torch.manual_seed(2)
+    assert same(rails.respond(ANTIGENS), first)
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("shared_noise", [True, False])
+@pytest.mark.parametrize("layer", ["0", "2", "input"])
+def test_batch_size_and_shards_change_next_to_nothing(functional_conv, examples, layer, shared_noise):
+    settings = {"maturation": Maturation(population=90, neighbours=3, generations=4), "shared_noise": shared_noise}
+    rails = RAILS(functional_conv, layer, seed=0, **settings).fit(*examples(120, (1, 6, 6)))
+    x = examples(400, (1, 6, 6), seed=1)[0]
+    x[::2] = torch.rand(200, 1, 6, 6, generator=torch.Generator().manual_seed(2))
+    whole = rails.respond(x)
+    assert len(whole.labels.unique()) == 3
+    others = [rails.respond(x, batch_size=size) for size in (7, 150)]
+    shards = [rails.respond(part) for part in (x[:33], x[33:34], x[34:])]
+    labels = [*(r.labels for r in others), torch.cat([r.labels for r in shards])]
+    votes = [*(r.votes for r in others), torch.cat([r.votes for r in shards])]
+    for label, vote in zip(labels, votes, strict=True):
+        assert (label == whole.labels).double().mean() >= 0.995
+        assert (vote - whole.votes).abs().max() <= 0.05
+    assert torch.equal(rails.predict(x, batch_size=7), others[0].labels)
+    assert torch.equal(rails.predict_proba(x, batch_size=7), others[0].votes)
+
+
+def test_shared_noise_treats_equal_antigens_alike(rails):
+    r = rails.respond(ANTIGENS[[0, 1, 0]])
+    assert torch.equal(r.plasma.x[0], r.plasma.x[2])
+
+
+def test_noise_of_its_own_for_every_antigen(functional_conv, images):
+    rails = RAILS(functional_conv, "2", maturation=SMALL, seed=0, shared_noise=False).fit(*images)
+    r = rails.respond(ANTIGENS[[0, 1, 0]])
+    assert not torch.equal(r.memory.x[0], r.memory.x[2])
+    # Noise follows the antigen, not its place.
+    assert torch.equal(rails.respond(ANTIGENS[:1]).memory.x[0], r.memory.x[0])
+    assert torch.equal(rails.respond(ANTIGENS[[1, 0]]).memory.x[1], r.memory.x[0])
+
+
+# Several layers.
+
+
+def test_layers_vote_together(functional_conv, images):
+    layers = ["2", "5"]
+    both = RAILS(functional_conv, layers, maturation=SMALL, seed=0).fit(*images).respond(ANTIGENS, trace=True)
+    assert len(both.trace) == 2
+    votes = torch.stack([curve.votes[-1] for curve in both.trace])
+    assert_close(both.votes, votes.mean(0))
+    assert (votes[0] != votes[1]).any()
+    assert both.plasma.x.shape == (12, 6, 1, 6, 6)
+    assert (both.plasma.affinity[:, :3].diff(dim=1) <= 0).all()
+    assert (both.plasma.affinity[:, 3:].diff(dim=1) <= 0).all()
+    # The first layer's noise does not depend on the others.
+    alone = RAILS(functional_conv, "2", maturation=SMALL, seed=0).fit(*images).respond(ANTIGENS)
+    assert torch.equal(both.plasma.x[:, :3], alone.plasma.x)
+
+
+def test_one_maturation_per_layer(functional_conv, images):
+    settings = [Maturation(population=9, neighbours=3), Maturation(population=90, neighbours=2, generations=0)]
+    rails = RAILS(functional_conv, ["2", "5"], maturation=settings, seed=0).fit(*images)
+    r = rails.respond(ANTIGENS, trace=True)
+    assert rails.maturations == tuple(settings)
+    assert [len(curve.votes) for curve in r.trace] == [11, 1]
+    assert r.plasma.x.shape[1] == 1 + 4
+    assert_close(rails(ANTIGENS), ((5 * r.votes + 1) / 8).log())
+    assert rails.naive(ANTIGENS, layer=1)[0].shape == (12, 3, 2)
+
+
+def test_the_authors_cifar10_setting(residual, examples):
+    x, y = examples(60, (3, 8, 8))
+    settings = Maturation.authors("cifar10", population=30, neighbours=2)
+    rails = RAILS(residual, ["block2", "block3"], maturation=settings, space="block1", cell_bounds=(0, 5), seed=0)
+    r = rails.fit(x, y).respond(x[:5], trace=True)
+    assert r.plasma.x.shape[2:] == (4, 8, 8)
+    assert r.plasma.x.min() >= 0
+    assert r.generations.tolist() == [10] * 5
+    assert [len(curve.entropy) for curve in r.trace] == [11, 6]
+
+
+def test_presets_answer(functional_conv, images):
+    for settings in (Maturation(), Maturation.paper(), Maturation.authors("mnist")):
+        rails = RAILS(functional_conv, "0", maturation=settings, seed=0).fit(*images)
+        r = rails.respond(images[0][:6])
+        assert torch.equal(r.labels, images[1][:6])
+
+
+# Sensing.
+
+
+def test_strange_antigens_are_foreign(examples):
+    x, y = examples(600, (1, 6, 6))
+    rails = RAILS(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), "input", maturation=SMALL, seed=0)
+    rails.fit(x[:400], y[:400], calibration=(x[400:500], y[400:500]))
+    clean, strange = rails.respond(x[500:]), rails.respond(torch.rand(20, 1, 6, 6).round())
+    # 5 of 100 are expected; twelve or more come once in 250 draws at most.
+    assert clean.foreign.sum() <= 12
+    assert strange.foreign.all()
+    assert clean.credibility.mean() > 0.5
+    assert ((clean.credibility > 0) & (clean.credibility <= 1)).all()
+
+
+def test_credibility_by_hand():
+    # Two naive cells per class: the nearest two of them all are the neighbours. Calibration: .05, label 0: .0 and .1,
+    # nonconformity 0; .5, label 1: .2 and .8 (.3 each), 1; .5, label 0: 1; .2, label 1: 2.
+    x = torch.tensor([[0.0], [0.1], [0.2], [0.8], [0.9], [1.0]])
+    calibration = torch.tensor([[0.05], [0.5], [0.5], [0.2]]), torch.tensor([0, 1, 0, 1])
+    model = nn.Linear(1, 2)
+    rails = RAILS(model, "input", maturation=Maturation(population=4, neighbours=2, generations=0))
+    rails.fit(x, torch.tensor([0, 0, 0, 1, 1, 1]), calibration=calibration)
+    r = rails.respond(torch.tensor([[0.0], [0.55]]))
+    # Nonconformity (0, 2) -> p (5/5, 2/5); .55: .8 and .2, or .8 and .9: .25, .35, .35 is a tie, so stay clear of it.
+    assert_close(r.credibility[0], torch.tensor(1.0))
+    r = rails.respond(torch.tensor([[0.52]]))
+    # .8 (.28) and .2 (.32): nonconformity (1, 1) -> p (4/5, 4/5).
+    assert_close(r.credibility, torch.tensor([0.8]))
+
+
+# Fitting.
+
+
+def test_datasets_and_loaders(functional_conv, images):
+    expected = RAILS(functional_conv, "2", maturation=SMALL, seed=0).fit(*images).respond(ANTIGENS)
+    dataset = TensorDataset(*images)
+    for data in (dataset, DataLoader(dataset, batch_size=16)):
+        assert same(RAILS(functional_conv, "2", maturation=SMALL, seed=0).fit(data).respond(ANTIGENS), expected)
+
+
+def test_the_repertoire_keeps_the_given_order(functional_conv, images):
+    x, y = images
+    rails = RAILS(functional_conv, "2", maturation=SMALL).fit(x, y, calibration=(x[:9], y[:9]))
+    assert torch.equal(rails.repertoire.x, x)
+    assert torch.equal(rails.repertoire.y, y)
+    part = RAILS(functional_conv, "2", maturation=SMALL).fit(x, y, calibration=0.2)
+    assert len(part.repertoire) == 72
+    assert len(part.calibration.strangeness) == 18
+
+
+class Head(nn.Module):
+    """A layer, and logits that a function changes."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.change = change
+
+    def forward(self, x):
+        return self.change(self.layer(x))
+
+
+X4, Y4 = torch.rand(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda o: (o, o), "model must give logits .B, C., floating and with C of 2 or more, got tuple"),
+        (lambda o: o[:, 0], r"got shape \(2,\), torch.float32"),
+        (lambda o: o[:, :1], r"got shape \(2, 1\)"),
+        (lambda o: o.argmax(1), r"got shape \(2,\), torch.int64"),
+        (lambda o: o.long(), r"got shape \(2, 3\), torch.int64"),
+        (lambda o: o * math.nan, "model gives NaN or infinite logits on the first examples"),
+        (lambda o: o[:1], "model must give one row of logits per input, got 1 for 2"),
+        (lambda o: o @ torch.zeros(5, 5), r"model fails on inputs of shape \(2, 4\): mat1 and mat2"),
+    ],
+)
+def test_models_without_logits(change, message):
+    with pytest.raises(ValueError, match=message):
+        RAILS(Head(change), "layer", maturation=SMALL).fit(X4, Y4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((X4 + 0.5, Y4), ValueError, "x must lie within bounds=.*Normalised"),
+        ((X4.masked_fill(X4 > 0.9, math.nan), Y4), ValueError, "x must be finite, got"),
+        ((X4.byte(), Y4), TypeError, "x must have a floating dtype, got torch.uint8"),
+        ((X4[0], Y4), ValueError, r"x must have shape \(B, \*S\)"),
+        ((X4[:0], Y4[:0]), ValueError, r"x must hold at least one example, got shape \(0, 4\)"),
+        ((X4[:, :3], Y4), ValueError, r"model fails on inputs of shape \(2, 3\)"),
+        ((X4,), TypeError, "y is missing"),
+        ((X4, Y4.float()), TypeError, "y must have an integer dtype, got torch.float32"),
+        ((X4, Y4[:5]), ValueError, r"y must have shape \(30,\), one label per input, got \(5,\)"),
+        ((X4, Y4 + 1), ValueError, r"y must be in 0 to 2, the model's 3 classes, got values in \[1, 3\]"),
+        ((X4, Y4 - 1), ValueError, r"y must be in 0, got values in \[-1, 1\]"),
+        ((X4, Y4.clamp(max=1)), ValueError, "y has no example of class 2"),
+        ((X4, Y4 * 0), ValueError, "y has no example of class 1"),
+        ((X4[:8], Y4[:8], (X4, Y4)), ValueError, "neighbours=3 is more than the 2 examples of class 2"),
+        ((X4, Y4, 0), ValueError, r"calibration must be a finite number in \(0, 1\], got 0"),
+        ((X4, Y4, 1.5), ValueError, "calibration must be a finite number in"),
+        ((X4, Y4, 1), ValueError, "calibration=1 holds out 30 of 30 examples"),
+        ((X4, Y4, 0.001), ValueError, "calibration=0.001 holds out 0 of 30 examples"),
+        ((X4, Y4, None), TypeError, r"calibration must be a fraction or a pair \(x_cal, y_cal\), got None"),
+        ((X4, Y4, True), TypeError, "calibration must be a fraction or a pair"),
+        ((X4, Y4, (X4,)), ValueError, r"calibration must be a fraction or \(x_cal, y_cal\), got 1 items"),
+        ((X4, Y4, (X4 * 2, Y4)), ValueError, "x_cal must lie within bounds"),
+        ((X4, Y4, (X4[:, :2], Y4)), ValueError, r"x_cal must have shape \(B, 4\), got \(30, 2\)"),
+        ((X4, Y4, (X4, Y4.float())), TypeError, "y_cal must have an integer dtype"),
+        ((X4, Y4, (X4, Y4 + 1)), ValueError, "y_cal must be in 0 to 2"),
+        ((X4, Y4, (X4[:0], Y4[:0])), ValueError, "x_cal must hold at least one example"),
+    ],
+)
+def test_bad_examples(arguments, error, message):
+    rails = RAILS(Head(lambda o: o), "layer", maturation=SMALL)
+    with pytest.raises(error, match=message):
+        rails.fit(*arguments)
+    with pytest.raises(ValueError, match="not fitted"):
+        rails.predict(X4)
+
+
+def test_a_bad_second_fit_keeps_the_first():
+    rails = RAILS(Head(lambda o: o), "layer", maturation=SMALL, seed=0).fit(X4, Y4)
+    expected = rails.predict_proba(X4)
+    with pytest.raises(ValueError, match="y must be in 0 to 2"):
+        rails.fit(X4, Y4 + 1)
+    assert torch.equal(rails.predict_proba(X4), expected)
+
+
+def test_a_fit_that_fails_half_way_leaves_no_half_fit():
+    layers = ["input", lambda x: x.square() / (x != 0.5).all(1, keepdim=True)]
+    rails = RAILS(Head(lambda o: o), layers, maturation=SMALL)
+    bad = X4.clone()
+    bad[20] = 0.5
+    for x, x_cal in ((bad, X4), (X4, bad)):
+        with pytest.raises(ValueError, match="layer '<lambda>' gave NaN or infinite features"):
+            rails.fit(x, Y4, calibration=(x_cal, Y4))
+        with pytest.raises(ValueError, match=r"this RAILS is not fitted: call rails.fit\(x, y\)"):
+            rails.predict(X4)
+
+
+@pytest.mark.parametrize("method", ["respond", "predict", "predict_proba", "forward", "naive", "features", "save"])
+def test_unfitted(method, conv, tmp_path):
+    argument = tmp_path if method == "save" else ANTIGENS
+    with pytest.raises(ValueError, match=r"this RAILS is not fitted: call rails.fit\(x, y\) with the training set"):
+        getattr(RAILS(conv, "2"), method)(argument)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"model": len}, TypeError, "model must be a torch.nn.Module, got builtin_function_or_method"),
+        ({"layers": "3"}, ValueError, "layers='3' is no submodule of the model"),
+        ({"space": 3}, TypeError, "space must be None or a submodule's name, got 3"),
+        ({"maturation": 3}, TypeError, "maturation must be a Maturation or a list with one per layer, got 3"),
+        ({"maturation": [SMALL, 3]}, TypeError, "maturation must be a Maturation or a list"),
+        ({"maturation": [SMALL, SMALL]}, ValueError, r"maturation must be one, or one per layer \(1\), got 2"),
+        ({"bounds": (0, 0)}, ValueError, "bounds must be finite with low < high"),
+        ({"bounds": "unit"}, TypeError, "bounds must be .low, high. or one such pair per channel"),
+        ({"cell_bounds": (1, 0)}, ValueError, "cell_bounds must be finite with low < high"),
+        ({"false_alarm": 0}, ValueError, "false_alarm must be a finite number in"),
+        ({"false_alarm": "low"}, TypeError, "false_alarm must be a number, got 'low'"),
+        ({"shared_noise": 1}, TypeError, "shared_noise must be True or False, got 1"),
+        ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"seed": 0.5}, TypeError, "seed must be an integer, got 0.5"),
+    ],
+)
+def test_bad_settings(settings, error, message):
+    settings = {"model": Head(lambda o: o), "layers": "layer", **settings}
+    with pytest.raises(error, match=message):
+        RAILS(settings.pop("model"), settings.pop("layers"), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bounds": [(0, 1)] * 3}, "bounds has 3 pairs, but samples have shape .4,.: give one pair in all, or 4 pairs"),
+        ({"cell_bounds": [(0, 1)] * 3}, "cell_bounds has 3 pairs, but samples have shape"),
+    ],
+)
+def test_bounds_of_another_number_of_channels_fail_when_fitting(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RAILS(Head(lambda o: o), "layer", maturation=SMALL, **settings).fit(X4, Y4)
+
+
+@pytest.mark.parametrize("method", ["respond", "predict", "predict_proba", "forward", "naive", "features"])
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (ANTIGENS * 3, ValueError, r"x must lie within bounds=\(0.0, 1.0\).*immunonet.Normalised"),
+        (ANTIGENS / 0, ValueError, "x must be finite"),
+        (ANTIGENS[..., :5], ValueError, r"x must have shape \(B, 1, 6, 6\), got \(12, 1, 6, 5\)"),
+        (ANTIGENS[0], ValueError, r"x must have shape"),
+        (ANTIGENS.int(), TypeError, "x must have a floating dtype"),
+        (ANTIGENS[:0], ValueError, r"x must hold at least one input, got shape \(0, 1, 6, 6\)"),
+        (None, TypeError, "x must be a tensor or an array of numbers, got NoneType"),
+    ],
+)
+def test_bad_antigens(rails, method, x, error, message):
+    with pytest.raises(error, match=message):
+        getattr(rails, method)(x)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"seed": "a"}, TypeError, "seed must be an integer"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 1.5}, TypeError, "batch_size must be an integer"),
+    ],
+)
+def test_bad_arguments_of_a_response(rails, arguments, error, message):
+    with pytest.raises(error, match=message):
+        rails.respond(ANTIGENS, **arguments)
+
+
+# Devices and precisions.
+
+
+def test_everything_is_registered_so_that_it_moves(functional_conv, images):
+    layer = nn.Linear(36, 5)
+    rails = RAILS(functional_conv, ["2", nn.Sequential(nn.Flatten(), layer)], maturation=SMALL).fit(*images)
+    registered = {tensor.data_ptr() for tensor in [*rails.parameters(), *rails.buffers()]}
+    held = [rails.repertoire.x, rails.repertoire.y, layer.weight, functional_conv[2].weight]
+    held += [t for part in (*rails.indices, rails.calibration) for t in vars(part).get("_buffers").values()]
+    assert len(held) >= 4 + 2 * 2 + 3
+    assert all(tensor.data_ptr() in registered for tensor in held)
+    assert not {name for name in rails.state_dict() if not name.startswith(("model.", "_callables."))}
+
+
+def test_a_cast_is_for_the_model(rails):
+    expected = rails.repertoire.x.clone()
+    rails.bfloat16()
+    assert rails.model[0].weight.dtype == torch.bfloat16
+    assert torch.equal(rails.repertoire.x, expected)
+    assert rails.respond(ANTIGENS).plasma.x.dtype == torch.float32
+
+
+@pytest.mark.parametrize("layer", ["0", "2", "input"])
+def test_autocast(functional_conv, images, layer):
+    rails = RAILS(functional_conv, layer, maturation=SMALL, seed=0).fit(*images)
+    expected = rails.respond(images[0][:30])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        r = rails.respond(images[0][:30])
+        fitted = RAILS(functional_conv, layer, maturation=SMALL, seed=0).fit(*images)
+    assert r.votes.dtype == r.plasma.affinity.dtype == torch.float32
+    # The classes are far apart next to bfloat16's 8 bits.
+    assert torch.equal(r.labels, expected.labels)
+    assert torch.equal(fitted.predict(images[0][:30]), expected.labels)
+
+
+def test_autocast_does_not_blur_affine_distances(functional_conv, images):
+    rails = RAILS(functional_conv, "0", maturation=SMALL, seed=0).fit(*images)
+    expected = rails.respond(ANTIGENS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same(rails.respond(ANTIGENS), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("defence", [RAILS, DkNN])
+def test_there_and_back_on_a_gpu(functional_conv, images, defence, tmp_path):
+    settings = {"maturation": SMALL, "seed": 0} if defence is RAILS else {"neighbours": 9}
+    here = defence(functional_conv, ["0", "2"], **settings).fit(*images)
+    expected = here.predict(images[0])
+    here.save(tmp_path)
+    there = here.to("cuda")
+    assert {t.device.type for t in [*there.parameters(), *there.buffers()]} == {"cuda"}
+    found = there.predict(images[0])
+    assert found.device.type == "cuda"
+    assert (found.cpu() == expected).double().mean() >= 0.99
+    loaded = defence.load(tmp_path, functional_conv)
+    assert torch.equal(loaded.predict(images[0].cuda()), found)
+    assert torch.equal(there.to("cpu").predict(images[0]), expected)

@@ -30,6 +30,8 @@ class DkNN(Defence):
         metric: "cosine" or "euclidean" distance of features.
         bounds: valid range of inputs, `(low, high)` or one pair per channel or feature; checked on every call.
         false_alarm: share of clean inputs that may be flagged foreign, in (0, 1].
+        memory_budget: bytes that the features of the repertoire may take; "auto": a quarter of the machine's
+            memory. It is the machine's, so that `save` does not keep it.
 
     Raises:
         ValueError or TypeError that names the argument.

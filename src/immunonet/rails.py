@@ -41,6 +41,8 @@ class RAILS(Defence):
         bounds: valid range of inputs, `(low, high)` or one pair per channel or feature; checked on every call.
         cell_bounds: the same for cells; None: `bounds`, or in another space the repertoire's range per channel.
         false_alarm: share of clean inputs that may be flagged foreign, in (0, 1].
+        memory_budget: bytes that the features of the repertoire, and a batch of populations, may take; "auto": a
+            quarter of the machine's memory. It is the machine's, so that `save` does not keep it.
         shared_noise: whether the antigens of a call share random numbers (faster); False: each has its own.
         seed: of every response without one; None: fresh randomness each time.
 

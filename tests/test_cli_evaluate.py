@@ -15,7 +15,7 @@ KEYS = {
     "seconds_per_image", "seeds", "settings", "foreign",
 }  # fmt: skip
 SMALL = [
-    "--dataset", "digits", "--n", 30, "--eps", "1/8", "--iterations", 5, "--chunk", 20, "--seeds", 2,
+    "--dataset", "digits", "--n", 20, "--eps", "1/8", "--iterations", 3, "--chunk", 15, "--seeds", 2,
     "--population", 40, "--weights", "digits.safetensors",
 ]  # fmt: skip
 
@@ -63,7 +63,7 @@ def test_every_defence_meets_every_attack(run, net):
     ]
     assert set(record) == {"results", "environment", "command"}
     assert all(set(row) == KEYS for row in rows.values())
-    assert all(row["n"] == 30 and row["settings"]["model"] == "digits" for row in rows.values())
+    assert all(row["n"] == 20 and row["settings"]["model"] == "digits" for row in rows.values())
     assert rows["cnn", "none"]["foreign"] is None
     pgd = rows["rails", "conv1", "pgd"]
     assert (pgd["eps"], pgd["norm"], pgd["knows"], pgd["seeds"]) == (0.125, "linf", "base", [0, 1])
@@ -73,8 +73,8 @@ def test_every_defence_meets_every_attack(run, net):
     assert rows["dknn", "conv1", "none"]["settings"]["neighbours"] == 75
     assert rows["rails", "conv1", "soft-knn"]["knows"] == "defence"
 
-    test, train = data.load("digits", "test")[:30], data.load("digits", "train")
-    moved = PGD(eps=1 / 8, step=1 / 32, iterations=5, random_start=False)(net, test.x, test.y).adversarials
+    test, train = data.load("digits", "test")[:20], data.load("digits", "train")
+    moved = PGD(eps=1 / 8, step=1 / 32, iterations=3, random_start=False)(net, test.x, test.y).adversarials
     with torch.no_grad():
         assert rows["cnn", "pgd"]["correct"] == int((net(moved).argmax(1) == test.y).sum())
     training, held = (train[part] for part in data.split(len(train)))
@@ -87,7 +87,7 @@ def test_every_defence_meets_every_attack(run, net):
     assert len(re.findall(r"^\| (input|conv1) \|", table, re.M)) == 16
     assert "conv1" in out
     assert f"{rows['rails', 'input', 'pgd']['accuracy']:.4f}" in out
-    assert re.search(r"input, pgd: rails alone is right on \d+, dknn alone on \d+ of 30 images, p = ", out)
+    assert re.search(r"input, pgd: rails alone is right on \d+, dknn alone on \d+ of 20 images, p = ", out)
     assert "rails conv1 soft-knn: " in err
 
 

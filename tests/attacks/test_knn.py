@@ -1,7 +1,5 @@
 """The soft vote of nearest neighbours against its formula, and what an attack on it does to the defence."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -118,15 +116,6 @@ def test_it_asks_the_defence_without_changing_it(problem):
     before = [b.clone() for b in defence.buffers()]
     SoftNeighbours(defence, neighbours=4)(torch.rand(2, 4))
     assert all(torch.equal(a, b) for a, b in zip(before, defence.buffers(), strict=True))
-
-
-def test_batch_size_bounds_the_features_that_are_kept(problem, monkeypatch):
-    soft = SoftNeighbours(fitted(problem, "cosine", ["input", "1"]), neighbours=4)
-    assert soft.batch_size >= 1
-    monkeypatch.setattr("immunonet.attacks.knn._KEPT_VALUES", 1000)
-    assert soft.batch_size == math.floor(1000 / (CLASSES * 4 * soft.defence.index(1).width))
-    monkeypatch.setattr("immunonet.attacks.knn._KEPT_VALUES", 1)
-    assert soft.batch_size == 1
 
 
 def test_as_many_neighbours_as_the_smallest_class_has_but_no_more_than_20(problem):

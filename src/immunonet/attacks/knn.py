@@ -11,8 +11,6 @@ from immunonet import _check
 from immunonet.defence import Defence
 from immunonet.features import space_map
 
-# Values of neighbours' features in one call, which are kept twice for its gradient: 1 GiB.
-_KEPT_VALUES = 2**27
 # Repertoire examples whose neighbourhoods set the scale of "auto".
 _PROBES = 100
 # A softer vote leaves the defence's own, harder one standing; a harder one gives gradients of few neighbours.
@@ -51,34 +49,34 @@ class SoftNeighbours(nn.Module):
         self.neighbours = _check.integer("neighbours", neighbours, most=fewest)
         self.temperatures = self._temperatures(temperature)
 
-    @property
-    def batch_size(self) -> int:
-        """How many antigens a call should take at most, for its gradient to need about 1 GiB."""
-        widest = max(self.defence.index(i).width for i in range(len(self.defence.layers)))
-        return max(1, _KEPT_VALUES // (self.defence.classes * self.neighbours * widest))
-
     def forward(self, x: Tensor) -> Tensor:
         """Return log-probabilities `(B, C)`, differentiable in inputs `x` `(B, *S)`; ValueError for another shape."""
         if tuple(x.shape[1:]) != self.defence.shape:
             raise ValueError(f"x must have shape (B, {', '.join(map(str, self.defence.shape))}), got {tuple(x.shape)}")
-        votes = [
-            torch.logsumexp(-squares / temperature, dim=2).log_softmax(1)
-            for squares, temperature in zip(self._squared_distances(x), self.temperatures, strict=True)
-        ]
+        votes = [self._vote(i, features).log_softmax(1) for i, features in enumerate(self._features(x))]
         return torch.stack(votes).mean(0).log_softmax(1)
 
-    def _squared_distances(self, x: Tensor) -> list[Tensor]:
-        """Return `(B, C, neighbours)` per layer."""
+    def _features(self, x: Tensor) -> list[Tensor]:
+        """Return what the defence compares, `(B, D)` per layer."""
         cells = space_map(self.defence.model, self.defence.space)(x)
-        found = []
-        for i, feature_map in enumerate(self.defence.feature_maps):
-            features, index = feature_map(cells), self.defence.index(i)
-            if getattr(self.defence, "metric", "euclidean") == "cosine":
-                features = features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
-            with torch.no_grad():
-                near = index.rows(index.nearest(features, self.neighbours)[1])
-            found.append((features[:, None, None] - near).square().sum(3))
+        found = [feature_map(cells) for feature_map in self.defence.feature_maps]
+        if getattr(self.defence, "metric", "euclidean") == "cosine":
+            found = [features / features.norm(dim=1, keepdim=True).clamp(min=1e-12) for features in found]
         return found
+
+    def _vote(self, layer: int, features: Tensor) -> Tensor:
+        """Return the logits `(B, C)` of one layer."""
+        index, temperature = self.defence.index(layer), self.temperatures[layer]
+        with torch.no_grad():
+            distances, near = index.nearest(features, self.neighbours)
+            closeness = -distances.square() / temperature
+            weights = closeness.softmax(2)
+            # One antigen at a time: the features of its neighbours together may be large.
+            means = torch.stack([(w[:, :, None] * index.rows(i)).sum(1) for w, i in zip(weights, near, strict=True)])
+        # The logsumexp climbs like the closeness of its weighted mean neighbour: that term, which adds nothing to the
+        # value, carries the gradient.
+        slope = -(features[:, None] - means).square().sum(2) / temperature
+        return closeness.logsumexp(2) + slope - slope.detach()
 
     @torch.no_grad()
     def _temperatures(self, temperature: float | str) -> list[float]:
@@ -86,7 +84,8 @@ class SoftNeighbours(nn.Module):
             value = _check.number("temperature", temperature, least=0, above=True)
             return [value] * len(self.defence.layers)
         x = self.defence.repertoire.x
-        probes = x[:: max(1, len(x) // _PROBES)][:_PROBES]
-        parts = [self._squared_distances(part) for part in probes.split(self.batch_size)]
-        spreads = [torch.cat(layer).flatten(1).std(1).mean() for layer in zip(*parts, strict=True)]
-        return [max(_SHARPNESS * float(spread), 1e-12) for spread in spreads]
+        spreads = []
+        for layer, features in enumerate(self._features(x[:: max(1, len(x) // _PROBES)][:_PROBES])):
+            distances, _ = self.defence.index(layer).nearest(features, self.neighbours)
+            spreads.append(float(distances.square().flatten(1).std(1).mean()))
+        return [max(_SHARPNESS * spread, 1e-12) for spread in spreads]

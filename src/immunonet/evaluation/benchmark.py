@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -153,12 +152,8 @@ class Benchmark:
         file = re.sub(r"[^\w.-]+", "-", f"{attack}{of}-{part.start}-{part.stop}") + ".safetensors"
         path = self.folder / "adversarials" / file
         if not path.exists():
-            method = self.attacks[attack]
-            if attack == "soft-knn" and soft is not None:
-                method = dataclasses.replace(method, batch_size=min(method.batch_size, soft.batch_size))
-                found = method(soft, x, y)
-            else:
-                found = method(self.base, x, y)
+            target = soft if attack == "soft-knn" and soft is not None else self.base
+            found = self.attacks[attack](target, x, y)
             _store.write_tensors(path, {"x": found.adversarials})
         return _store.read_tensors(path)["x"].to(x.device)
 

@@ -221,9 +221,7 @@ def _quick(defence: nn.Module, base: nn.Module, eps: float, norm: str, bounds: _
         _Attack("pgd", "base", pgd, base),
     ]
     if isinstance(defence, Defence):
-        soft = SoftNeighbours(defence)
-        small = dataclasses.replace(pgd, batch_size=min(pgd.batch_size, soft.batch_size))
-        attacks.append(_Attack("soft-knn", "defence", small, soft))
+        attacks.append(_Attack("soft-knn", "defence", pgd, SoftNeighbours(defence)))
     return attacks
 
 

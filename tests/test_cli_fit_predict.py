@@ -85,10 +85,10 @@ def test_fit_saves_what_predict_answers_with(run: Run, weights: Path) -> None:
 
 
 def test_dknn_of_several_layers(run: Run, weights: Path) -> None:
-    assert run(*FIT, "--defence", "dknn", "--layer", "input", "--layer", "pool", "--metric", "euclidean")[0] == 0
+    assert run(*FIT, "--defence", "dknn", "--layer", "input", "--layer", "conv1", "--metric", "euclidean")[0] == 0
     assert run("predict", "digits", "--weights", weights, "--json", "predicted.json")[0] == 0
     dknn = DkNN.load("defence", common.load_model("digits", weights))
-    assert (dknn.layers, dknn.neighbours, dknn.metric) == (("input", "pool"), 2, "euclidean")
+    assert (dknn.layers, dknn.neighbours, dknn.metric) == (("input", "conv1"), 2, "euclidean")
     test = data.load("digits", "test")
     rows = json.loads(Path("predicted.json").read_text())["results"]
     assert [row["label"] for row in rows] == dknn.predict(test.x).tolist()

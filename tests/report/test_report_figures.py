@@ -38,7 +38,7 @@ def test_grey_difference_is_scaled_to_its_largest_change() -> None:
     pixels, largest = figures.difference_array(clean, clean + torch.tensor([[[0.0, 0.2, -0.2]]]))
     assert largest == pytest.approx(0.2)
     colours = ["#" + bytes(pixel.tolist()).hex().upper() for pixel in pixels[0]]
-    assert colours == ["#FFFFFF", figures.ORANGE, figures.BLUE]
+    assert colours == ["#FFFFFF", figures.BRIGHTER, figures.DARKER]
 
 
 def test_colour_difference_moves_each_channel_around_mid_grey() -> None:

@@ -89,7 +89,7 @@ def test_main_table_says_every_number() -> None:
     assert "RAILS 97.5 % 94.5 to 99.5 % 4.0 % flagged foreign" in text
     assert "85.0 % 82.0 to 87.0 % 31.0 % flagged foreign 44.0 % 41.0 to 46.0 % 20.0 % flagged foreign 20" in text
     assert "CNN, undefended 98.0 % 95.0 to 100.0 % 12.0 % 9.0 to 14.0 % no defence to know 0.1" in text
-    assert "PGD, eps 0.2: knows the CNN only" in text
+    assert "Attacker knows the CNN PGD, eps 0.2" in text
     assert "on 360 test images of digits" in text
 
 
@@ -97,7 +97,7 @@ def test_gallery_and_settings_are_told() -> None:
     text = read(report.render(**content((1, 8, 8), names=["ant", "bee", "cat"]))).text
     assert "Antigen 1, class ant" in text
     assert "CNN, undefended ant bee ✗ RAILS ant ant" in text
-    assert "difference, scaled (largest 0.25)" in text
+    assert "difference, at most 0.25" in text
     assert "immunonet demo --seed 0" in text
     assert "m.a 1" in text
     assert "cpu.cores 2" in text
@@ -139,7 +139,7 @@ def test_table_orders_attacks_and_leaves_gaps() -> None:
         ]
     ]
     found = html.table(rows)
-    assert found["heads"] == [("Clean", "not attacked"), ("Under attack", "FGSM, eps 0.1: knows the defence")]
+    assert found["heads"] == [("Clean", "not attacked"), ("Attacker knows the defence", "FGSM, eps 0.1")]
     assert found["lines"] == {"a": [rows[0], None], "b": [rows[1], rows[2]]}
     assert found["n"] == "5 or 1,500"
 

@@ -25,6 +25,7 @@ from immunonet import _check
 from immunonet.response import Cells, ImmuneResponse, Trace
 
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8a8f98", "#1d2129"
+BRIGHTER, DARKER = "#E69F00", "#5E3C99"
 
 
 def image_array(image: Tensor, *, bounds: Any = (0.0, 1.0)) -> np.ndarray:
@@ -45,7 +46,7 @@ def difference_array(clean: Tensor, other: Tensor) -> tuple[np.ndarray, float]:
     """Return the picture of `other - clean`, its largest change at full strength, and that largest change.
 
     Both `(1, H, W)` or `(3, H, W)`; the result is uint8 `(H, W, 3)`: no change is white and brighter or
-    darker pixels are orange or blue for one channel; for three, no change is mid-grey and each channel moves
+    darker pixels are gold or purple for one channel; for three, no change is mid-grey and each channel moves
     on its own.
     """
     require_images("clean", clean.shape)
@@ -57,7 +58,7 @@ def difference_array(clean: Tensor, other: Tensor) -> tuple[np.ndarray, float]:
     if clean.shape[0] == 3:
         rgb = 0.5 + 0.5 * delta.permute(1, 2, 0).numpy()
     else:
-        ends = [np.array(matplotlib.colors.to_rgb(colour)) for colour in (ORANGE, BLUE)]
+        ends = [np.array(matplotlib.colors.to_rgb(colour)) for colour in (BRIGHTER, DARKER)]
         amount = delta[0].numpy()[..., None]
         rgb = 1 - np.clip(amount, 0, 1) * (1 - ends[0]) - np.clip(-amount, 0, 1) * (1 - ends[1])
     return np.rint(rgb * 255).astype(np.uint8), largest
@@ -113,15 +114,17 @@ def learning_curves(clean: Trace, adversarial: Trace, truth: Tensor, wrong: Tens
         panels.append((affinity, mean_band(class_series(trace.votes, truth)), mean_band(trace.entropy)))
     curves = [curve for affinity, _, _ in panels for curve in affinity]
     low, high = min((m - h).min() for m, h in curves), max((m + h).max() for m, h in curves)
-    margin = 0.06 * (high - low) or 1.0
+    margin = 0.15 * (high - low) or 1.0  # room for the lines' names
     entropy = max(0.1, 1.08 * max((m + h).max() for _, _, (m, h) in panels))
     figures = []
     for title, (affinity, votes, surprise) in zip(("Clean antigens", "Adversarial antigens"), panels, strict=True):
         figure = _figure(4.2, 6.0)
         axes = figure.subplots(3, 1, sharex=True)
-        _line(axes[0], affinity[0], BLUE, "-", "true class")
-        _line(axes[0], affinity[1], ORANGE, "--", "wrong class")
-        axes[0].legend(frameon=False, fontsize=9, loc="lower right", labelcolor=INK)
+        above = bool(affinity[0][0][-1] >= affinity[1][0][-1])
+        _line(axes[0], affinity[0], BLUE, "-")
+        _line(axes[0], affinity[1], ORANGE, "--")
+        _name(axes[0], affinity[0], BLUE, "true class", above=above)
+        _name(axes[0], affinity[1], ORANGE, "wrong class", above=not above)
         _line(axes[1], votes, BLUE, "-")
         _line(axes[2], surprise, INK, "-")
         axes[0].set(title=title, ylabel="affinity", ylim=(low - margin, high + margin))
@@ -221,10 +224,10 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _line(axes: Axes, curve: tuple[np.ndarray, np.ndarray], colour: str, dash: str, label: str | None = None) -> None:
+def _line(axes: Axes, curve: tuple[np.ndarray, np.ndarray], colour: str, dash: str) -> None:
     mean, half = curve
     generation = np.arange(len(mean))
-    axes.plot(generation, mean, color=colour, linestyle=dash, linewidth=1.8, label=label)
+    axes.plot(generation, mean, color=colour, linestyle=dash, linewidth=1.8)
     axes.fill_between(generation, mean - half, mean + half, color=colour, alpha=0.16, linewidth=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
@@ -233,6 +236,21 @@ def _line(axes: Axes, curve: tuple[np.ndarray, np.ndarray], colour: str, dash: s
     axes.xaxis.label.set(color=INK, fontsize=9)
     axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def _name(axes: Axes, curve: tuple[np.ndarray, np.ndarray], colour: str, name: str, *, above: bool) -> None:
+    """Write a line's name beside its end, away from the other line."""
+    mean, half = curve
+    axes.annotate(
+        name,
+        (len(mean) - 1, mean[-1] + (half[-1] if above else -half[-1])),
+        xytext=(0, 3 if above else -3),
+        textcoords="offset points",
+        ha="right",
+        va="bottom" if above else "top",
+        color=colour,
+        fontsize=9,
+    )
 
 
 def _draw(axes: Axes, pixels: np.ndarray) -> None:

@@ -199,8 +199,9 @@ def _settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
 def _head(row: Mapping[str, Any]) -> tuple[str, str]:
     if row["attack"] == "none":
         return "Clean", "not attacked"
-    knows = "knows the CNN only" if row["knows"] == "base" else "knows the defence"
-    return "Under attack", f"{row['attack'].upper()}, eps {row['eps']:.3g}: {knows}"
+    knows = "the CNN" if row["knows"] == "base" else "the defence"
+    name = row["attack"].upper() if row["attack"] in ("fgsm", "pgd") else row["attack"]
+    return f"Attacker knows {knows}", f"{name}, eps {row['eps']:.3g}"
 
 
 def _cells(images: Tensor, cells: Cells, i: int, most: int) -> list[Cell]:

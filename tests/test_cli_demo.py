@@ -62,7 +62,7 @@ def test_demo_keeps_the_contract_and_repeats_itself(run: Run) -> None:
     assert record["command"] == "immunonet demo --out here --json here/results.json --eps 0.2"
     rows = record["results"]
     assert [(row["defence"], row["attack"], row["knows"]) for row in rows] == [
-        ("cnn", "none", None),
+        ("cnn", "none", "base"),
         ("cnn", "pgd", "base"),
         *((kind, *attack) for kind in ("dknn", "rails") for attack in DEFENCE_ATTACKS),
     ]
@@ -90,7 +90,7 @@ def test_demo_keeps_the_contract_and_repeats_itself(run: Run) -> None:
     assert timeless(rows_of("again.json")) == timeless(rows)
 
 
-DEFENCE_ATTACKS = (("none", None), ("pgd", "base"), ("soft-knn", "defence"))
+DEFENCE_ATTACKS = (("none", "base"), ("pgd", "base"), ("soft-knn", "defence"))
 
 
 def test_network_is_trained_anew_only_if_it_must(tmp_path: Path, monkeypatch: Any) -> None:

@@ -59,7 +59,7 @@ def test_the_undefended_network_is_right_as_far_as_the_boundary_is(problem, make
     assert row.settings["layers"] == []
     assert row.settings["slice"] == [0, 40]
     assert row.settings["attack"]["iterations"] == 4
-    assert (found["none"].row.knows, found["none"].row.eps) == (None, 0.0)
+    assert (found["none"].row.knows, found["none"].row.eps) == ("base", 0.0)
     assert found["none"].foreign is None
 
 

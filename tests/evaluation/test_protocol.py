@@ -71,7 +71,7 @@ def test_figures_follow_from_the_distance_to_the_boundary(problem):
     assert result.verdict.knows == "base"
     assert [check.passed for check in result.checks] == [True, True, True]
     clean, pgd = (by_attack(result, "sure")[attack] for attack in ("none", "pgd"))
-    assert (clean.knows, clean.eps, pgd.knows, pgd.eps, pgd.norm) == (None, 0.0, "base", eps, "linf")
+    assert (clean.knows, clean.eps, pgd.knows, pgd.eps, pgd.norm) == ("base", 0.0, "base", eps, "linf")
     assert pgd.settings["slice"] == [0, 160]
     assert pgd.settings["attack"]["iterations"] == 20
     assert pgd.dataset == "bands"

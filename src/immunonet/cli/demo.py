@@ -92,7 +92,7 @@ def demo(
         step("measuring on test images")
         rows = []
         for kind, model in defences.items():
-            attacks: list[tuple[str, str | None, Tensor]] = [("none", None, asked[0]), ("pgd", "base", transferred)]
+            attacks = [("none", "base", asked[0]), ("pgd", "base", transferred)]
             if kind in surrogates:
                 attacks.append(("soft-knn", "defence", pgd(surrogates[kind], *asked).adversarials))
             for attack, knows, x in attacks:
@@ -104,7 +104,7 @@ def demo(
                     defence=kind,
                     attack=attack,
                     knows=knows,
-                    eps=eps if knows else 0.0,
+                    eps=0.0 if attack == "none" else eps,
                     norm=pgd.norm,
                     seconds_per_image=seconds / len(test),
                     seeds=seeds,
@@ -116,7 +116,7 @@ def demo(
                     }
                     | describe(model)
                     | notes[kind]
-                    | describe_attack(pgd if knows else None),
+                    | describe_attack(None if attack == "none" else pgd),
                 )
                 rows.append(row.to_json() | {"foreign": foreign(model, x, seed)})
 
@@ -243,7 +243,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         found.add_row(
             row["defence"],
             row["attack"],
-            row["knows"] or "",
+            row["knows"] if row["attack"] != "none" else "",
             f"{100 * row['accuracy']:.1f} %",
             f"{100 * row['ci95'][0]:.1f} to {100 * row['ci95'][1]:.1f}",
             f"{1000 * row['seconds_per_image']:.2g}",

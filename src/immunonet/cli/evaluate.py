@@ -187,7 +187,7 @@ def _cells(found: Outcome) -> list[str]:
         ", ".join(row.settings["layers"]),
         row.defence,
         row.attack,
-        row.knows or "",
+        row.knows if row.attack != "none" else "",
         f"{row.accuracy:.4f}",
         f"{row.ci95[0]:.3f} to {row.ci95[1]:.3f}",
         f"{1000 * row.seconds_per_image:.2f}",

@@ -27,8 +27,8 @@ from immunonet.evaluation.records import Row
 from immunonet.features import Layer
 from immunonet.rails import RAILS
 
-# What the attacker differentiates, for every attack there is.
-KNOWS = {"none": None, "fgsm": "base", "pgd": "base", "soft-knn": "defence"}
+# What the attacker differentiates, for every attack there is; without one, the least.
+KNOWS = {"none": "base", "fgsm": "base", "pgd": "base", "soft-knn": "defence"}
 NEIGHBOURS = (1, 3, 5, 10, 20, 50, 75, 200)
 METRICS: tuple[Literal["cosine", "euclidean"], ...] = ("cosine", "euclidean")
 TUNING_IMAGES = 300

@@ -16,7 +16,7 @@ def page(rows: Sequence[Row], verdict: Row, checks: Sequence[Check]) -> str:
         for check in checks
     )
     table = "".join(
-        f"<tr><td>{html.escape(row.defence)}</td><td>{html.escape(row.attack)}</td><td>{row.knows or ''}</td>"
+        f"<tr><td>{html.escape(row.defence)}</td><td>{html.escape(row.attack)}</td><td>{row.knows}</td>"
         f"<td>{row.accuracy:.3f}</td><td>{row.ci95[0]:.3f} to {row.ci95[1]:.3f}</td>"
         f"<td>{1000 * row.seconds_per_image:.1f}</td></tr>"
         for row in (*rows, verdict)

@@ -56,7 +56,7 @@ class _Attack:
     """An attack by name, what it knows, and the model it runs on (None: it leaves inputs as they are)."""
 
     name: str
-    knows: str | None
+    knows: str
     method: FGSM | PGD | None = None
     target: Model | None = None
 
@@ -216,7 +216,7 @@ def describe_surrogate(target: object) -> dict[str, Any]:
 def _quick(defence: nn.Module, base: nn.Module, eps: float, norm: str, bounds: _check.Bounds) -> list[_Attack]:
     pgd = PGD(eps=eps, step=eps / 4, iterations=20, norm=norm, bounds=bounds, random_start=False)
     attacks = [
-        _Attack("none", None),
+        _Attack("none", "base"),
         _Attack("fgsm", "base", FGSM(eps=eps, norm=norm, bounds=bounds), base),
         _Attack("pgd", "base", pgd, base),
     ]

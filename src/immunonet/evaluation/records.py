@@ -23,7 +23,7 @@ class Row:
     """How one defence did under one attack; its fields are the keys of the JSON.
 
     `dataset`, `defence` ("cnn", "dknn", "rails", ...), `attack` ("none", "pgd", ...) are names; `knows` is what
-    the attacker differentiates or queries, "base" or "defence", and None without an attack. `eps` in units of
+    the attacker differentiates or queries, "base" or "defence" ("base" without an attack). `eps` in units of
     the input, `norm` "linf" or "l2". `n` images, of which `correct` were right, a mean over `seeds` where the
     defence is randomised (`seeds` is empty where it is not); `accuracy` is `correct / n`, `ci95` its 95 %
     interval. `seconds_per_image`: wall time of one answer. `settings`: every hyper-parameter.
@@ -32,7 +32,7 @@ class Row:
     dataset: str
     defence: str
     attack: str
-    knows: str | None
+    knows: str
     eps: float
     norm: str
     n: int
@@ -58,7 +58,7 @@ class Row:
         return cls(n=n, correct=mean, accuracy=mean / n, ci95=ci95, seeds=tuple(seeds), **fields)
 
     def __post_init__(self) -> None:
-        _check.choice("knows", self.knows, ("base", "defence", None))
+        _check.choice("knows", self.knows, ("base", "defence"))
         _check.number("seconds_per_image", self.seconds_per_image, least=0)
         for key in ("model", "layers", "slice"):
             if key not in self.settings:

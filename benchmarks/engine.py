@@ -1,0 +1,213 @@
+"""immunonet's engine against the plain loop, what its shortcuts change, latency, and where the time goes.
+
+python benchmarks/engine.py --data DIR --json results/engine.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import common
+import torch
+from common import Row, Setting
+from loop import Loop
+from torch import Tensor
+
+from immunonet import RAILS, Maturation, zoo
+from immunonet.immune import backend, operators
+
+PARTS = ("affine", "block1", "agreement", "latency", "profile")
+
+
+def settings(options: argparse.Namespace) -> dict[str, Maturation]:
+    """Return the settings that are compared; the last are the loop's own."""
+    sizes: dict[str, Any] = {"population": options.population, "generations": options.generations}
+    return {
+        "defaults (early stop, pruning)": Maturation(**sizes),
+        "early_stop=None, prune=None": Maturation(early_stop=None, prune=None, **sizes),
+        "authors' settings, as the loop": Maturation.authors("mnist", **sizes),
+    }
+
+
+def fitted(setting: Setting, layer: str, maturation: Maturation, seed: int) -> RAILS:
+    """Return RAILS at a layer of the network, "affine" or a submodule's name."""
+    where = zoo.mnist_affine(setting.net) if layer == "affine" else layer
+    return RAILS(setting.net, where, maturation=maturation, seed=seed).fit(setting.x, setting.y)
+
+
+def against_loop(setting: Setting, layer: str, options: argparse.Namespace) -> list[Row]:
+    """Return seconds per image and accuracy of the loop and of RAILS, half of the images clean and half attacked."""
+    rows: list[Row] = []
+    n = options.timed_images // (1 if layer == "affine" else 8) or 1
+    for name, maturation in settings(options).items():
+        rails = fitted(setting, layer, maturation, options.seed)
+        x = torch.cat([setting.clean[:n], setting.attacked[:n]])
+        rails.predict(x[:2])
+        taken, found = common.seconds(lambda rails=rails, x=x: rails.predict(x), options.repeats)
+        rows.append({"what": name, "seconds_per_image": taken / len(x)} | accuracies(found, setting.labels[:n]))
+    del rails
+    model = zoo.mnist_affine(setting.net) if layer == "affine" else up_to_pool1(setting.net)
+    loop = Loop(
+        lambda c: model(c).flatten(1),
+        setting.x,
+        setting.y,
+        population=options.population,
+        generations=options.generations,
+        seed=options.seed,
+    )
+    m = options.loop_images
+    times, found = [], []
+    for antigen in torch.cat([setting.clean[:m], setting.attacked[:m]]):
+        start = time.perf_counter()
+        found.append(loop.predict(antigen))
+        times.append(time.perf_counter() - start)
+    peer = {
+        "what": "the loop",
+        "seconds_per_image": statistics.median(times),
+        **accuracies(torch.tensor(found), setting.labels[:m]),
+        "share_in_feature_map": loop.seconds["feature map"] / sum(loop.seconds.values()),
+    }
+    return [peer, *(row | {"ratio_to_loop": peer["seconds_per_image"] / row["seconds_per_image"]} for row in rows)]
+
+
+def up_to_pool1(net: zoo.MnistNet) -> Callable[[Tensor], Tensor]:
+    """Return the first block of the network: conv, ReLU, conv, ReLU, pool."""
+    return torch.nn.Sequential(net.conv1, torch.nn.ReLU(), net.conv2, torch.nn.ReLU(), net.pool1)
+
+
+def accuracies(found: Tensor, labels: Tensor) -> Row:
+    """Return the accuracy on the clean half and on the attacked half."""
+    right = (found == torch.cat([labels, labels])).float()
+    clean, attacked = right.chunk(2)
+    return {"images": len(right), "clean": clean.mean().item(), "pgd": attacked.mean().item()}
+
+
+def agreement(setting: Setting, options: argparse.Namespace) -> list[Row]:
+    """Return how many labels the shortcuts change, against the engine with every shortcut off, at equal random numbers."""
+    rows: list[Row] = []
+    sizes: dict[str, Any] = {"population": options.population, "generations": options.generations}
+    every = fitted(setting, "affine", Maturation(**sizes), options.seed)
+    none = fitted(setting, "affine", Maturation(early_stop=None, prune=None, **sizes), options.seed)
+    for kind, x in (("clean", setting.clean), ("pgd", setting.attacked)):
+        x = x[: options.images]
+        with patch.object(backend, "_numba", lambda: None):
+            reference, again = none.predict(x), none.predict(x[: len(x) // 5], seed=options.seed + 1)
+        discordant = int((every.predict(x) != reference).sum())
+        other = int((again != reference[: len(again)]).sum())
+        rows.append(
+            {
+                "images": kind,
+                "n": len(x),
+                "discordant": discordant,
+                "agreement": 1 - discordant / len(x),
+                "reference": "early_stop=None, prune=None, torch operators, root instead of band",
+                "discordant_between_two_seeds_of_the_reference": f"{other} of {len(again)}",
+            }
+        )
+    return rows
+
+
+def latency(setting: Setting, options: argparse.Namespace) -> list[Row]:
+    """Return seconds per image at several batch sizes; at batch 1 the median and the 95th percentile."""
+    rails = fitted(
+        setting, "affine", Maturation(population=options.population, generations=options.generations), options.seed
+    )
+    n = options.timed_images
+    x = torch.stack([setting.clean[:n], setting.attacked[:n]], 1).flatten(0, 1)
+    rails.predict(x[:2])
+    times = []
+    for antigen in x[:60]:
+        start = time.perf_counter()
+        rails.predict(antigen[None])
+        times.append(time.perf_counter() - start)
+    times.sort()
+    rows: list[Row] = [
+        {"batch": 1, "seconds_per_image": statistics.median(times), "p95": times[int(0.95 * len(times))]}
+    ]
+    for batch in (8, 21, 64, 256):
+        taken, _ = common.seconds(lambda batch=batch: rails.predict(x, batch_size=batch), options.repeats)
+        rows.append({"batch": batch, "seconds_per_image": taken / len(x)})
+    return rows
+
+
+@contextmanager
+def stages(rails: RAILS) -> Iterator[dict[str, float]]:
+    """Yield the seconds that the stages of `rails` take inside the block."""
+    found: dict[str, float] = defaultdict(float)
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            out = function(*args, **kwargs)
+            found[name] += time.perf_counter() - start
+            return out
+
+        return run
+
+    with ExitStack() as stack:
+        where, index = rails.feature_maps[0], rails.index(0)
+        chosen = backend.offspring_for
+        for owner, name, new in (
+            (where, "distances", timed("feature map and distances", where.distances)),
+            (where, "chunked", timed("features of the antigens", where.chunked)),
+            (index, "nearest", timed("flocking", index.nearest)),
+            (backend, "offspring_for", lambda cells: timed("crossover and mutation", chosen(cells))),
+            (operators, "select", timed("selection", operators.select)),
+        ):
+            stack.enter_context(patch.object(owner, name, new))
+        yield found
+
+
+def profile(setting: Setting, options: argparse.Namespace) -> list[Row]:
+    """Return the share of time per stage."""
+    rows: list[Row] = []
+    for layer in ("affine", "pool1"):
+        for name, maturation in list(settings(options).items())[:2]:
+            rails = fitted(setting, layer, maturation, options.seed)
+            n = options.timed_images // (1 if layer == "affine" else 8) or 1
+            x = torch.cat([setting.clean[:n], setting.attacked[:n]])
+            rails.predict(x[:2])
+            with stages(rails) as found:
+                start = time.perf_counter()
+                rails.predict(x)
+                total = time.perf_counter() - start
+            shares = {stage: seconds / total for stage, seconds in found.items()}
+            rows.append(
+                {"layer": layer, "settings": name, "seconds_per_image": total / len(x)}
+                | shares
+                | {"rest": 1 - sum(shares.values())}
+            )
+    return rows
+
+
+def main() -> None:
+    """Run the parts that are asked for."""
+    p = common.parser(__doc__)
+    p.add_argument("--examples", type=int, default=20_000, help="training examples in the repertoire")
+    p.add_argument("--population", type=int, default=1000)
+    p.add_argument("--generations", type=int, default=10)
+    p.add_argument("--images", type=int, default=500, help="clean and attacked images each, for the agreement")
+    p.add_argument("--timed-images", type=int, default=100, help="clean and attacked images each, for timing")
+    p.add_argument("--loop-images", type=int, default=5, help="the same for the loop, which takes about 20 s for one")
+    options = p.parse_args()
+    common.use_threads(options.threads)
+    setting = common.mnist(options, options.examples, max(options.images, options.timed_images, options.loop_images))
+    jobs: dict[str, Callable[[], list[Row]]] = {
+        "affine": lambda: against_loop(setting, "affine", options),
+        "block1": lambda: against_loop(setting, "pool1", options),
+        "agreement": lambda: agreement(setting, options),
+        "latency": lambda: latency(setting, options),
+        "profile": lambda: profile(setting, options),
+    }
+    common.run(options, jobs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Every benchmark runs at a tiny size, and the report tells what was measured from what was not."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from immunonet import data, zoo
+
+HERE = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE))
+
+    def find(name: str) -> ModuleType:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return importlib.import_module(name)
+
+    yield find
+    for name in ("common", "loop", "engine", "flocking", "cost", "report"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def digits(monkeypatch, tmp_path):
+    """Stand in for MNIST: 200 noisy images of ten classes, and the weights of an untrained network."""
+    y = torch.arange(200) % 10
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.rand(10, 1, 28, 28, generator=generator)
+    x = (centre[y] + 0.1 * torch.randn(200, 1, 28, 28, generator=generator)).clamp(0, 1)
+    images = data.Images(x, y, tuple("0123456789"))
+    monkeypatch.setattr(data, "load", lambda *_args, **_options: images)
+    weights = tmp_path / "weights.safetensors"
+    zoo.save_weights(zoo.build("mnist"), weights)
+    return ["--weights", str(weights), "--out", str(tmp_path)]
+
+
+def run(module, monkeypatch, tmp_path, *arguments):
+    target = tmp_path / "found.json"
+    options = [*arguments, "--json", str(target), "--threads", "1", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+    module.main()
+    return json.loads(target.read_text())["tables"]
+
+
+def test_engine(load, digits, monkeypatch, tmp_path):
+    sizes = "--examples 200 --population 100 --generations 1 --images 5 --timed-images 1 --loop-images 1".split()
+    only = ["--only", "affine", "agreement", "latency"]
+    tables = run(load("engine"), monkeypatch, tmp_path, *digits, *sizes, *only)
+    assert [row["what"] for row in tables["affine"]["rows"]][0] == "the loop"
+    assert all(row["seconds_per_image"] > 0 for row in tables["affine"]["rows"])
+    assert [row["n"] for row in tables["agreement"]["rows"]] == [5, 5]
+    assert [row["batch"] for row in tables["latency"]["rows"]] == [1, 8, 21, 64, 256]
+
+
+def test_stages_add_up(load, digits, monkeypatch, tmp_path):
+    engine = load("engine")
+    sizes = "--examples 200 --population 100 --generations 1 --images 1 --timed-images 1 --loop-images 1".split()
+    for row in run(engine, monkeypatch, tmp_path, *digits, *sizes, "--only", "profile")["profile"]["rows"]:
+        shares = [v for k, v in row.items() if k not in ("layer", "settings", "seconds_per_image")]
+        assert sum(shares) == pytest.approx(1)
+        assert all(share >= 0 for share in shares)
+
+
+def test_rows(load, digits, monkeypatch, tmp_path):
+    found = run(
+        load("flocking"), monkeypatch, tmp_path, *digits, *"--rows 2000 --width 32 --batch 8 --only rows".split()
+    )
+    recalls = {row["search"]: row.get("recall_clean") for row in found["rows"]["rows"]}
+    assert recalls["ExactIndex"] == recalls["scikit-learn brute"] == 1
+
+
+def test_recall_counts_what_is_as_near_as_the_exact_kth(load):
+    exact = torch.tensor([[[1.0, 2.0]]])
+    assert load("flocking").recall(torch.tensor([[[1.0, 3.0]]]), exact).tolist() == [0.5]
+
+
+def test_cost(load, monkeypatch, tmp_path):
+    found = run(load("cost"), monkeypatch, tmp_path, "--classes", "20", "--only", "classes")
+    assert [row["candidates"] for row in found["classes"]["rows"]] == ["None", "1"]
+
+
+def test_slope_of_a_power(load):
+    assert load("cost").slope([1.0, 10.0, 100.0], [3.0, 300.0, 30000.0]) == pytest.approx(2)
+
+
+def test_an_unknown_part_is_refused(load, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="growth, classes, got speed"):
+        run(load("cost"), monkeypatch, tmp_path, "--only", "speed")
+
+
+def test_report_says_what_was_not_measured(load):
+    report = load("report")
+    tables = {"wide": {"rows": [{"features": "recomputed", "fit_peak_GiB": 2.5}], "command": "c"}}
+    rows = {row["line"]: row for row in report.targets(tables)}
+    assert rows["50,176-wide fit, peak memory"]["reached"] == "not reached"
+    assert rows["50,176-wide fit, peak memory"]["figure"] == "2.5"
+    assert rows["block 1, defaults"]["reached"] == rows["VGG16 setting on a GPU"]["reached"] == "not measured"

@@ -9,11 +9,11 @@ import argparse
 import math
 from typing import Any
 
-import common
 import torch
-from common import Row
 from torch import Tensor, nn
 
+import common
+from common import Row
 from immunonet import RAILS, Maturation
 
 BASE: dict[str, int] = {"B": 16, "T": 400, "G": 6, "C": 10, "D": 256, "N": 2000}

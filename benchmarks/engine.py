@@ -14,14 +14,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import common
 import torch
-from common import Row, Setting
-from loop import Loop
 from torch import Tensor
 
+import common
+from common import Row, Setting
 from immunonet import RAILS, Maturation, zoo
 from immunonet.immune import backend, operators
+from loop import Loop
 
 PARTS = ("affine", "block1", "agreement", "latency", "profile")
 
@@ -90,7 +90,7 @@ def accuracies(found: Tensor, labels: Tensor) -> Row:
 
 
 def agreement(setting: Setting, options: argparse.Namespace) -> list[Row]:
-    """Return how many labels the shortcuts change, against the engine with every shortcut off, at equal random numbers."""
+    """Return how many labels the shortcuts change, against the engine with all of them off, at equal seeds."""
     rows: list[Row] = []
     sizes: dict[str, Any] = {"population": options.population, "generations": options.generations}
     every = fitted(setting, "affine", Maturation(**sizes), options.seed)

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-from common import Row
 from torch import Tensor, nn
 
+import common
+from common import Row
 from immunonet import RAILS
 from immunonet.search import ExactIndex, SignatureIndex
 
@@ -157,7 +157,10 @@ def rows(options: argparse.Namespace) -> list[Row]:
             continue
         build = time.perf_counter() - start
         taken, distances = common.seconds(lambda search=search: search(queries), options.repeats)
-        alone = [common.seconds(lambda i=i, search=search: search(queries[i : i + 1]), 1)[0] for i in range(10)]
+        alone = [
+            common.seconds(lambda i=i, search=search: search(queries[i : i + 1]), 1)[0]
+            for i in range(min(10, len(queries)))
+        ]
         hits = recall(distances, exact)
         found.append(
             {

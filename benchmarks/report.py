@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - prose and tables
 """Writes docs/performance.md from the JSON files of the other benchmarks; what has no figure is "not measured".
 
 python benchmarks/report.py
@@ -10,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-from common import Row
 
+import common
+from common import Row
 from immunonet import _store
 
 NONE = "not measured"

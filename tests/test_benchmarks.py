@@ -52,10 +52,23 @@ def run(module, monkeypatch, tmp_path, *arguments):
 
 
 def test_engine(load, digits, monkeypatch, tmp_path):
-    sizes = "--examples 200 --population 100 --generations 1 --images 5 --timed-images 1 --loop-images 1".split()
+    sizes = [
+        "--examples",
+        "200",
+        "--population",
+        "100",
+        "--generations",
+        "1",
+        "--images",
+        "5",
+        "--timed-images",
+        "1",
+        "--loop-images",
+        "1",
+    ]
     only = ["--only", "affine", "agreement", "latency"]
     tables = run(load("engine"), monkeypatch, tmp_path, *digits, *sizes, *only)
-    assert [row["what"] for row in tables["affine"]["rows"]][0] == "the loop"
+    assert tables["affine"]["rows"][0]["what"] == "the loop"
     assert all(row["seconds_per_image"] > 0 for row in tables["affine"]["rows"])
     assert [row["n"] for row in tables["agreement"]["rows"]] == [5, 5]
     assert [row["batch"] for row in tables["latency"]["rows"]] == [1, 8, 21, 64, 256]
@@ -63,7 +76,20 @@ def test_engine(load, digits, monkeypatch, tmp_path):
 
 def test_stages_add_up(load, digits, monkeypatch, tmp_path):
     engine = load("engine")
-    sizes = "--examples 200 --population 100 --generations 1 --images 1 --timed-images 1 --loop-images 1".split()
+    sizes = [
+        "--examples",
+        "200",
+        "--population",
+        "100",
+        "--generations",
+        "1",
+        "--images",
+        "1",
+        "--timed-images",
+        "1",
+        "--loop-images",
+        "1",
+    ]
     for row in run(engine, monkeypatch, tmp_path, *digits, *sizes, "--only", "profile")["profile"]["rows"]:
         shares = [v for k, v in row.items() if k not in ("layer", "settings", "seconds_per_image")]
         assert sum(shares) == pytest.approx(1)
@@ -72,7 +98,11 @@ def test_stages_add_up(load, digits, monkeypatch, tmp_path):
 
 def test_rows(load, digits, monkeypatch, tmp_path):
     found = run(
-        load("flocking"), monkeypatch, tmp_path, *digits, *"--rows 2000 --width 32 --batch 8 --only rows".split()
+        load("flocking"),
+        monkeypatch,
+        tmp_path,
+        *digits,
+        *["--rows", "2000", "--width", "32", "--batch", "8", "--only", "rows"],
     )
     recalls = {row["search"]: row.get("recall_clean") for row in found["rows"]["rows"]}
     assert recalls["ExactIndex"] == recalls["scikit-learn brute"] == 1

@@ -165,7 +165,7 @@ class SignatureIndex(Kept):
     def _distances(self, features: Tensor, candidates: Tensor) -> Tensor:
         """Return the distances of `features` `(B, D)` to `candidates` `(B, C, m)`; each example is computed once."""
         examples, place = candidates.flatten().unique(return_inverse=True)
-        antigens = torch.arange(len(features), device=place.device).repeat_interleave(candidates[0].numel())
+        antigens = torch.arange(len(features), device=place.device).repeat_interleave(candidates.shape[1])
         grouped = place.argsort()
         counts = place.bincount()
         out = features.new_empty(len(place))

@@ -199,6 +199,7 @@ def test_strange_antigens_are_foreign(examples):
     assert clean.foreign.sum() <= 12
     assert strange.foreign.all()
     assert clean.credibility.mean() > 0.5
+    assert torch.equal(rails.foreign(x[500:]), clean.foreign)
     assert ((clean.credibility > 0) & (clean.credibility <= 1)).all()
 
 
@@ -330,7 +331,10 @@ def test_a_fit_that_fails_half_way_leaves_no_half_fit():
             rails.predict(X4)
 
 
-@pytest.mark.parametrize("method", ["respond", "predict", "predict_proba", "forward", "naive", "features", "save"])
+METHODS = ["respond", "predict", "predict_proba", "forward", "naive", "features", "foreign"]
+
+
+@pytest.mark.parametrize("method", [*METHODS, "save"])
 def test_unfitted(method, conv, tmp_path):
     argument = tmp_path if method == "save" else ANTIGENS
     with pytest.raises(ValueError, match=r"this RAILS is not fitted: call rails.fit\(x, y\) with the training set"):
@@ -350,6 +354,8 @@ def test_unfitted(method, conv, tmp_path):
         ({"bounds": (0, 0)}, ValueError, "bounds must be finite with low < high"),
         ({"bounds": "unit"}, TypeError, "bounds must be .low, high. or one such pair per channel"),
         ({"cell_bounds": (1, 0)}, ValueError, "cell_bounds must be finite with low < high"),
+        ({"memory_budget": 0}, ValueError, "memory_budget must be at least 1, got 0"),
+        ({"memory_budget": "much"}, TypeError, "memory_budget must be .*'auto'.*, got 'much'"),
         ({"false_alarm": 0}, ValueError, "false_alarm must be a finite number in"),
         ({"false_alarm": "low"}, TypeError, "false_alarm must be a number, got 'low'"),
         ({"shared_noise": 1}, TypeError, "shared_noise must be True or False, got 1"),
@@ -361,6 +367,13 @@ def test_bad_settings(settings, error, message):
     settings = {"model": Head(lambda o: o), "layers": "layer", **settings}
     with pytest.raises(error, match=message):
         RAILS(settings.pop("model"), settings.pop("layers"), **settings)
+
+
+def test_a_population_beyond_the_memory_budget():
+    rails = RAILS(Head(lambda o: o), "layer", maturation=SMALL, memory_budget=900)
+    # 63 cells of 4 values of 4 bytes.
+    with pytest.raises(ValueError, match="memory_budget=900 is too small for one antigen: its population takes 1,008"):
+        rails.fit(X4, Y4)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +388,7 @@ def test_bounds_of_another_number_of_channels_fail_when_fitting(settings, messag
         RAILS(Head(lambda o: o), "layer", maturation=SMALL, **settings).fit(X4, Y4)
 
 
-@pytest.mark.parametrize("method", ["respond", "predict", "predict_proba", "forward", "naive", "features"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [

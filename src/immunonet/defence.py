@@ -51,8 +51,10 @@ class Defence(nn.Module, abc.ABC):
         self._callables = nn.ModuleList(layer for layer in self._layers if isinstance(layer, nn.Module))
         self.space = space
         self.bounds = _check.Bounds.of("bounds", bounds)
+        if isinstance(memory_budget, str) and memory_budget != "auto":
+            raise TypeError(f"memory_budget must be bytes, an integer, or 'auto', got {memory_budget!r}")
         self.memory_budget = (
-            auto_budget() if memory_budget == "auto" else _check.integer("memory_budget", memory_budget)
+            auto_budget() if isinstance(memory_budget, str) else _check.integer("memory_budget", memory_budget)
         )
         self.false_alarm = _check.number("false_alarm", false_alarm, least=0, most=1, above=True)
         self.classes = 0

@@ -38,7 +38,7 @@ def test_runs_are_averaged():
 
 def test_the_file_has_the_keys_of_the_contract_and_survives_json():
     row = Row.of(torch.tensor([[True, False]] * 2), seeds=[0, 1], **FIELDS)
-    record = json.loads(json.dumps(records.envelope([row]), allow_nan=False))
+    record = json.loads(json.dumps(records.envelope([row.to_json()]), allow_nan=False))
     assert list(record) == ["results", "environment", "command"]
     (found,) = record["results"]
     assert list(found) == KEYS

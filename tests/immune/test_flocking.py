@@ -3,6 +3,7 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
+from immunonet.immune.flocking import smallest
 from immunonet.search import ExactIndex
 
 
@@ -99,6 +100,28 @@ def test_all_of_a_class_in_order():
     near, index = search(torch.tensor([[4.5]]), keys, torch.tensor([0, 0, 0, 1, 1, 1]), 3)
     assert index.tolist() == [[[0, 2, 1], [3, 4, 5]]]
     assert near.tolist() == [[[0.5, 1.5, 3.5], [5.5, 15.5, 25.5]]]
+
+
+@pytest.mark.parametrize("n", [2**14, 2**14 + 31, 20_000])
+def test_the_smallest_of_many(n):
+    values = torch.rand(3, n, generator=torch.Generator().manual_seed(4))
+    values[1] = values[1].sort().values  # the smallest are side by side
+    values[2, -5:] = -torch.arange(5.0)  # or after the last whole group
+    found, places = smallest(values, 18)
+    expected = values.sort(dim=1).values[:, :18]
+    assert torch.equal(found, expected)
+    assert torch.equal(values.gather(1, places), expected)
+    assert all(len(row.unique()) == 18 for row in places)
+
+
+def test_many_examples_of_a_class():
+    g = torch.Generator().manual_seed(5)
+    keys, queries = torch.randn(40_000, 4, generator=g), torch.randn(10, 4, generator=g)
+    labels = (torch.arange(40_000) >= 20_000).long()
+    near, index = search(queries, keys, labels, 10)
+    expected, expected_index = oracle(queries, keys, labels, 10)
+    np.testing.assert_allclose(near, expected, rtol=1e-4)
+    assert (index == expected_index).mean() > 0.99
 
 
 def test_autocast_does_not_reach_the_search():

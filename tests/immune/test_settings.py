@@ -35,6 +35,8 @@ from immunonet import Maturation
         ({"plasma": 0.6, "memory": 0.5}, ValueError, r"plasma \+ memory must be at most 1, got 0.6 \+ 0.5"),
         ({"early_stop": 0}, ValueError, "early_stop must be at least 1, got 0"),
         ({"early_stop": 1.5}, TypeError, "early_stop must be an integer"),
+        ({"candidates": 0}, ValueError, "candidates must be at least 1, got 0"),
+        ({"candidates": 2.0}, TypeError, "candidates must be an integer, got 2.0"),
         ({"prune": -0.1}, ValueError, "prune must be a finite number in"),
         ({"prune": "no"}, TypeError, "prune must be a number"),
     ],

@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-import platform
-import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from immunonet import _store, data, zoo
+from immunonet.evaluation.records import envelope
 from immunonet.features import Layer
 
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file.")]
@@ -195,37 +193,6 @@ def prepare(out: Path | None, json: Path | None) -> None:
         raise IsADirectoryError(f"--json must be a file, {json} is a folder")
 
 
-def command() -> str:
-    """Return the command line as it was typed."""
-    return shlex.join(["immunonet", *sys.argv[1:]])
-
-
-def environment() -> dict[str, Any]:
-    """Return what results depend on beside the command: versions, processor, threads, commit if known."""
-    import immunonet
-
-    root = Path(immunonet.__file__).parents[2]
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
-    }
-    if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.get_device_name()
-    if (root / ".git").exists():
-        git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        if git.returncode == 0:
-            found["commit"] = git.stdout.strip()
-    return found
-
-
-def envelope(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the JSON object that every command writes: results, environment, command."""
-    return {"results": results, "environment": environment(), "command": command()}
-
-
 def write_results(path: Path | None, results: list[dict[str, Any]]) -> None:
     """Write `envelope(results)` to `path` if there is one."""
     if path is not None:
@@ -242,12 +209,3 @@ def _imported(option: str, name: str) -> Callable[..., Any]:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{option} {name} cannot be imported ({error}): give package.module:factory") from error
     return cast(Callable[..., Any], found)
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

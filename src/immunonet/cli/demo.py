@@ -17,7 +17,7 @@ from immunonet import RAILS, DkNN, Maturation, _check, data, report, zoo
 from immunonet.attacks import PGD, SoftNeighbours
 from immunonet.cli import common
 from immunonet.defence import Defence
-from immunonet.evaluation import Row
+from immunonet.evaluation import Row, records
 from immunonet.evaluation.protocol import answers, describe, describe_attack, is_randomised
 
 VALIDATION = 400
@@ -129,8 +129,8 @@ def demo(
             rows=rows,
             meaning=meaning,
             **pictures(defences, asked, transferred, seed),
-            environment=common.environment(),
-            command=common.command(),
+            environment=records.environment(),
+            command=records.command(),
         )
     Console().print(table(rows))
     typer.echo(meaning)

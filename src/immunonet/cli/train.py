@@ -10,6 +10,7 @@ import typer
 
 from immunonet import data, zoo
 from immunonet.cli import common
+from immunonet.evaluation.records import envelope
 
 
 def train(
@@ -92,7 +93,7 @@ def train(
         }
         for split, part in (("validation", images[held_out]), ("test", test))
     ]
-    zoo.save_weights(net, path, recipe={**common.envelope(results), "classes": images.classes, "history": history})
+    zoo.save_weights(net, path, recipe={**envelope(results), "classes": images.classes, "history": history})
     common.write_results(json, results)
     checkpoint.unlink()
     for row in results:

@@ -43,7 +43,7 @@ class Evaluation:
 
     def to_json(self, path: str | Path) -> None:
         """Write rows, the verdict as the last of them, and the checks to `path`, whole or not at all."""
-        record = envelope([*self.rows, self.verdict])
+        record = envelope([row.to_json() for row in (*self.rows, self.verdict)])
         _store.write_json(path, record | {"checks": [dataclasses.asdict(check) for check in self.checks]})
 
     def to_html(self, path: str | Path) -> None:

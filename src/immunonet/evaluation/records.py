@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import platform
 import shlex
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -79,18 +80,26 @@ class Check:
 
 
 def environment() -> dict[str, Any]:
-    """Return what a result depends on beside its settings: versions, processor, threads."""
+    """Return what results depend on beside the command: versions, processor, threads, commit if it is known."""
     import immunonet
 
-    found = {
+    found: dict[str, Any] = {
         "immunonet": immunonet.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _cpu(),
         "threads": torch.get_num_threads(),
     }
-    return found | ({"cuda": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_device_name()
+    root = Path(immunonet.__file__).parents[2]
+    if (root / ".git").exists():
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        answer = subprocess.run(git, capture_output=True, text=True, check=False)
+        if answer.returncode == 0:
+            found["commit"] = answer.stdout.strip()
+    return found
 
 
 def command() -> str:
@@ -98,6 +107,15 @@ def command() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def envelope(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the JSON object that holds rows: results, environment, command."""
-    return {"results": [row.to_json() for row in rows], "environment": environment(), "command": command()}
+def envelope(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the JSON object that holds results: themselves, the environment, the command."""
+    return {"results": list(results), "environment": environment(), "command": command()}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -30,8 +29,7 @@ def _root() -> None:
 
 
 for _name in _COMMANDS:
-    if importlib.util.find_spec(f"immunonet.cli.{_name}"):
-        app.command(_name)(getattr(importlib.import_module(f"immunonet.cli.{_name}"), _name))
+    app.command(_name)(getattr(importlib.import_module(f"immunonet.cli.{_name}"), _name))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

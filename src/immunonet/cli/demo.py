@@ -32,7 +32,7 @@ DKNN_NEIGHBOURS = (5, 10, 25, 75)
 METRICS: tuple[Literal["cosine", "euclidean"], ...] = ("cosine", "euclidean")
 RAILS_LAYERS = ("input", "conv1")
 RAILS_NEIGHBOURS = (5, 10, 20)
-SOFT_TEMPERATURES = (1.0, 0.25, 0.0625)
+SOFT_TEMPERATURES = (3.0, 1.0, 0.3)
 
 COLUMNS = ("defence", "attack", "knows", "accuracy", "95 % interval", "ms/image", "foreign")
 MEANING = (

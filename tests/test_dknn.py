@@ -62,6 +62,16 @@ def test_ties_go_to_the_smaller_summed_distance(antigen, label):
     assert dknn.predict(column(antigen)).tolist() == [label]
 
 
+def test_ties_are_counted_in_cosine_distances():
+    # From the antigen (1, 0), two neighbours at .1 and .1 and two at 0 and .25: .2 against .25. (The chords of the
+    # same angles would say .89 against .71.)
+    cosines = torch.tensor([0.9, 0.9, 1.0, 0.75])
+    x = torch.stack([cosines, (1 - cosines.square()).sqrt()], 1)
+    dknn = DkNN(Two(), "input", neighbours=4, bounds=(-1, 1))
+    dknn.fit(x, torch.tensor([0, 0, 1, 1]), calibration=(x, torch.tensor([0, 0, 1, 1])))
+    assert dknn.predict(torch.tensor([[1.0, 0.0]])).tolist() == [0]
+
+
 def test_layers_are_counted_together():
     # Of .45 the first layer sees .2 .1 .8 (two of label 0), the second, of squares, .04 .01 .0 (three).
     dknn = DkNN(Two(), ["input", torch.square], neighbours=3, metric="euclidean")

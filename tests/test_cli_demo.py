@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numba
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ def run(capsys: Any, monkeypatch: Any, tmp_path: Path) -> Run:
     monkeypatch.setattr(demo_module, "SOFT_TEMPERATURES", (0.25,))
     monkeypatch.setattr(demo_module, "Maturation", lambda **given: Maturation(**given, population=100, generations=2))
     monkeypatch.setattr(demo_module, "RUNS", 2)
+    monkeypatch.setattr(demo_module, "one_thread", lambda: None)  # other tests keep their threads
     monkeypatch.setattr(demo_module, "VALIDATION", 100)
     monkeypatch.setattr(
         demo_module.common, "resolve_dataset", lambda name, split: data.load(name, split)[: 600 : SKIP[split]]
@@ -167,6 +169,17 @@ def test_candidates_cover_the_grids() -> None:
     rails = list(demo_module.rails_candidates(net, 4))
     expected = [(layer, k) for layer in demo_module.RAILS_LAYERS for k in demo_module.RAILS_NEIGHBOURS]
     assert [(d.layers[0], d.maturations[0].neighbours) for d in rails if isinstance(d, RAILS)] == expected
+
+
+def test_one_thread_is_used() -> None:
+    before = torch.get_num_threads(), numba.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        demo_module.one_thread()
+        assert (torch.get_num_threads(), numba.get_num_threads()) == (1, 1)
+    finally:
+        torch.set_num_threads(before[0])
+        numba.set_num_threads(before[1])
 
 
 def test_bad_input(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -59,6 +60,7 @@ def demo(
     target = common.resolve_device(device)
     pgd = PGD(eps=_check.number("--eps", eps, least=0, most=1), step=eps / 8, iterations=20, seed=seed)
     common.prepare(out, json)
+    one_thread()
     images, test = (common.resolve_dataset("digits", split) for split in data.SPLITS)
     training, held_out = (images[part] for part in data.split(len(images), VALIDATION))
     # The held-out images are a random choice in their original order: every other one is a random half.
@@ -136,6 +138,15 @@ def demo(
     typer.echo(meaning)
     typer.echo(f"report: {out / 'report.html'}")
     common.write_results(json, rows)
+
+
+def one_thread() -> None:
+    """Use one thread: on work this small several wait for each other longer than they compute."""
+    torch.set_num_threads(1)
+    with contextlib.suppress(ImportError):
+        import numba
+
+        numba.set_num_threads(1)
 
 
 def network(training: data.Images, validation: data.Images, path: Path, seed: int) -> nn.Module:

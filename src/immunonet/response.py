@@ -27,10 +27,6 @@ class Cells:
         """Return a slice of each antigen's cells."""
         return Cells(self.x[:, cells], self.label[:, cells], self.affinity[:, cells], self.origin[:, cells])
 
-    def rows(self, index: Tensor) -> Cells:
-        """Return the cells of the antigens at `index`."""
-        return Cells(self.x[index], self.label[index], self.affinity[index], self.origin[index])
-
     @staticmethod
     def cat(parts: Sequence[Cells], dim: int = 0) -> Cells:
         """Return several batches (dim 0), or several sets of cells per antigen (dim 1), as one."""

@@ -311,7 +311,8 @@ def test_a_class_far_behind_the_plasma_stops_evolving(prune, pruned):
 
 
 def test_a_pruned_class_does_not_evolve_again():
-    play = Play([[ONE], [[[0.9, 0.9], [0.0, 0.0]]], [OTHER]], prune=0.3)
+    # At .24 the last plasma cell would let it in again.
+    play = Play([[ONE], [[[0.24, 0.24], [0.0, 0.0]]], [OTHER]], prune=0.3)
     assert play.families[1] == [(0, 0)]
     assert (0, 1) not in play.families[2]
     assert_close(play.curve.affinity_best[:, 0, 1], torch.full((3,), -0.3))

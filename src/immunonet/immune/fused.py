@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
 import numpy as np
+import torch
 from numba import njit, prange
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +18,8 @@ _FIRST, _SECOND, _GOLDEN = np.uint32(FIRST), np.uint32(SECOND), np.uint32(GOLDEN
 _8, _15, _16 = np.uint32(8), np.uint32(15), np.uint32(16)
 _ONE, _TWO, _UNIT = np.float32(1), np.float32(2), np.float32(2.0**-24)
 
+SERIAL_VALUES = 2**18
+"""Values of cells up to which one thread is used."""
 GROUP = 7
 """Diagonals that are added in one pass over a cell."""
 
@@ -30,6 +34,7 @@ def offspring(
     mutation: Mutation,
 ) -> None:
     """Do what `operators.offspring` does, on contiguous float32 CPU tensors."""
+    _use_threads(share.numel() * cells[0, 0, 0].numel())
     _offspring(
         _flat(cells),
         *(_contiguous(part) for part in family),
@@ -51,6 +56,7 @@ def band_distances(cells: Tensor, family: Family, antigens: Tensor, offsets: Ten
     The squared distance of a difference q is the sum over diagonals of `band[t, j] q[j] q[j + offsets[t]]`:
     `offsets` `(t,)` >= 0, `band` `(t, d)`.
     """
+    _use_threads(len(family[0]) * cells[0, 0].numel())
     missing = -len(offsets) % GROUP
     offsets, band = F.pad(offsets, (0, missing)), F.pad(band, (0, 0, 0, missing))
     out = cells.new_empty(len(family[0]), cells.shape[2])
@@ -63,6 +69,12 @@ def band_distances(cells: Tensor, family: Family, antigens: Tensor, offsets: Ten
         out.numpy(),
     )
     return out
+
+
+def _use_threads(values: int) -> None:
+    """Use as many threads as torch does, and one where several would wait for each other longer than they work."""
+    most = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(most if values > SERIAL_VALUES else 1)
 
 
 def _flat(cells: Tensor) -> Any:

@@ -68,7 +68,7 @@ def mature(
     size = settings.per_class(classes)
     n_plasma, _ = settings.sizes(classes)
     population = _Population(
-        *(part.repeat_interleave(size // k, dim=2) for part in (naive.x, naive.index, naive.distances))
+        *(part.repeat_interleave(size // k, dim=2) for part in (naive.x.clamp(*bounds), naive.index, naive.distances))
     )
     temperature = temperatures(settings, naive.distances)
     mutation = Mutation(
@@ -105,11 +105,11 @@ def mature(
             evolving[rows] &= distances.amin(2) <= near[:, -1:] * (1 + settings.prune)
         if settings.early_stop is not None:
             streak[rows] = torch.where((labels == labels[:, :1]).all(1), streak[rows] + 1, 0)
-            done = rows[streak[rows] >= settings.early_stop]
-            evolving[done] = False
-            generations[done] = generation
-            if len(done) == len(rows):
-                break
+            evolving[rows[streak[rows] >= settings.early_stop]] = False
+        ended = rows[~evolving[rows].any(1)]
+        generations[ended] = generation
+        if len(ended) == len(rows):
+            break
     return _harvest(population, generations, settings, keep_cells), None if curve is None else curve.trace()
 
 

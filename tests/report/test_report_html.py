@@ -65,6 +65,7 @@ def content(shape: tuple[int, ...], **changes: Any) -> dict[str, Any]:
         "rows": made_rows(),
         "meaning": "What it means.",
         "gallery": gallery,
+        "choice": "The first two.",
         "curves": curves,
         "environment": {"torch": "2", "cpu": {"name": "x", "cores": 2}},
         "command": "immunonet demo --seed 0",
@@ -99,6 +100,7 @@ def test_gallery_and_settings_are_told() -> None:
     assert "CNN, undefended ant bee ✗ RAILS ant ant" in text
     assert "difference, at most 0.25" in text
     assert "immunonet demo --seed 0" in text
+    assert "another. The first two." in text
     assert "m.a 1" in text
     assert "cpu.cores 2" in text
 

@@ -239,6 +239,7 @@ def pictures(defences: Mapping[str, nn.Module], examples: Examples, adversarials
     with torch.no_grad():
         wrong = defences["cnn"](adversarials).scatter(1, y[:, None], -torch.inf).argmax(1)
     return {
+        "choice": f"Shown are the first antigens that fool the CNN: {SHOWN[0]} that RAILS gets right, {SHOWN[1]} not.",
         "gallery": report.specimens(rails, x, adversarials, y, attacked, labels, indices=chosen),
         "curves": report.learning_curves(clean.trace[0], attacked.trace[0], y, wrong),
     }

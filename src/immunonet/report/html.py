@@ -108,6 +108,7 @@ def render(
     rows: Sequence[Mapping[str, Any]],
     meaning: str = "",
     gallery: Sequence[Specimen] = (),
+    choice: str = "",
     curves: Sequence[Figure] = (),
     names: Sequence[str] | None = None,
     bounds: Any = (0.0, 1.0),
@@ -116,10 +117,10 @@ def render(
 ) -> str:
     """Return the page as HTML, complete in itself: no script, and nothing is fetched from anywhere.
 
-    `rows`: result rows of the JSON contract, one per defence and attack; a row's `foreign`, the share
-    flagged foreign, is shown where it has one. `meaning`: what the numbers mean, in plain words. `gallery`:
-    see `specimens`; `names`: one per class; `bounds`: valid range of the images. `curves`: see
-    `learning_curves`. Everything is escaped. Raises ValueError without a row.
+    `rows`: result rows of the JSON contract, one per defence and attack; a row's `foreign`, the share flagged
+    foreign, is shown where it has one. `meaning`: what the numbers mean, in plain words. `gallery`: see
+    `specimens`; `choice`: how its antigens were chosen. `curves`: see `learning_curves`. `names`: one per class;
+    `bounds`: valid range of the images. Everything is escaped. Raises ValueError without a row.
     """
     if not rows:
         raise ValueError("rows must hold at least one result row, got none")
@@ -141,6 +142,7 @@ def render(
         meaning=meaning,
         table=table(rows),
         gallery=gallery,
+        choice=choice,
         curves=[figures.svg_uri(figure) for figure in curves],
         names=titles,
         settings=_settings(rows),

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from immunonet.immune.noise import uniform
 
+# Values of the families that breed at once: their random numbers take several times their own memory.
+CHUNK_VALUES = 2**22
+
 Family = tuple[Tensor, Tensor]
 """The antigens `(F,)` and labels `(F,)` of some families of a population `(B, C, P, *S)`."""
 
@@ -83,6 +86,22 @@ def offspring(
 
     `parents` `(F, 2 P)`: first parents, then second; `share` `(F, P)` of the first; keys `(B, 2)`.
     """
+    values = cells[0, 0].numel()
+    step = max(1, CHUNK_VALUES // values)
+    parts = zip(*(part.split(step) for part in (*family, parents, share)), strict=True)
+    for antigen, label, chosen, of_first in parts:
+        _offspring(cells, (antigen, label), chosen, of_first, cross_keys, mutate_keys, mutation)
+
+
+def _offspring(
+    cells: Tensor,
+    family: Family,
+    parents: Tensor,
+    share: Tensor,
+    cross_keys: Tensor,
+    mutate_keys: Tensor,
+    mutation: Mutation,
+) -> None:
     antigen, label = family
     size, values = cells.shape[2], cells[0, 0].numel()
     start = label * values

@@ -79,6 +79,7 @@ def test_train_writes_weights_that_do_what_it_prints(run, digits):
         "lr": 0.01,
         "patience": None,
         "augment": False,
+        "bfloat16": False,
         "seed": 0,
     }
 

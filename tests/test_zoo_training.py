@@ -166,6 +166,7 @@ def test_augmentation_flips_and_shifts():
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"patience": 0}, ValueError, "patience must be at least 1"),
         ({"augment": "yes"}, TypeError, "augment must be True or False"),
+        ({"bfloat16": 1}, TypeError, "bfloat16 must be True or False"),
         ({"held": toy()[:0]}, ValueError, "validation_images is empty"),
         ({"images": toy()[:0]}, ValueError, "train_images is empty"),
         ({"lr": 1e30}, ValueError, "the loss became .* at step .*: give a smaller lr than 1e"),

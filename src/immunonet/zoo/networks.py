@@ -92,7 +92,7 @@ class ResidualNet(nn.Module):
     block3 at 8x8), then the mean over positions (He et al. 2016).
     """
 
-    def __init__(self, classes: int = 10, *, width: int = 64) -> None:
+    def __init__(self, classes: int = 10, *, width: int = 32) -> None:
         super().__init__()
         _check.integer("width", width)
         self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)

@@ -33,13 +33,15 @@ def train(
     seed: int = 0,
     patience: int | None = None,
     augment: bool = False,
+    bfloat16: bool = False,
     checkpoint: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> list[Epoch]:
     """Train `net` in place with AdamW on cross-entropy; leave it in eval mode with its best weights.
 
     The learning rate rises linearly to `lr` over the first fifth of all steps and falls to 0 along a cosine.
-    `augment` flips images and shifts them by up to 4 pixels at random. The best epoch has the highest
+    `augment` flips images and shifts them by up to 4 pixels at random. `bfloat16` computes convolutions and
+    products in that type (autocast; validation stays in float32), twice as fast where the processor has it. The best epoch has the highest
     validation accuracy, then the lowest loss; `patience` epochs in a row without a better one end the
     training. `checkpoint` is a file written after every epoch, from which the same call continues: on a CPU
     it ends with the weights of an uninterrupted run. `on_progress(step, steps, epochs so far)` is called
@@ -57,6 +59,7 @@ def train(
         "seed": _check.integer("seed", seed, least=0, most=2**63 - 1),
         "patience": None if patience is None else _check.integer("patience", patience),
         "augment": _check.boolean("augment", augment),
+        "bfloat16": _check.boolean("bfloat16", bfloat16),
         "images": [len(train_images), len(validation_images)],
     }
     for name, images in (("train_images", train_images), ("validation_images", validation_images)):
@@ -76,11 +79,14 @@ def train(
         total = 0.0
         for chosen in torch.split(torch.randperm(len(train_images), generator=generator), batch_size):
             x, y = train_images.x[chosen], train_images.y[chosen].to(device)
-            x = (_augmented(x, generator) if augment else x).to(device)
+            # Convolutions are faster on channels-last images: a third on one CPU core.
+            layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+            x = (_augmented(x, generator) if augment else x).to(device, memory_format=layout)
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, steps, lr)
             optimiser.zero_grad()
-            loss = F.cross_entropy(net(x), y)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                loss = F.cross_entropy(net(x), y)
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the loss became {loss.item()} at step {step}: give a smaller lr than {lr:g}")
             loss.backward()

@@ -41,11 +41,11 @@ def train(
 
     The learning rate rises linearly to `lr` over the first fifth of all steps and falls to 0 along a cosine.
     `augment` flips images and shifts them by up to 4 pixels at random. `bfloat16` computes convolutions and
-    products in that type (autocast; validation stays in float32), twice as fast where the processor has it. The best epoch has the highest
-    validation accuracy, then the lowest loss; `patience` epochs in a row without a better one end the
-    training. `checkpoint` is a file written after every epoch, from which the same call continues: on a CPU
-    it ends with the weights of an uninterrupted run. `on_progress(step, steps, epochs so far)` is called
-    after every step and every epoch.
+    products in that type (autocast; the loss and the validation stay in float32), twice as fast where the
+    processor has it. The best epoch has the highest validation accuracy, then the lowest loss; `patience`
+    epochs in a row without a better one end the training. `checkpoint` is a file written after every epoch,
+    from which the same call continues: on a CPU it ends with the weights of an uninterrupted run.
+    `on_progress(step, steps, epochs so far)` is called after every step and every epoch.
 
     Returns one row per epoch: `epoch` (from 1), `loss` (training mean), `validation_loss`,
     `validation_accuracy`. ValueError if the loss stops being finite, or if the checkpoint belongs to other
@@ -86,7 +86,7 @@ def train(
                 group["lr"] = learning_rate(step, steps, lr)
             optimiser.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                loss = F.cross_entropy(net(x), y)
+                loss = F.cross_entropy(net(x).float(), y)
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the loss became {loss.item()} at step {step}: give a smaller lr than {lr:g}")
             loss.backward()

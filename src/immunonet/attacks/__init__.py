@@ -5,7 +5,8 @@ was made on may still fool a defence.
 """
 
 from immunonet.attacks._base import AttackResult
+from immunonet.attacks.apgd import APGD
 from immunonet.attacks.gradient import FGSM, PGD
 from immunonet.attacks.knn import SoftNeighbours
 
-__all__ = ["FGSM", "PGD", "AttackResult", "SoftNeighbours"]
+__all__ = ["APGD", "FGSM", "PGD", "AttackResult", "SoftNeighbours"]

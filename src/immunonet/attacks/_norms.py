@@ -22,8 +22,8 @@ def steepest(gradient: Tensor, norm: str) -> Tensor:
     if norm == "linf":
         return gradient.sign()
     # Dividing by the largest entry first keeps the squares of tiny gradients from underflowing.
-    scaled = gradient / _column(size(gradient, "linf"), gradient)
-    return scaled / _column(size(scaled, "l2"), scaled)
+    scaled = gradient / column(size(gradient, "linf"), gradient)
+    return scaled / column(size(scaled, "l2"), scaled)
 
 
 def project(x: Tensor, centre: Tensor, eps: float, norm: str, low: Tensor, high: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def project(x: Tensor, centre: Tensor, eps: float, norm: str, low: Tensor, high:
     if norm == "linf":
         delta = delta.clamp(-eps, eps)
     else:
-        delta = delta * (eps / _column(size(delta, "l2"), delta)).clamp(max=1.0)
+        delta = delta * (eps / column(size(delta, "l2"), delta)).clamp(max=1.0)
     return (centre + delta).clamp(low, high)
 
 
@@ -51,6 +51,6 @@ def random_within(x: Tensor, eps: float, norm: str, generator: torch.Generator) 
     return (direction * radius.reshape(-1, *(1,) * (x.ndim - 1))).to(x) * eps
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
+def column(values: Tensor, like: Tensor) -> Tensor:
     """Shape `(B,)` divisors to broadcast over samples, with one in place of zero."""
     return torch.where(values > 0, values, 1.0).reshape(-1, *(1,) * (like.ndim - 1))

@@ -1,0 +1,201 @@
+"""APGD: ART as oracle, the optimum on linear models, targets, bad input."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from art.attacks.evasion import AutoProjectedGradientDescent
+from art.estimators.classification import PyTorchClassifier
+from torch import nn
+
+from immunonet.attacks import APGD, PGD
+from immunonet.attacks._losses import dlr, margin, targeted_dlr
+from immunonet.attacks.apgd import _checkpoints
+
+BUDGETS = [("linf", 0.1, np.inf), ("l2", 0.6, 2)]
+
+
+@pytest.mark.parametrize(("norm", "eps", "order"), BUDGETS)
+@pytest.mark.parametrize(("loss", "theirs"), [("ce", "cross_entropy"), ("dlr", "difference_logits_ratio")])
+def test_it_breaks_as_much_as_art_does(digits, norm, eps, order, loss, theirs):
+    net, x, y, _, _ = digits
+    ours = APGD(eps=eps, norm=norm, loss=loss, iterations=50, random_start=True)(net, x, y)
+    oracle = AutoProjectedGradientDescent(
+        PyTorchClassifier(net, nn.CrossEntropyLoss(), (1, 8, 8), 10, clip_values=(0, 1)),
+        norm=order, eps=eps, eps_step=2 * eps, max_iter=50, nb_random_init=1, loss_type=theirs, verbose=False,
+        batch_size=len(x),
+    )  # fmt: skip
+    found = torch.from_numpy(oracle.generate(x.numpy(), y.numpy()))
+    with torch.no_grad():
+        accuracy = float((net(found).argmax(1) == y).float().mean())
+    assert 0.2 < accuracy < 0.8
+    assert 1 - float(ours.success.float().mean()) <= accuracy + 0.01
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("random_start", [False, True])
+def test_the_optimum_on_a_linear_model_within_one_percent(linear_model, norm, random_start):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(20, generator=generator)
+    x = 0.3 + 0.4 * torch.rand(6, 20, generator=generator)
+    model, y = linear_model(weight), torch.zeros(6, dtype=torch.long)
+    result = APGD(eps=0.1, iterations=40, norm=norm, random_start=random_start)(model, x, y)
+    gain = (result.adversarials - x) @ weight
+    most = 0.1 * (weight.abs().sum() if norm == "linf" else weight.norm())
+    assert bool((gain <= most + 1e-4).all())
+    assert bool((gain >= 0.99 * most).all())
+
+
+@pytest.mark.parametrize(("norm", "eps", "order"), BUDGETS)
+def test_targets_break_at_least_as_much_as_one_ascent(digits, norm, eps, order):
+    net, x, y, _, _ = digits
+    one = APGD(eps=eps, norm=norm, loss="dlr", iterations=20)(net, x[:80], y[:80])
+    all_targets = APGD(eps=eps, norm=norm, loss="targeted-dlr", iterations=20)(net, x[:80], y[:80])
+    assert all_targets.success.sum() >= one.success.sum()
+    assert bool((all_targets.distance <= eps + 1e-5).all())
+    assert all_targets.losses.shape == (21, 80)
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr"])
+def test_targeted_reaches_the_wanted_class(digits, loss):
+    net, x, y, _, _ = digits
+    wanted = (y[:30] + 1) % 10
+    result = APGD(eps=0.4, loss=loss, iterations=20, targeted=True)(net, x[:30], wanted)
+    with torch.no_grad():
+        answers = net(result.adversarials).argmax(1)
+    assert torch.equal(result.success, answers == wanted)
+    assert result.success.float().mean() > 0.5
+
+
+def test_losses_are_the_formulas():
+    z = torch.tensor([[4.0, 1.0, 3.0, 0.0]])
+    zero, one = torch.tensor([0]), torch.tensor([1])
+    assert margin(z, zero).item() == -1
+    assert margin(z, one).item() == 3
+    assert dlr(z, zero).item() == pytest.approx(-1 / 3)
+    assert dlr(z, one).item() == pytest.approx(1)
+    assert targeted_dlr(z, zero, one).item() == pytest.approx(-3 / 3.5)
+
+
+def test_losses_do_not_change_with_shift_and_scale(digits):
+    net, x, y, _, _ = digits
+    one, other = (
+        APGD(eps=0.1, loss="dlr", iterations=10)(model, x[:20], y[:20]) for model in (net, lambda z: 3 * net(z) + 7)
+    )
+    torch.testing.assert_close(one.losses, other.losses, atol=1e-4, rtol=0)
+
+
+def test_checkpoints_are_those_of_the_paper():
+    assert [at for at, _ in _checkpoints(100)] == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert sum(gap for _, gap in _checkpoints(7)) == max(at for at, _ in _checkpoints(7))
+
+
+def test_the_step_halves_where_the_loss_swings():
+    """A narrow valley at .5: full steps jump over it, halved ones end close by."""
+    model = lambda x: torch.cat([(x[:, :1] - 0.43).abs() * 5, x[:, :1] * 0], 1)  # noqa: E731
+    x, y = torch.full((1, 1), 0.9), torch.tensor([0])
+    result = APGD(eps=0.5, iterations=60)(model, x, y)
+    assert abs(float(result.adversarials) - 0.43) < 0.01
+
+
+def test_early_stop_leaves_the_fooled_alone_and_without_it_losses_grow(digits):
+    net, x, y, _, _ = digits
+    attack = APGD(eps=0.1, iterations=5, restarts=3, random_start=True)
+    stopped = attack(net, x[:60], y[:60])
+    went_on = dataclasses.replace(attack, early_stop=False)(net, x[:60], y[:60])
+    assert bool((went_on.losses.amax(0) >= stopped.losses.amax(0) - 1e-9)[stopped.success].all())
+    assert (went_on.losses.amax(0) > stopped.losses.amax(0) + 1e-3).any()
+
+
+def test_batch_size_changes_nothing_and_seeds_do(digits):
+    net, x, y, _, _ = digits
+    attack = APGD(eps=0.1, iterations=4, restarts=2, random_start=True, loss="targeted-dlr", targets=2)
+    first = attack(net, x[:20], y[:20])
+    split = dataclasses.replace(attack, batch_size=7)(net, x[:20], y[:20])
+    torch.testing.assert_close(first.adversarials, split.adversarials, atol=1e-5, rtol=0)
+    other = dataclasses.replace(attack, seed=1)(net, x[:20], y[:20])
+    assert not torch.equal(first.adversarials, other.adversarials)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("loss", ["ce", "dlr", "targeted-dlr"])
+def test_eps_zero_gives_the_input_back(digits, norm, loss):
+    net, x, y, _, _ = digits
+    with torch.no_grad():
+        labels = net(x[:5]).argmax(1)
+    result = APGD(eps=0.0, norm=norm, loss=loss, iterations=3)(net, x[:5], labels)
+    assert torch.equal(result.adversarials, x[:5])
+    assert not result.success.any()
+
+
+def test_no_inputs(digits):
+    empty = APGD(loss="targeted-dlr")(digits[0], torch.empty(0, 1, 8, 8), torch.empty(0, dtype=torch.long))
+    assert empty.adversarials.shape == (0, 1, 8, 8)
+
+
+def test_momentum_keeps_on_where_plain_pgd_turns_back():
+    """One steep step down in the gradient's sign: the running sum still leads on."""
+
+    class Cliff(torch.autograd.Function):
+        """Slopes 1, then -.5 at the second call, as a rough surface would show."""
+
+        calls = 0
+
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            Cliff.calls += 1
+            return grad.abs() * (-1 if Cliff.calls == 2 else 1)
+
+    def end(momentum):
+        Cliff.calls = 0
+        model = lambda x: torch.cat([x[:, :1] * 0, Cliff.apply(x[:, :1])], 1)  # noqa: E731
+        attack = PGD(eps=0.5, step=0.1, iterations=3, random_start=False, momentum=momentum)
+        return float(attack(model, torch.full((1, 1), 0.4), torch.tensor([0])).adversarials)
+
+    assert end(0.0) == pytest.approx(0.5)  # up, down, up
+    assert end(1.5) == pytest.approx(0.7)  # the sums are 1, .5, 1.75
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "match"),
+    [
+        ({"eps": -0.1}, ValueError, "eps must be"),
+        ({"norm": "l1"}, ValueError, "norm must be one of"),
+        ({"loss": "hinge"}, ValueError, "loss must be one of 'ce', 'dlr', 'targeted-dlr', got 'hinge'"),
+        ({"targets": 0}, ValueError, "targets must be at least 1"),
+        ({"iterations": 0}, ValueError, "iterations must be at least 1"),
+        ({"restarts": 0}, ValueError, "restarts must be at least 1"),
+        ({"early_stop": 1}, TypeError, "early_stop must be True or False"),
+        ({"random_start": 1}, TypeError, "random_start must be True or False"),
+        ({"seed": -1}, ValueError, "seed must be"),
+        ({"targeted": True, "loss": "targeted-dlr"}, ValueError, "loss='targeted-dlr' chooses its own targets"),
+    ],
+)
+def test_bad_settings_are_named(setting, error, match):
+    with pytest.raises(error, match=match):
+        APGD(**setting)
+
+
+@pytest.mark.parametrize(
+    ("loss", "classes", "match"),
+    [("dlr", 2, "needs 3 or more classes, the model has 2"), ("targeted-dlr", 3, "needs 4 or more classes")],
+)
+def test_too_few_classes_are_named(loss, classes, match):
+    x, y = torch.full((2, classes), 0.5), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match=match):
+        APGD(loss=loss)(nn.Linear(classes, classes), x, y)
+
+
+def test_bad_models_and_labels_are_named(digits):
+    net, x, y, _, _ = digits
+    with pytest.raises(ValueError, match="finite logits"):
+        APGD()(lambda z: net(z) * torch.nan, x, y)
+    with pytest.raises(ValueError, match="y must be in 0 to 9"):
+        APGD()(net, x, y + 10)
+    with pytest.raises(ValueError, match="differentiable"):
+        APGD()(lambda z: net(z).detach(), x, y)

@@ -125,15 +125,12 @@ class Benchmark:
         else:
             x, y = (values[:TUNING_IMAGES].to(self.test[0].device) for values in self.calibration)
             versions = [x, self.pgd(self.base, x, y).adversarials]
-            scores = {}
+            scores: dict[tuple[int, Literal["cosine", "euclidean"]], float] = {}
             for metric in METRICS:
                 counts = [k for k in NEIGHBOURS if k <= len(self.repertoire[1])]
                 dknn = DkNN(self.base, feature_map, neighbours=counts[-1], metric=metric)
                 self._fit(dknn)
-                for k in counts:
-                    dknn.neighbours = k  # labels depend on nothing else that a new fit would change
-                    right = torch.stack([dknn.predict(version) == y for version in versions])
-                    scores[k, metric] = float(right.float().mean())
+                scores |= {(k, metric): score for k, score in neighbour_scores(dknn, counts, versions, y).items()}
                 self.advance(len(NEIGHBOURS))
             (k, metric), accuracy = max(scores.items(), key=lambda item: (item[1], -item[0][0], item[0][1] == "cosine"))
             found = {"neighbours": k, "metric": metric, "accuracy": accuracy, "images": len(y)}
@@ -183,6 +180,18 @@ class Benchmark:
             settings=self._settings | {"chunk": self.chunk, "slice": [0, n]} | settings | describe_attack(method),
         )
         return Outcome(row, correct, foreign)
+
+
+def neighbour_scores(dknn: DkNN, counts: Sequence[int], versions: Sequence[Tensor], y: Tensor) -> dict[int, float]:
+    """Return the accuracy of a fitted DkNN for each number of neighbours: a mean over `versions` of the inputs of `y`.
+
+    `dknn.neighbours` is left at the last of `counts`.
+    """
+    scores = {}
+    for k in counts:
+        dknn.neighbours = k  # labels depend on nothing else that a new fit would change
+        scores[k] = float(torch.stack([dknn.predict(version) == y for version in versions]).float().mean())
+    return scores
 
 
 def _key(name: str, attack: str, part: slice) -> str:

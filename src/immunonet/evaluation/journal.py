@@ -40,6 +40,10 @@ class Journal:
     def __getitem__(self, key: str) -> Any:
         return self._parts[key]
 
+    def items(self) -> list[tuple[str, Any]]:
+        """Return the finished parts: keys and values, in the order they were added."""
+        return list(self._parts.items())
+
     def agree(self, name: str, settings: dict[str, Any]) -> None:
         """Keep settings of a part of the work, or raise ValueError if others are kept under that name."""
         settings = json.loads(json.dumps(settings))

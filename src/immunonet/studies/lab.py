@@ -1,0 +1,194 @@
+"""What the experiments of a study share: images, networks, adversarial examples, fitted and tuned defences."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from immunonet import RAILS, DkNN, Maturation, _store
+from immunonet.attacks import FGSM, PGD
+from immunonet.data import Images
+from immunonet.evaluation.benchmark import neighbour_scores
+from immunonet.evaluation.journal import Journal
+from immunonet.evaluation.protocol import describe_attack
+from immunonet.features import Layer
+from immunonet.repertoire import check_classes
+from immunonet.studies.settings import Study
+
+# Fitted defences that are kept: more would not fit in memory where layers are wide.
+KEPT = 2
+# Images that a fit calibrates on where only labels are asked for.
+CALIBRATION = 50
+
+Attack = FGSM | PGD | None
+T = TypeVar("T", RAILS, DkNN)
+
+
+class Lab:
+    """The data, networks and defences of one study on one machine.
+
+    `nets`: the bases by name, on the device that everything runs on; `training`: the repertoire; `held_out`: the
+    validation split, for calibration, tuning and ablations; `test`; `others`: other datasets' test splits by name;
+    `layer(name, net)` returns what a layer's name stands for; `folder` keeps adversarial examples; `journal` keeps
+    what was tuned.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        *,
+        nets: dict[str, nn.Module],
+        training: Images,
+        held_out: Images,
+        test: Images,
+        others: dict[str, Images],
+        layer: Callable[[str, nn.Module], Layer],
+        folder: Path,
+        journal: Journal,
+    ) -> None:
+        self.study, self.nets, self.folder, self.journal = study, nets, folder, journal
+        self.training, self.held_out = training, held_out
+        self.splits = {"validation": held_out, "test": test} | others
+        self.device = next(next(iter(nets.values())).parameters()).device
+        self._layer = layer
+        self._weights = {name: digest(net) for name, net in nets.items()}
+        self._fitted: dict[str, RAILS | DkNN] = {}
+        self._calibrated: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+
+    def weights(self, base: str) -> str:
+        """Return the sha256 of a base's weights."""
+        return self._weights[base]
+
+    def images(self, split: str, part: slice) -> tuple[Tensor, Tensor]:
+        """Return some images and labels of a split, on the device."""
+        found = self.splits[split][part]
+        return found.x.to(self.device), found.y.to(self.device)
+
+    def adversarials(self, base: str, attack: Attack, split: str, part: slice) -> Tensor:
+        """Return some images of a split under an attack on a base; they are kept by the hash of all they depend on."""
+        x, y = self.images(split, part)
+        if attack is None:
+            return x
+        made_of = {
+            "weights": self.weights(base),
+            "attack": type(attack).__name__,
+            "settings": describe_attack(attack),
+            "images": hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest(),
+        }
+        path = self.folder / "adversarials" / f"{_store.fingerprint(made_of)[:20]}.safetensors"
+        if not path.exists():
+            _store.write_tensors(path, {"x": attack(self.nets[base], x, y).adversarials})
+        return _store.read_tensors(path)["x"].to(self.device)
+
+    def maps(self, base: str, layers: Sequence[str]) -> list[Layer]:
+        """Return the feature maps that the names of layers stand for."""
+        return [self._layer(name, self.nets[base]) for name in layers]
+
+    def examples(self, repertoire: int | None) -> tuple[Tensor, Tensor]:
+        """Return the first so many training examples (None: all)."""
+        return self.training.x[:repertoire], self.training.y[:repertoire]
+
+    def rails(
+        self,
+        base: str,
+        layers: Sequence[str],
+        maturations: list[Maturation],
+        *,
+        options: dict[str, Any] | None = None,
+        repertoire: int | None = None,
+    ) -> RAILS:
+        """Return a RAILS to ask for labels; one with the same features is used again, with other settings."""
+        made_of = ["rails", base, list(layers), options or {}, repertoire]
+        new = RAILS(self.nets[base], self.maps(base, layers), maturation=maturations, **options or {})
+        rails = cast(RAILS, self._keep(made_of, new, repertoire))
+        check_classes(rails.repertoire.y, rails.classes, max(m.neighbours for m in maturations))
+        rails.maturations = new.maturations
+        return rails
+
+    def dknn(
+        self,
+        base: str,
+        layers: Sequence[str],
+        neighbours: int,
+        metric: Literal["cosine", "euclidean"],
+        *,
+        repertoire: int | None = None,
+    ) -> DkNN:
+        """Return a DkNN to ask for labels; one with the same features is used again, with other neighbours."""
+        new = DkNN(self.nets[base], self.maps(base, layers), neighbours=neighbours, metric=metric)
+        dknn = cast(DkNN, self._keep(["dknn", base, list(layers), metric, repertoire], new, repertoire))
+        dknn.neighbours = neighbours
+        return dknn
+
+    @torch.no_grad()
+    def calibrated(self, defence: T) -> T:
+        """Return a defence of `rails` or `dknn` calibrated for its present settings on all of the validation split."""
+        settings = defence._settings()
+        if self._calibrated.get(defence) != settings:
+            x, y = self.held_out.x.to(self.device), self.held_out.y.to(self.device)
+            defence.calibration = defence._calibrate(x, y)
+            self._calibrated[defence] = settings
+        return defence
+
+    def tuned(
+        self,
+        base: str,
+        candidates: Sequence[Sequence[str]],
+        metrics: Sequence[Literal["cosine", "euclidean"]],
+        *,
+        repertoire: int | None = None,
+    ) -> dict[str, Any]:
+        """Return the `layers`, `neighbours` and `metric` with which DkNN does best on validation, and that `accuracy`.
+
+        It is the mean over the study's tuning images, clean and attacked. The first of the candidates, then the
+        fewest neighbours win a tie.
+        """
+        tuning = self.study.tuning
+        made_of = [base, [list(layers) for layers in candidates], list(metrics), repertoire]
+        key = f"tuning {_store.fingerprint(made_of)[:12]}"
+        if key not in self.journal:
+            part = slice(0, min(tuning.images, len(self.held_out)))
+            _, y = self.images("validation", part)
+            versions = [self.adversarials(base, self.study.attack(name), "validation", part) for name in tuning.attacks]
+            size = len(self.examples(repertoire)[1])
+            counts = [k for k in tuning.neighbours if k <= size]
+            found: list[dict[str, Any]] = []
+            for layers in candidates:
+                for metric in metrics:
+                    dknn = self.dknn(base, layers, counts[-1], metric, repertoire=repertoire)
+                    scores = neighbour_scores(dknn, counts, versions, y)
+                    found += [
+                        {"layers": list(layers), "neighbours": k, "metric": metric, "accuracy": score}
+                        for k, score in scores.items()
+                    ]
+            best = max(found, key=lambda choice: choice["accuracy"])
+            ties = [choice for choice in found if choice["accuracy"] == best["accuracy"]]
+            first = min(ties, key=lambda choice: (found.index(choice) // len(counts), choice["neighbours"]))
+            self.journal.add(key, first | {"images": len(y), "candidates": made_of[1]})
+        return dict(self.journal[key])
+
+    def _keep(self, made_of: list[Any], new: RAILS | DkNN, repertoire: int | None) -> RAILS | DkNN:
+        key = _store.fingerprint(made_of)
+        if key in self._fitted:
+            self._fitted[key] = self._fitted.pop(key)  # the last used is the last to go
+        else:
+            while len(self._fitted) >= KEPT:
+                del self._fitted[next(iter(self._fitted))]
+            few = self.held_out[:CALIBRATION]  # labels do not depend on it; `calibrated` does it in earnest
+            self._fitted[key] = new.fit(*self.examples(repertoire), calibration=(few.x, few.y))
+        return self._fitted[key]
+
+
+def digest(net: nn.Module) -> str:
+    """Return the sha256 of a network's weights."""
+    found = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()

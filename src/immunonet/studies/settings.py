@@ -1,0 +1,466 @@
+"""What a study consists of, read from TOML: every table is checked, and an unknown key is an error that names it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+from immunonet import RAILS, Maturation, _check, zoo
+from immunonet.attacks import FGSM, PGD
+
+NAMES = ("mnist", "cifar10", "svhn")
+DEFENCES = ("cnn", "knn", "dknn", "dknn-tuned", "rails-authors", "rails-paper", "rails")
+PRESETS: dict[str, Callable[..., Any]] = {
+    "default": Maturation,
+    "paper": Maturation.paper,
+    "authors-mnist": lambda **overrides: Maturation.authors("mnist", **overrides),
+    "authors-cifar10": lambda **overrides: Maturation.authors("cifar10", **overrides),
+}
+SPLITS = ("test", "validation")
+TESTED = tuple(f.name for f in dataclasses.fields(Maturation))
+
+_METHODS: dict[str, Any] = {"fgsm": FGSM, "pgd": PGD}
+_TRAINING = set(inspect.signature(zoo.train).parameters) - {
+    "net",
+    "train_images",
+    "validation_images",
+    "checkpoint",
+    "on_progress",
+}
+_OPTIONS = set(inspect.signature(RAILS.__init__).parameters) - {"self", "model", "layers", "maturation", "seed"}
+
+T = TypeVar("T")
+Table = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """An undefended network: a name of the zoo or `package.module:factory` (default: by image size), and weights.
+
+    Where the file of `weights` is missing, or the study runs on another dataset, it is trained with `training`, the
+    keyword arguments of `zoo.train`, and those of `start`, the name of another base, are its first weights.
+    """
+
+    model: str | None = None
+    weights: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("model", self.model), ("weights", self.weights), ("start", self.start)):
+            _text(name, value, optional=True)
+        _keys("training", self.training, _TRAINING)
+        self.arguments()
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of `zoo.train`: "8/255" as a number, `adversarial` from its table."""
+        found = {key: _fraction(key, value) for key, value in self.training.items()}
+        if isinstance(adversarial := found.get("adversarial"), dict):
+            _keys("training.adversarial", adversarial, {f.name for f in dataclasses.fields(zoo.Adversarial)})
+            settings = {key: _fraction(key, value) for key, value in adversarial.items()}
+            found["adversarial"] = zoo.Adversarial(**settings)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What DkNN chooses from, on the first `images` of the validation split, by mean accuracy over `attacks`."""
+
+    images: int = 300
+    attacks: tuple[str, ...] = ("none", "pgd")
+    neighbours: tuple[int, ...] = (1, 3, 5, 10, 20, 50, 75, 200)
+    metrics: tuple[Literal["cosine", "euclidean"], ...] = ("cosine", "euclidean")
+
+    def __post_init__(self) -> None:
+        _check.integer("images", self.images)
+        _tuple(self, "attacks", lambda name, value: _text(name, value))
+        _tuple(self, "neighbours", lambda name, value: _check.integer(name, value))
+        _tuple(self, "metrics", lambda name, value: _check.choice(name, value, ("cosine", "euclidean")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Defences under attacks, all on the same first `images` of a split: a part of the main table, or a curve.
+
+    `layers`: names, or lists of names for defences with several layers at once. `seeds`: runs of a randomised
+    defence. `repertoire`: the first so many training examples (None: all). `maturation`: settings of RAILS that
+    replace those of the study's defences; `options`: those of RAILS itself, such as `space`. `choose_layers`: tuned
+    DkNN alone, once, with `layers` to choose from. A curve has a `name`, and varies `vary`: "eps", "repertoire",
+    "layers", or a setting of `Maturation`, over `values` ("none" stands for None).
+    """
+
+    images: int
+    defences: tuple[str, ...]
+    layers: tuple[tuple[str, ...], ...] = ()
+    attacks: tuple[str, ...] = ("none", "pgd")
+    bases: tuple[str, ...] = ()
+    split: str = "test"
+    seeds: int = 1
+    repertoire: int | None = None
+    maturation: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    choose_layers: bool = False
+    name: str = "main"
+    title: str = ""
+    vary: str | None = None
+    values: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check.integer("images", self.images)
+        _tuple(self, "defences", lambda name, value: _check.choice(name, value, DEFENCES))
+        _tuple(self, "attacks", lambda name, value: _text(name, value))
+        _tuple(self, "bases", lambda name, value: _text(name, value), empty=True)
+        _check.choice("split", self.split, SPLITS)
+        _check.integer("seeds", self.seeds)
+        if self.repertoire is not None:
+            _check.integer("repertoire", self.repertoire)
+        _keys("maturation", self.maturation, set(TESTED))
+        _keys("options", self.options, _OPTIONS)
+        _check.boolean("choose_layers", self.choose_layers)
+        if self.choose_layers and self.defences != ("dknn-tuned",):
+            raise ValueError(f"defences must be ['dknn-tuned'] with choose_layers, got {list(self.defences)}")
+        if self.vary is not None:
+            _check.choice("vary", self.vary, ("eps", "repertoire", "layers", *TESTED))
+            _tuple(self, "values", lambda name, value: _value(str(self.vary), value))
+            if self.vary == "layers":
+                object.__setattr__(self, "layers", self.values)
+        _tuple(self, "layers", _layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """Learning curves of RAILS for antigens of growing foreignness: `attack` with each size of `eps`."""
+
+    name: str
+    layers: tuple[str, ...]
+    images: int
+    eps: tuple[float, ...]
+    base: str
+    attack: str = "pgd"
+    split: str = "test"
+    repertoire: int | None = None
+    maturation: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _layers("layers", self.layers))
+        _check.integer("images", self.images)
+        _tuple(self, "eps", number)
+        _check.choice("split", self.split, SPLITS)
+        _keys("maturation", self.maturation, set(TESTED))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensing:
+    """How well credibility and the distance rule tell test images from `strangers`.
+
+    These are an attack's name, "noise" (every value moves by `eps`, up or down), or another dataset's name.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    images: int
+    strangers: tuple[str, ...]
+    base: str
+    eps: float = 8 / 255
+    defences: tuple[str, ...] = ("dknn", "rails")
+    repertoire: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _layers("layers", self.layers))
+        _check.integer("images", self.images)
+        _tuple(self, "strangers", lambda name, value: _text(name, value))
+        object.__setattr__(self, "eps", number("eps", self.eps))
+        _tuple(self, "defences", lambda name, value: _check.choice(name, value, ("dknn", "dknn-tuned", "knn", "rails")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardening:
+    """Memory cells of the first half of an attack's images join the repertoire; all are asked about the second half.
+
+    `cells`: the fittest memory cells of every antigen that join, with their own labels.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    images: int
+    base: str
+    attack: str = "pgd"
+    cells: int = 10
+    defences: tuple[str, ...] = ("dknn", "dknn-tuned", "rails")
+    repertoire: int | None = None
+    maturation: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _layers("layers", self.layers))
+        _check.integer("images", self.images, least=2)
+        _check.integer("cells", self.cells)
+        _tuple(self, "defences", lambda name, value: _check.choice(name, value, DEFENCES))
+        _keys("maturation", self.maturation, set(TESTED))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the study should reach: accuracy of a defence, or its gain in points `over` another at the same layers.
+
+    At the layers named, or where the defence is best on the curve `choice` (its mean over attacks); only rows of at
+    least `images` count. `least` and `goal` are in the unit of the figure; `least_share`, `goal_share`: the share of
+    the other's errors that is gone, which will do as well.
+    """
+
+    text: str
+    base: str
+    attack: str = "pgd"
+    defence: str = "rails"
+    over: str | None = None
+    layers: tuple[str, ...] | None = None
+    choice: str | None = None
+    images: int = 1
+    published: str = ""
+    least: float
+    goal: float | None = None
+    least_share: float | None = None
+    goal_share: float | None = None
+
+    def __post_init__(self) -> None:
+        _check.choice("defence", self.defence, DEFENCES)
+        if self.over is not None:
+            _check.choice("over", self.over, DEFENCES)
+        _check.integer("images", self.images)
+        if (self.layers is None) == (self.choice is None):
+            raise ValueError("layers or choice must be given, and not both")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _layers("layers", self.layers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A whole study. `defences` hold the settings of the kinds of RAILS: a `preset` and what replaces its values."""
+
+    title: str
+    dataset: str
+    bases: dict[str, Base]
+    attacks: dict[str, dict[str, Any]]
+    main: tuple[Comparison, ...]
+    chunk: int = 100
+    validation: int | None = None
+    defences: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tuning: Tuning = field(default_factory=Tuning)
+    curves: tuple[Comparison, ...] = ()
+    learning: tuple[Learning, ...] = ()
+    sensing: tuple[Sensing, ...] = ()
+    hardening: tuple[Hardening, ...] = ()
+    targets: tuple[Target, ...] = ()
+    remarks: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("title", "dataset"):
+            _text(name, getattr(self, name))
+        _check.integer("chunk", self.chunk)
+        _tuple(self, "notes", lambda name, value: _text(name, value), empty=True)
+        if not self.bases:
+            raise ValueError("bases must hold at least one network, got none")
+        if not self.main:
+            raise ValueError("main must hold at least one comparison, got none")
+        for name in self.attacks:
+            self.attack(name)
+        for kind in self.defences:
+            _check.choice("defences", kind, tuple(d for d in DEFENCES if d.startswith("rails")))
+        object.__setattr__(self, "main", tuple(self._known("main", entry) for entry in self.main))
+        object.__setattr__(self, "curves", tuple(self._known("curves", entry) for entry in self.curves))
+        for place in ("learning", "sensing", "hardening", "targets"):
+            for entry in getattr(self, place):
+                _check.choice(f"{place}: base", entry.base, tuple(self.bases))
+        for name, base in self.bases.items():
+            if base.start is not None:
+                _check.choice(f"bases.{name}: start", base.start, [other for other in self.bases if other != name])
+        for name in self.tuning.attacks:
+            _check.choice("tuning.attacks", name, ("none", *self.attacks))
+        names = [e.name for place in ("curves", "learning", "sensing", "hardening") for e in getattr(self, place)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"name must differ between experiments, got {twice[0]!r} twice")
+        for target in self.targets:
+            if target.choice is not None:
+                _check.choice("targets: choice", target.choice, [c.name for c in self.curves if c.vary == "layers"])
+
+    def _known(self, place: str, entry: Comparison) -> Comparison:
+        for name in entry.bases:
+            _check.choice(f"{place}: bases", name, tuple(self.bases))
+        for name in entry.attacks:
+            _check.choice(f"{place}: attacks", name, ("none", *self.attacks))
+        if (place == "curves") != (entry.vary is not None) or (entry.name == "main") != (place == "main"):
+            raise ValueError(f"{place}: a curve has a name, vary and values, and a part of the main table none of them")
+        entry = dataclasses.replace(entry, bases=entry.bases or tuple(self.bases))
+        for kind in (kind for kind in entry.defences if kind.startswith("rails")):
+            for layers in entry.layers:
+                for value in entry.values if entry.vary in TESTED else (None,):
+                    varied = {} if entry.vary not in TESTED else {str(entry.vary): value}
+                    self.maturations(kind, entry.maturation | varied, len(layers))
+        return entry
+
+    def attack(self, name: str, eps: float | None = None) -> FGSM | PGD | None:
+        """Return the attack of that name, of another size if `eps` is given (its step in proportion); None: "none".
+
+        ValueError or TypeError for settings that it does not have.
+        """
+        if name == "none":
+            return None
+        method = _METHODS[_check.choice("attacks: the first part of a name", name.split("-")[0], tuple(_METHODS))]
+        found = {k: number(k, v) if k in ("eps", "step") else v for k, v in self.attacks[name].items()}
+        _keys(f"attacks.{name}", found, {f.name for f in dataclasses.fields(method)})
+        whole: FGSM | PGD = method(**found)
+        if eps is None:
+            return whole
+        if isinstance(whole, PGD):
+            return dataclasses.replace(whole, eps=eps, step=whole.step * eps / whole.eps)
+        return dataclasses.replace(whole, eps=eps)
+
+    def maturations(self, kind: str, overrides: Table, layers: int) -> list[Maturation]:
+        """Return the settings of a kind of RAILS, one per layer, with `overrides`; errors name the setting."""
+        found = self.defences.get(kind, {}) | dict(overrides)
+        default = {"rails-paper": "paper", "rails-authors": "authors-mnist"}.get(kind, "default")
+        preset = _check.choice(f"defences.{kind}: preset", found.pop("preset", default), tuple(PRESETS))
+        _keys(f"defences.{kind}", found, set(TESTED))
+        made = PRESETS[preset](**{key: None if value == "none" else value for key, value in found.items()})
+        several = list(made) if isinstance(made, list) else [made] * layers
+        if len(several) != layers:
+            raise ValueError(f"defences.{kind}: preset {preset!r} is for {len(several)} layers, got {layers}")
+        return several
+
+    def identity(self) -> dict[str, Any]:
+        """Return what every result depends on, as JSON: all but the experiments and the words."""
+        words = {"title", "remarks", "notes", "targets", "main", "curves", "learning", "sensing", "hardening"}
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in words}
+
+
+def load(source: str | Path) -> Study:
+    """Return the study of that name, one of `NAMES`, or in a TOML file.
+
+    FileNotFoundError or ValueError names the file; ValueError or TypeError names the table, and the key that is
+    unknown, missing or wrong.
+    """
+    text: str
+    if str(source) in NAMES:
+        path = Path(f"{source}.toml")
+        text = (resources.files("immunonet.studies") / path.name).read_text(encoding="utf-8")
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is no study: give {', '.join(NAMES)}, or a TOML file that exists")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not TOML ({error})") from error
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML ({error})") from error
+    try:
+        return _study(table)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def number(name: str, value: object) -> float:
+    """Return a number, or one written as "60/255"; ValueError or TypeError names it."""
+    if isinstance(value, str):
+        try:
+            return float(Fraction(value))
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"{name} must be a number such as 0.1 or '60/255', got {value!r}") from error
+    return _check.number(name, value, least=0)
+
+
+def _fraction(name: str, value: Any) -> Any:
+    return number(name, value) if isinstance(value, str) and "/" in value else value
+
+
+def _study(table: dict[str, Any]) -> Study:
+    parts: dict[str, Any] = dict(table)
+    if "bases" in table:
+        parts["bases"] = {name: _read(Base, f"bases.{name}", found) for name, found in _table("bases", table["bases"])}
+    if "tuning" in table:
+        parts["tuning"] = _read(Tuning, "tuning", table["tuning"])
+    for key in ("attacks", "defences"):
+        parts |= {key: dict(_table(key, table[key]))} if key in table else {}
+    kinds: dict[str, type[Any]] = {
+        "main": Comparison,
+        "curves": Comparison,
+        "learning": Learning,
+        "sensing": Sensing,
+        "hardening": Hardening,
+        "targets": Target,
+    }
+    for key in kinds.keys() & table.keys():
+        if not isinstance(table[key], list):
+            raise TypeError(f"{key} must be an array of tables ([[{key}]]), got {table[key]!r}")
+        parts[key] = tuple(_read(kinds[key], f"{key}[{i}]", found) for i, found in enumerate(table[key]))
+    return _read(Study, "the study", parts)
+
+
+def _read(kind: Callable[..., T], where: str, found: Any) -> T:
+    """Return `kind(**found)`; errors name the table `where` and the key."""
+    if not isinstance(found, dict):
+        raise TypeError(f"{where} must be a table, got {found!r}")
+    fields = dataclasses.fields(cast(Any, kind))
+    _keys(where, found, {f.name for f in fields})
+    required = [f for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if missing := [f.name for f in required if f.name not in found]:
+        raise ValueError(f"{where} needs {', '.join(missing)}")
+    try:
+        return kind(**found)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
+def _keys(where: str, found: Any, known: set[str]) -> None:
+    if not isinstance(found, Mapping):
+        raise TypeError(f"{where} must be a table, got {found!r}")
+    if unknown := sorted(found.keys() - known):
+        raise ValueError(f"{where} has no setting {unknown[0]!r}; it may have {', '.join(sorted(known))}")
+
+
+def _table(name: str, value: Any) -> list[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} must be a table, got {value!r}")
+    return list(value.items())
+
+
+def _text(name: str, value: object, *, optional: bool = False) -> object:
+    if not isinstance(value, str) and not (optional and value is None):
+        raise TypeError(f"{name} must be a string, got {value!r}")
+    return value
+
+
+def _tuple(of: Any, name: str, check: Callable[[str, Any], Any], *, empty: bool = False) -> None:
+    """Replace a list in a field by a tuple of checked values; raise unless it is a list, not empty."""
+    values = getattr(of, name)
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{name} must be a list, got {values!r}")
+    if not values and not empty:
+        raise ValueError(f"{name} must not be empty")
+    object.__setattr__(of, name, tuple(check(name, value) for value in values))
+
+
+def _layers(name: str, value: Any) -> tuple[str, ...]:
+    """Return one layer's name, or several, as a tuple."""
+    several: Sequence[Any] = [value] if isinstance(value, str) else value
+    if not isinstance(several, list | tuple) or not several or not all(isinstance(layer, str) for layer in several):
+        raise TypeError(f"{name} must be a name, or a list of names, got {value!r}")
+    return tuple(several)
+
+
+def _value(vary: str, value: Any) -> Any:
+    """Return one value of a curve."""
+    if vary == "eps":
+        return number("values", value)
+    if vary == "repertoire":
+        return _check.integer("values", value)
+    return _layers("values", value) if vary == "layers" else value

@@ -1,12 +1,26 @@
 """What tries to break a classifier: frozen settings, called as `attack(model, x, y)`.
 
 Every attack keeps the best points it saw even where they failed: a point that does not fool the network it
-was made on may still fool a defence.
+was made on may still fool a defence. Surrogates and wrappers are models that attacks run on.
 """
 
 from immunonet.attacks._base import AttackResult
 from immunonet.attacks.apgd import APGD
 from immunonet.attacks.gradient import FGSM, PGD
-from immunonet.attacks.knn import SoftNeighbours
+from immunonet.attacks.knn import ASK, AdvKnn, SoftNeighbours
+from immunonet.attacks.unrolled import Unrolled
+from immunonet.attacks.wrappers import Bpda, Eot, Stealthy
 
-__all__ = ["APGD", "FGSM", "PGD", "AttackResult", "SoftNeighbours"]
+__all__ = [
+    "APGD",
+    "ASK",
+    "FGSM",
+    "PGD",
+    "AdvKnn",
+    "AttackResult",
+    "Bpda",
+    "Eot",
+    "SoftNeighbours",
+    "Stealthy",
+    "Unrolled",
+]

@@ -85,10 +85,14 @@ class Attack(abc.ABC):
         if len(problem.x):
             classes = logits_of(problem.model, problem.x[:1]).shape[1]
             _check.labels("y", problem.y, n=len(problem.x), classes=classes)
-            self._check_classes(classes)
+            if classes < self._least_classes():
+                raise ValueError(
+                    f"model must tell {self._least_classes()} or more classes apart for {type(self).__name__} with "
+                    f"loss={getattr(self, 'loss', None)!r}, got {classes}: use loss='ce'"
+                )
 
-    def _check_classes(self, classes: int) -> None:
-        """Raise ValueError if the attack cannot be run on so few classes."""
+    def _least_classes(self) -> int:
+        return 2
 
     @abc.abstractmethod
     def _search(self, problem: Problem) -> Found: ...

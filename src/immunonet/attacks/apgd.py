@@ -59,9 +59,8 @@ class APGD(Attack):
         if self.targeted and self.loss == "targeted-dlr":
             raise ValueError("loss='targeted-dlr' chooses its own targets from the true label: use 'ce' or 'dlr'")
 
-    def _check_classes(self, classes: int) -> None:
-        if classes < (least := _LEAST_CLASSES[self.loss]):
-            raise ValueError(f"loss={self.loss!r} needs {least} or more classes, the model has {classes}: use 'ce'")
+    def _least_classes(self) -> int:
+        return _LEAST_CLASSES[self.loss]
 
     def _search(self, problem: Problem) -> Found:
         x, generator = problem.x, generator_of(self.seed)

@@ -1,4 +1,4 @@
-"""A differentiable stand-in for nearest-neighbour defences."""
+"""Differentiable votes of nearest neighbours: SoftNeighbours, ASK and AdvKnn."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from immunonet import _check
+from immunonet.attacks._surrogate import Surrogate, fewest_examples, probe_distances
 from immunonet.defence import Defence
-from immunonet.features import space_map
+from immunonet.dknn import DkNN
 
-# Repertoire examples whose neighbourhoods set the scale of "auto".
-_PROBES = 100
 # A softer vote leaves the defence's own, harder one standing; a harder one gives gradients of few neighbours.
 _SHARPNESS = 0.3
+# Of AdvKnn's heads.
+_BATCH, _RATE = 100, 1e-2
 
 
-class SoftNeighbours(nn.Module):
+class SoftNeighbours(Surrogate):
     """A soft vote of the nearest repertoire examples at a defence's own layers, for attacks that know it.
 
     Per layer and class c, the logit is the logsumexp of -d^2 / temperature over the `neighbours` examples of c
@@ -38,34 +40,11 @@ class SoftNeighbours(nn.Module):
     def __init__(
         self, defence: Defence, *, neighbours: int | None = None, temperature: float | Literal["auto"] = "auto"
     ) -> None:
-        super().__init__()
-        if not isinstance(defence, Defence):
-            raise TypeError(f"defence must be a RAILS or a DkNN, got {type(defence).__name__}")
-        if not defence.feature_maps:
-            raise ValueError("defence must be fitted: call defence.fit(x, y) with the training set first")
-        self.defence = defence
-        fewest = int(torch.bincount(defence.repertoire.y, minlength=defence.classes).min())
-        neighbours = min(20, fewest) if neighbours is None else neighbours
-        self.neighbours = _check.integer("neighbours", neighbours, most=fewest)
-        self.temperatures = self._temperatures(temperature)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return log-probabilities `(B, C)`, differentiable in inputs `x` `(B, *S)`; ValueError for another shape."""
-        if tuple(x.shape[1:]) != self.defence.shape:
-            raise ValueError(f"x must have shape (B, {', '.join(map(str, self.defence.shape))}), got {tuple(x.shape)}")
-        votes = [self._vote(i, features).log_softmax(1) for i, features in enumerate(self._features(x))]
-        return torch.stack(votes).mean(0).log_softmax(1)
-
-    def _features(self, x: Tensor) -> list[Tensor]:
-        """Return what the defence compares, `(B, D)` per layer."""
-        cells = space_map(self.defence.model, self.defence.space)(x)
-        found = [feature_map(cells) for feature_map in self.defence.feature_maps]
-        if getattr(self.defence, "metric", "euclidean") == "cosine":
-            found = [features / features.norm(dim=1, keepdim=True).clamp(min=1e-12) for features in found]
-        return found
+        super().__init__(defence)
+        self.neighbours = _neighbours(neighbours, defence, 20)
+        self.temperatures = _temperatures(temperature, defence, self.neighbours, squared=True)
 
     def _vote(self, layer: int, features: Tensor) -> Tensor:
-        """Return the logits `(B, C)` of one layer."""
         index, temperature = self.defence.index(layer), self.temperatures[layer]
         with torch.no_grad():
             distances, near = index.nearest(features, self.neighbours)
@@ -78,14 +57,120 @@ class SoftNeighbours(nn.Module):
         slope = -(features[:, None] - means).square().sum(2) / temperature
         return closeness.logsumexp(2) + slope - slope.detach()
 
+
+class ASK(Surrogate):
+    """The vote behind the adversarial soft k-nearest-neighbour loss (Wang et al. 2022, ASK-Atk).
+
+    Per layer and class, the logit is minus the mean distance to the `neighbours` examples of the class nearest to
+    the antigen, over `temperature`; the cross-entropy of these logits is the class-wise ASK loss. The published code
+    keeps the neighbours of the unperturbed input; here they are found anew at every call, without gradient.
+
+    `defence`: a fitted RAILS or DkNN. `neighbours` per class; None: 5, as published, or as many as the smallest
+    class has. `temperature` > 0, or "auto": as for `SoftNeighbours`, of d instead of d^2. Raises ValueError or
+    TypeError that names the argument.
+    """
+
+    def __init__(
+        self, defence: Defence, *, neighbours: int | None = None, temperature: float | Literal["auto"] = "auto"
+    ) -> None:
+        super().__init__(defence)
+        self.neighbours = _neighbours(neighbours, defence, 5)
+        self.temperatures = _temperatures(temperature, defence, self.neighbours, squared=False)
+
+    def _vote(self, layer: int, features: Tensor) -> Tensor:
+        index, temperature = self.defence.index(layer), self.temperatures[layer]
+        with torch.no_grad():
+            distances, near = index.nearest(features, self.neighbours)
+            # A distance climbs along the unit vector from its example.
+            away = torch.stack(
+                [
+                    ((f - index.rows(i)) / d[..., None].clamp(min=1e-12)).mean(1)
+                    for f, i, d in zip(features, near, distances, strict=True)
+                ]
+            )
+        climb = (features[:, None] * away).sum(2)
+        return -(distances.mean(2) + climb - climb.detach()) / temperature
+
+
+class AdvKnn(Surrogate):
+    """A linear block per layer that learned the distribution of the neighbours' labels (Li et al. 2019, AdvKnn).
+
+    The block's softmax of a layer's features is fitted, by the cross-entropy to the share of each label among the
+    `neighbours` nearest of every example (itself left out), on `examples` examples of the repertoire: the
+    "deep kNN block" with its consistency learning. Where neighbours vote in a way that is far from linear in the
+    features, so is the block from the vote.
+
+    `defence`: a fitted RAILS or DkNN. `neighbours` over all classes; None: the DkNN's own number, or 75, less in
+    a repertoire with fewer. `epochs`: passes over the examples. `seed`: of their choice and order. Raises ValueError
+    or TypeError that names the argument.
+    """
+
+    def __init__(
+        self,
+        defence: Defence,
+        *,
+        neighbours: int | None = None,
+        examples: int = 5000,
+        epochs: int = 10,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(defence)
+        n = len(defence.repertoire)
+        default = defence.neighbours if isinstance(defence, DkNN) else 75
+        neighbours = min(default, n - 1) if neighbours is None else neighbours
+        self.neighbours = _check.integer("neighbours", neighbours, most=n - 1)
+        self.examples = min(_check.integer("examples", examples), n)
+        self.epochs = _check.integer("epochs", epochs)
+        self.seed = _check.integer("seed", seed, least=0)
+        self.blocks = nn.ModuleList(self._fitted_block(layer) for layer in range(len(defence.layers)))
+
+    def _vote(self, layer: int, features: Tensor) -> Tensor:
+        logits: Tensor = self.blocks[layer](features)
+        return logits
+
     @torch.no_grad()
-    def _temperatures(self, temperature: float | str) -> list[float]:
-        if temperature != "auto":
-            value = _check.number("temperature", temperature, least=0, above=True)
-            return [value] * len(self.defence.layers)
-        x = self.defence.repertoire.x
-        spreads = []
-        for layer, features in enumerate(self._features(x[:: max(1, len(x) // _PROBES)][:_PROBES])):
-            distances, _ = self.defence.index(layer).nearest(features, self.neighbours)
-            spreads.append(float(distances.square().flatten(1).std(1).mean()))
-        return [max(_SHARPNESS * spread, 1e-12) for spread in spreads]
+    def _fitted_block(self, layer: int) -> nn.Module:
+        defence, index = self.defence, self.defence.index(layer)
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = torch.randperm(len(defence.repertoire), generator=generator)[: self.examples]
+        chosen = chosen.to(defence.repertoire.y.device)
+        sample = index.rows(chosen[:_BATCH])
+        centre, scale = sample.mean(0), sample.std(correction=0).clamp(min=1e-12)
+        votes = torch.cat([self._votes(layer, part) for part in chosen.split(_BATCH)])
+        # A convex problem: zeros are as good a start as any.
+        weight = torch.zeros(defence.classes, len(centre), device=centre.device, requires_grad=True)
+        bias = torch.zeros(defence.classes, device=centre.device, requires_grad=True)
+        optimiser = torch.optim.Adam([weight, bias], lr=_RATE)
+        for _ in range(self.epochs):
+            for some in torch.randperm(len(chosen), generator=generator).to(chosen.device).split(_BATCH):
+                features = (index.rows(chosen[some]) - centre) / scale
+                with torch.enable_grad():
+                    loss = F.cross_entropy(F.linear(features, weight, bias), votes[some])
+                    weight.grad, bias.grad = torch.autograd.grad(loss, [weight, bias])
+                optimiser.step()
+        block = nn.Linear(len(centre), defence.classes, device=centre.device)
+        block.weight.copy_(weight / scale)
+        block.bias.copy_(bias - weight @ centre / scale)
+        return block.requires_grad_(False)
+
+    def _votes(self, layer: int, examples: Tensor) -> Tensor:
+        """Return the share `(n, C)` of each label among the neighbours of examples `(n,)`, themselves left out."""
+        index = self.defence.index(layer)
+        _, near = index.nearest(index.rows(examples), self.neighbours + 1, by_class=False)
+        itself = near == examples[:, None]
+        # Among equal examples it may be missing: then the farthest goes.
+        itself[:, -1] |= ~itself.any(1)
+        labels = self.defence.repertoire.y[near[~itself].view(len(examples), -1)]
+        return F.one_hot(labels, self.defence.classes).float().mean(1)
+
+
+def _neighbours(value: int | None, defence: Defence, default: int) -> int:
+    fewest = fewest_examples(defence)
+    return _check.integer("neighbours", min(default, fewest) if value is None else value, most=fewest)
+
+
+def _temperatures(value: float | str, defence: Defence, neighbours: int, *, squared: bool) -> list[float]:
+    if value != "auto":
+        return [_check.number("temperature", value, least=0, above=True)] * len(defence.layers)
+    found = [distances.square() if squared else distances for distances in probe_distances(defence, neighbours)]
+    return [max(_SHARPNESS * float(d.flatten(1).std(1).mean()), 1e-12) for d in found]

@@ -1,0 +1,169 @@
+"""RAILS made differentiable: gradients through flocking, generations and the plasma cells' vote."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from immunonet import _check
+from immunonet.attacks._surrogate import check_shape, fitted
+from immunonet.features import FeatureMap, space_map
+from immunonet.immune import operators
+from immunonet.immune.maturation import temperatures
+from immunonet.immune.settings import Maturation
+from immunonet.rails import RAILS
+
+# Width of the soft plasma cut, in standard deviations of an antigen's last distances.
+_WIDTH = 0.3
+
+
+class Unrolled(nn.Module):
+    """A light RAILS whose answer is differentiable in the antigen, for attacks that know the whole defence.
+
+    Going forward it is the immune response itself with fewer cells and generations, except for the vote. Going
+    backward every step has the gradient of its expectation:
+
+    - flocking: the naive cells are constants, their distances to the antigen are not;
+    - selection: a drawn parent moves as the mean parent under softmax(-d / tau) does (straight-through);
+    - crossover: a child moves as the mixture share x first + (1 - share) x second does, and so does the share;
+    - mutation: a child moves as it did before its pixels were changed and clipped;
+    - plasma cut: sigmoid((q - d) / w) for each cell instead of the fittest 5 %, where q is that quantile of the
+      antigen's distances, and w is `width` times their standard deviation;
+    - consensus: the log of the share of each class in the sum of these weights.
+
+    Several layers: the mean of their log-probabilities. Early stop, pruning, decay and `candidates` are left out.
+
+    `rails`: a fitted RAILS, whose other settings it takes. `generations` >= 0. `population`, rounded up to a multiple
+    of classes times its K. `seed`: of the noise, which is the same at every call, in every batch, and for every
+    antigen; `unrolled(x, seed=...)` takes another, so that `Eot` can average over several. It takes about
+    (4 `generations` + 2) x `population` cells of memory per antigen, and their activations: choose the attack's
+    `batch_size` accordingly. Raises ValueError or TypeError that names the argument.
+    """
+
+    def __init__(
+        self, rails: RAILS, *, generations: int = 2, population: int = 100, width: float = _WIDTH, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if not isinstance(rails, RAILS):
+            raise TypeError(f"rails must be a RAILS, got {type(rails).__name__}")
+        fitted(rails)
+        self.rails = rails
+        self.generations = _check.integer("generations", generations, least=0)
+        self.population = _check.integer("population", population)
+        self.width = _check.number("width", width, least=0, above=True)
+        self.seed = _check.integer("seed", seed, least=0)
+        self._settings = [
+            dataclasses.replace(m, generations=generations, population=population) for m in rails.maturations
+        ]
+
+    def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
+        """Return log-probabilities `(B, C)`, differentiable in inputs `x` `(B, *S)`; ValueError for another shape."""
+        rails = self.rails
+        check_shape(rails, x)
+        generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
+        antigens = space_map(rails.model, rails.space)(x)
+        votes = [self._respond(layer, antigens, generator) for layer in range(len(rails.feature_maps))]
+        return torch.stack(votes).mean(0).log_softmax(1)
+
+    def _respond(self, layer: int, antigens: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the log of the soft consensus `(B, C)` at one layer."""
+        settings, feature_map = self._settings[layer], self.rails.feature_maps[layer]
+        features = feature_map(antigens)
+        cells, naive_distances = self._naive(layer, features)
+        size = settings.per_class(self.rails.classes)
+        cells = cells.repeat_interleave(size // cells.shape[2], dim=2)
+        mutation = _Mutation(settings, self.rails, antigens, generator)
+        tau = temperatures(settings, naive_distances)
+        cells = mutation(cells)
+        distances = _distances(feature_map, cells, features)
+        for _ in range(self.generations):
+            cells = mutation(_children(cells, distances, tau, settings, generator))
+            distances = _distances(feature_map, cells, features)
+        return self._consensus(distances, settings)
+
+    @torch.no_grad()
+    def _naive(self, layer: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return naive cells `(B, C, K, *S)` and their distances `(B, C, K)`."""
+        rails = self.rails
+        distances, index = rails.index(layer).nearest(features, self._settings[layer].neighbours)
+        examples, place = index.flatten().unique(return_inverse=True)
+        cells = space_map(rails.model, rails.space)(rails.repertoire.x[examples])
+        return cells[place].unflatten(0, index.shape), distances
+
+    def _consensus(self, distances: Tensor, settings: Maturation) -> Tensor:
+        n, _ = settings.sizes(distances.shape[1])
+        flat = distances.flatten(1)
+        nearest = flat.topk(min(n + 1, flat.shape[1]), dim=1, largest=False).values
+        cut = nearest[:, -2:].mean(1)
+        scale = self.width * flat.detach().std(1, correction=0).clamp(min=1e-6)
+        inside = F.logsigmoid((cut[:, None, None] - distances) / scale[:, None, None])
+        return inside.logsumexp(2).log_softmax(1)
+
+
+class _Mutation:
+    """Mutates populations `(B, C, P, *S)`; backward, cells pass as they are."""
+
+    def __init__(self, settings: Maturation, rails: RAILS, antigens: Tensor, generator: torch.Generator) -> None:
+        self._low, self._high = rails._cell_bounds().tensors(antigens, antigens.shape[1:])
+        self._settings, self._generator = settings, generator
+
+    def __call__(self, cells: Tensor) -> Tensor:
+        with torch.no_grad():
+            families = cells.flatten(0, 1)
+            like = families.new_ones(len(families))
+            moved = operators.mutate(
+                families,
+                like * self._settings.rates[1],
+                self._settings.mutation_range[0],
+                like * self._settings.mutation_range[1],
+                self._low,
+                self._high,
+                _uniform(cells, self._generator).flatten(0, 1),
+            ).view_as(cells)
+        return _straight_through(moved, cells)
+
+
+def _children(
+    cells: Tensor, distances: Tensor, tau: Tensor, settings: Maturation, generator: torch.Generator
+) -> Tensor:
+    """Return as many children of the cells `(B, C, P, *S)`, by selection and crossover."""
+    size = distances.shape[2]
+    near = distances.flatten(0, 1)
+    with torch.no_grad():
+        u = torch.rand(1, distances.shape[1], 2 * size, generator=generator).to(distances)
+        parents = operators.select(
+            near, tau.repeat_interleave(distances.shape[1]), u.expand(len(distances), -1, -1).flatten(0, 1)
+        )
+    weights = torch.softmax(-distances / tau[:, None, None], dim=2)
+    mean = torch.einsum("bcp,bcpd->bcd", weights, cells.detach().flatten(3)).unflatten(2, cells.shape[3:])
+    rows = torch.arange(len(near), device=near.device)[:, None]
+    drawn: Tensor = cells.flatten(0, 1)[rows, parents].unflatten(0, cells.shape[:2])
+    drawn = drawn + (mean - mean.detach())[:, :, None]
+    if settings.crossover is None:
+        return drawn[:, :, :size]
+    first, second = drawn.chunk(2, dim=2)
+    d1, d2 = near.gather(1, parents).chunk(2, dim=1)
+    share = operators.first_parent_share(d1, d2, settings.crossover)
+    share = share.view(*distances.shape, *(1,) * (cells.ndim - 3))
+    crossed = torch.where(_uniform(cells, generator) < share, first, second)
+    return _straight_through(crossed, share * first + (1 - share) * second)
+
+
+def _distances(feature_map: FeatureMap, cells: Tensor, features: Tensor) -> Tensor:
+    """Return feature distances `(B, C, P)` of cells to their antigens' `features` `(B, D)`."""
+    found = feature_map.chunked(cells.flatten(0, 2)).unflatten(0, cells.shape[:3])
+    distances: Tensor = torch.linalg.vector_norm(found - features[:, None, None], dim=3)
+    return distances
+
+
+def _uniform(cells: Tensor, generator: torch.Generator) -> Tensor:
+    """Return uniform numbers for a population, the same for each of its antigens."""
+    return torch.rand(1, *cells.shape[1:], generator=generator).to(cells).expand_as(cells)
+
+
+def _straight_through(value: Tensor, guide: Tensor) -> Tensor:
+    """Return `value` with the gradient of `guide`."""
+    return value.detach() + (guide - guide.detach())

@@ -1,0 +1,142 @@
+"""Wrappers that make a defence attackable: what cannot be differentiated, what is random, what raises an alarm."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from immunonet import _check
+from immunonet.attacks._base import Model, Penalised
+from immunonet.attacks._surrogate import features_of, fitted
+from immunonet.defence import Defence
+from immunonet.dknn import DkNN
+from immunonet.rails import RAILS
+
+
+class Bpda(nn.Module):
+    """The answer of `defence` with the gradient of `backward` (BPDA, Athalye et al. 2018).
+
+    Both map the same inputs to tensors of one shape: logits or log-probabilities, or anything else where a part
+    of a network that cannot be differentiated is wrapped, as in `Sequential(Bpda(quantise, backward=Identity()),
+    net)`. `backward` may be the undefended network or a surrogate such as `SoftNeighbours`. For a random defence put
+    Eot inside: `Bpda(Eot(defence), backward=...)`. Raises TypeError unless both are callable, ValueError where their
+    outputs differ in shape.
+    """
+
+    def __init__(self, defence: Model, *, backward: Model) -> None:
+        super().__init__()
+        self.defence = _callable("defence", defence)
+        self.backward_model = _callable("backward", backward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the defence's own output for inputs `x` `(B, *S)`, differentiable through `backward`."""
+        with torch.no_grad():
+            answer: Tensor = self.defence(x.detach())
+        guide: Tensor = self.backward_model(x)
+        if answer.shape != guide.shape:
+            raise ValueError(
+                f"backward must give what defence gives, {tuple(answer.shape)} for these inputs, "
+                f"got {tuple(guide.shape)}"
+            )
+        # The bracket is exactly zero, so that the answer keeps every digit.
+        return answer + (guide - guide.detach()).to(answer.dtype)
+
+
+class Eot(nn.Module):
+    """The log of the mean probabilities of `draws` calls of a random model (EOT, Athalye et al. 2018).
+
+    A model that takes a `seed`, such as RAILS or `Unrolled`, is called with the seeds `seed` to `seed + draws - 1`
+    every time: the answer is a plain function of the input, and an attack on it can be repeated. Another random
+    model is called `draws` times as it is. A DkNN, and a model that tells so by an attribute `deterministic`, is
+    called once. Models give logits or log-probabilities `(B, C)`; gradients flow through all calls.
+    """
+
+    def __init__(self, defence: Model, *, draws: int = 20, seed: int = 0) -> None:
+        super().__init__()
+        self.defence = _callable("defence", defence)
+        self.draws = _check.integer("draws", draws)
+        self.seed = _check.integer("seed", seed, least=0)
+        self._seeded = takes_seed(defence)
+        if isinstance(defence, DkNN) or getattr(defence, "deterministic", False):
+            self.draws = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return log-probabilities `(B, C)` of inputs `x` `(B, *S)`."""
+        answers = [
+            self.defence(x, seed=self.seed + draw) if self._seeded else self.defence(x) for draw in range(self.draws)
+        ]
+        return torch.stack([answer.log_softmax(1) for answer in answers]).logsumexp(0) - math.log(self.draws)
+
+
+class Stealthy(Penalised):
+    """A surrogate of a defence under the condition that inputs do not look foreign to that defence.
+
+    Attacks on it climb their loss minus `penalty`, and count as successful only where the penalty is 0. The
+    penalty is `weight` times how far the antigen's strangeness (the mean distance to the K nearest examples, each
+    layer in units of its calibration mean, summed, as in `defence.foreign`) lies above the highest that is not
+    flagged at the defence's `false_alarm`.
+
+    `surrogate`: maps inputs to logits or log-probabilities. `defence`: a fitted RAILS or DkNN. `weight` >= 0, in
+    units of the loss (nats for the cross-entropy).
+    """
+
+    def __init__(self, surrogate: Model, defence: Defence, *, weight: float = 100.0) -> None:
+        super().__init__()
+        self.surrogate = _callable("surrogate", surrogate)
+        self.defence = fitted(defence)
+        self.weight = _check.number("weight", weight, least=0)
+        scores = defence.calibration.strangeness
+        # The p-value of the m-th largest calibration score is (m + 1) / (n + 1), the first above false_alarm.
+        rank = math.floor(defence.false_alarm * (len(scores) + 1))
+        self.threshold = float(scores[-rank]) if 0 < rank <= len(scores) else (-1 if rank else 1) * math.inf
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the surrogate gives for inputs `x` `(B, *S)`."""
+        found: Tensor = self.surrogate(x)
+        return found
+
+    def penalty(self, x: Tensor) -> Tensor:
+        """Return `(B,)`: `weight` times the strangeness of inputs `x` `(B, *S)` above the threshold; 0 below it."""
+        return self.weight * (self.strangeness(x) - self.threshold).clamp(min=0)
+
+    def strangeness(self, x: Tensor) -> Tensor:
+        """Return what the defence measures how foreign inputs look by, `(B,)`, differentiable in `x`."""
+        defence = self.defence
+        parts = []
+        for layer, features in enumerate(features_of(defence, x)):
+            index = defence.index(layer)
+            with torch.no_grad():
+                _, near = index.nearest(features, _sensed(defence, layer), by_class=False)
+            distances = torch.stack([(index.rows(i) - f).norm(dim=1) for i, f in zip(near, features, strict=True)])
+            if isinstance(defence, DkNN) and defence.metric == "cosine":
+                distances = distances.square() / 2
+            parts.append(distances.mean(1) / defence.calibration.scales[layer])
+        return torch.stack(parts).sum(0)
+
+
+def takes_seed(model: object) -> bool:
+    """Return whether a model's call takes a keyword `seed`."""
+    call: Callable[..., Any] = model.forward if isinstance(model, nn.Module) else model  # type: ignore[assignment]
+    try:
+        return "seed" in inspect.signature(call).parameters
+    except ValueError:
+        return False
+
+
+def _sensed(defence: Defence, layer: int) -> int:
+    """Return K, how many neighbours over all classes the defence's sensing looks at."""
+    if isinstance(defence, RAILS):
+        return defence.maturations[layer].neighbours
+    assert isinstance(defence, DkNN)
+    return defence.neighbours
+
+
+def _callable(name: str, value: Any) -> Any:
+    if not callable(value):
+        raise TypeError(f"{name} must be a model or another callable on inputs, got {type(value).__name__}")
+    return value

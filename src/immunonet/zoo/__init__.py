@@ -1,20 +1,24 @@
 """Small reference networks, their training and their weights."""
 
-from immunonet.zoo.networks import NAMES, DigitsNet, MnistNet, ResidualNet, TinyViT, build, mnist_affine
+from immunonet.zoo.adversarial import Adversarial, robust_accuracy
+from immunonet.zoo.networks import NAMES, DigitsNet, MnistNet, MnistSmallNet, ResidualNet, TinyViT, build, mnist_affine
 from immunonet.zoo.training import Epoch, accuracy, train
 from immunonet.zoo.weights import load_weights, save_weights
 
 __all__ = [
     "NAMES",
+    "Adversarial",
     "DigitsNet",
     "Epoch",
     "MnistNet",
+    "MnistSmallNet",
     "ResidualNet",
     "TinyViT",
     "accuracy",
     "build",
     "load_weights",
     "mnist_affine",
+    "robust_accuracy",
     "save_weights",
     "train",
 ]

@@ -49,6 +49,27 @@ def mnist_affine(net: MnistNet) -> nn.Sequential:
     return nn.Sequential(net.conv1, net.conv2)
 
 
+class MnistSmallNet(nn.Module):
+    """Two convolutions of stride 2 (16 and 32 channels) and two linear layers: (B, 1, 28, 28) -> (B, classes).
+
+    conv1's output is (B, 16, 14, 14), conv2's (B, 32, 7, 7). Small enough for adversarial training on one CPU core; the
+    layout of Wong & Kolter (2018).
+    """
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 4, 2, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 4, 2, padding=1)
+        self.fc1 = nn.Linear(32 * 7 * 7, 100)
+        self.fc2 = nn.Linear(100, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, classes)."""
+        x = F.relu(self.conv2(F.relu(self.conv1(x))))
+        logits: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
+        return logits
+
+
 class DigitsNet(nn.Module):
     """Two convolutions, a pool and two linear layers for 8x8 grey digits: (B, 1, 8, 8) -> (B, classes)."""
 
@@ -150,6 +171,7 @@ class TinyViT(nn.Module):
 
 _NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "mnist": MnistNet,
+    "mnist-small": MnistSmallNet,
     "digits": DigitsNet,
     "residual": ResidualNet,
     "vit": TinyViT,
@@ -160,7 +182,7 @@ NAMES = tuple(_NETWORKS)
 def build(name: str, *, classes: int = 10, seed: int = 0) -> nn.Module:
     """Return a new network by its name, one of `NAMES`, in eval mode; `seed` fixes its initial weights.
 
-    "mnist" takes (B, 1, 28, 28), "digits" and "vit" (B, 1, 8, 8), "residual" (B, 3, 32, 32).
+    "mnist" and "mnist-small" take (B, 1, 28, 28), "digits" and "vit" (B, 1, 8, 8), "residual" (B, 3, 32, 32).
     """
     _check.choice("name", name, NAMES)
     _check.integer("classes", classes, least=2)

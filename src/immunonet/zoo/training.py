@@ -1,19 +1,23 @@
-"""Plain training of a classifier: deterministic by seed, early stopping, checkpoints and exact resume."""
+"""Training of a classifier, plain or adversarial: deterministic by seed, checkpoints and exact resume."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from immunonet import _check, _store
 from immunonet.data import Images
+from immunonet.zoo.adversarial import Adversarial, robust_accuracy
 
 _METADATA = "immunonet.checkpoint"
 
@@ -34,6 +38,7 @@ def train(
     patience: int | None = None,
     augment: bool = False,
     bfloat16: bool = False,
+    adversarial: Adversarial | None = None,
     checkpoint: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> list[Epoch]:
@@ -42,14 +47,17 @@ def train(
     The learning rate rises linearly to `lr` over the first fifth of all steps and falls to 0 along a cosine.
     `augment` flips images and shifts them by up to 4 pixels at random. `bfloat16` computes convolutions and
     products in that type (autocast; the loss and the validation stay in float32), twice as fast where the
-    processor has it. The best epoch has the highest validation accuracy, then the lowest loss; `patience`
-    epochs in a row without a better one end the training. `checkpoint` is a file written after every epoch,
-    from which the same call continues: on a CPU it ends with the weights of an uninterrupted run.
+    processor has it. `adversarial` trains on attacked images, and measures validation under attack too.
+
+    The best epoch has the highest validation accuracy (of adversarial training: under attack), then the lowest
+    loss; `patience` epochs in a row without a better one end the training. `checkpoint` is a file written after
+    every epoch, from which the same call continues: on a CPU it ends with the weights of an uninterrupted run.
     `on_progress(step, steps, epochs so far)` is called after every step and every epoch.
 
     Returns one row per epoch: `epoch` (from 1), `loss` (training mean), `validation_loss`,
-    `validation_accuracy`. ValueError if the loss stops being finite, or if the checkpoint belongs to other
-    settings, numbers of images or another network.
+    `validation_accuracy`, and of adversarial training `validation_robust_accuracy` (`robust_accuracy`). ValueError
+    if the loss stops being finite, or if the checkpoint belongs to other settings, numbers of images, another
+    network or other first weights.
     """
     settings: dict[str, Any] = {
         "epochs": _check.integer("epochs", epochs),
@@ -60,6 +68,8 @@ def train(
         "patience": None if patience is None else _check.integer("patience", patience),
         "augment": _check.boolean("augment", augment),
         "bfloat16": _check.boolean("bfloat16", bfloat16),
+        "adversarial": None if adversarial is None else dataclasses.asdict(adversarial),
+        "first_weights": hashlib.sha256(safetensors.torch.save(net.state_dict())).hexdigest()[:12],
         "images": [len(train_images), len(validation_images)],
     }
     for name, images in (("train_images", train_images), ("validation_images", validation_images)):
@@ -85,8 +95,11 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, steps, lr)
             optimiser.zero_grad()
+            # Two contexts: what autocast keeps of the weights during the attack must not serve the loss.
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                loss = F.cross_entropy(net(x).float(), y)
+                attacked = adversarial.attacked(net, x, y, generator, step * epochs / steps) if adversarial else x
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                loss = adversarial.objective(net, x, attacked, y) if adversarial else F.cross_entropy(net(x).float(), y)
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the loss became {loss.item()} at step {step}: give a smaller lr than {lr:g}")
             loss.backward()
@@ -104,6 +117,9 @@ def train(
                 "validation_accuracy": validation_accuracy,
             }
         )
+        if adversarial is not None:
+            robust = robust_accuracy(net, validation_images, eps=adversarial.measured_eps)
+            history[-1]["validation_robust_accuracy"] = robust
         if _best(history) == len(history) - 1:
             best = {key: value.clone() for key, value in net.state_dict().items()}
         if checkpoint is not None:
@@ -158,7 +174,10 @@ def _best(history: list[Epoch]) -> int:
     """Return the index of the best epoch; the first of equals."""
     return max(
         range(len(history)),
-        key=lambda i: (history[i]["validation_accuracy"], -history[i]["validation_loss"]),
+        key=lambda i: (
+            history[i].get("validation_robust_accuracy", history[i]["validation_accuracy"]),
+            -history[i]["validation_loss"],
+        ),
     )
 
 
@@ -200,10 +219,7 @@ def _restore(
     if differing := [key for key, value in settings.items() if saved["settings"].get(key) != value]:
         found = ", ".join(f"{key}={saved['settings'].get(key)} (now {settings[key]})" for key in differing)
         raise ValueError(f"checkpoint {path} was made with {found}: use those settings, or remove it to start anew")
-    try:
-        net.load_state_dict(_part(tensors, "net."))
-    except RuntimeError as error:
-        raise ValueError(f"checkpoint {path} is of another network: remove it or name another file") from error
+    net.load_state_dict(_part(tensors, "net."))
     state = optimiser.state_dict()
     for index in range(len(list(net.parameters()))):
         state["state"][index] = _part(tensors, f"optimiser.{index}.")

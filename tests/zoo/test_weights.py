@@ -112,7 +112,7 @@ def test_a_full_disk_keeps_the_old_weights(tmp_path, monkeypatch):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-WEIGHTS = Path(__file__).parents[1] / "weights" / "mnist.safetensors"
+WEIGHTS = Path(__file__).parents[2] / "weights" / "mnist.safetensors"
 
 
 def test_the_stored_mnist_weights_are_those_of_their_recipe():

@@ -81,7 +81,61 @@ def test_train_writes_weights_that_do_what_it_prints(run, digits):
         "augment": False,
         "bfloat16": False,
         "seed": 0,
+        "start": None,
+        "adversarial": None,
     }
+
+
+def test_adversarial_training_goes_on_from_weights(run, digits):
+    assert run("train", digits, "--epochs", 1)[0] == 0
+    command = (
+        "train",
+        digits,
+        "--epochs",
+        2,
+        "--lr",
+        1e-9,
+        "--start",
+        "weights/tiny.safetensors",
+        "--name",
+        "hardened",
+    )
+    attack = (
+        "--adversarial",
+        "trades",
+        "--eps",
+        "1/10",
+        "--attack-iterations",
+        2,
+        "--beta",
+        3,
+        "--validation-eps",
+        0.2,
+    )
+    code, out, err = run(*command, *attack)
+    assert code == 0
+    assert re.search(r"epoch 2 of 2: .* under attack", err)
+    assert files("weights") == ["hardened.json", "hardened.safetensors", "tiny.json", "tiny.safetensors"]
+    recipe = json.loads(Path("weights/hardened.json").read_text())
+    for row in recipe["results"]:
+        assert row["settings"]["start"] == "tiny.safetensors"
+        assert row["settings"]["adversarial"] == {
+            "loss": "trades",
+            "eps": 0.1,
+            "step": None,
+            "iterations": 2,
+            "beta": 3,
+            "ramp": 0,
+            "validation_eps": 0.2,
+        }
+        assert f"{row['split']} accuracy {row['robust_accuracy']:.4f} under attack, eps 0.2" in out
+    plain, hardened = (
+        common.load_model("digits", Path(f"weights/{name}.safetensors")) for name in ("tiny", "hardened")
+    )
+    for before, after in zip(plain.parameters(), hardened.parameters(), strict=True):
+        torch.testing.assert_close(before, after, rtol=2e-3, atol=1e-6)  # the learning rate is nearly 0
+    images = data.read_parquet(digits)[data.split(80, 16)[1]]
+    assert recipe["results"][1]["robust_accuracy"] == zoo.robust_accuracy(hardened, images, eps=0.2)
 
 
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_continues(run, digits, monkeypatch):
@@ -182,6 +236,11 @@ def test_a_users_own_model(run, digits, monkeypatch):
         (["digits", "--device", "nowhere"], "--device must be one of cpu.* got 'nowhere'"),
         (["digits", "--validation", "5000"], "validation must be at least 1 and at most 1436, got 5000"),
         (["digits", "--lr", "0"], "lr must be a finite number"),
+        (["digits", "--eps", "0.1", "--beta", "2"], "--eps and --beta need --adversarial pgd or trades"),
+        (["digits", "--adversarial", "fgsm"], "--adversarial must be one of 'pgd', 'trades', got 'fgsm'"),
+        (["digits", "--adversarial", "pgd", "--eps", "much"], "--eps must be a number such as 0.1 .*, got 'much'"),
+        (["digits", "--adversarial", "pgd", "--eps", "2"], r"eps must be a finite number in \[0, 1\], got 2"),
+        (["digits", "--start", "gone.safetensors"], r"gone\.safetensors does not exist"),
         (["digits", "--json", "."], "--json must be a file, . is a folder"),
         (["digits", "--out", "my_networks.py"], "File exists: 'my_networks.py'"),
         (["digits", "--epochs", "0"], "Invalid value for '--epochs'"),

@@ -4,7 +4,13 @@ from torch.nn import functional as F
 
 from immunonet import zoo
 
-SHAPES = {"mnist": (1, 28, 28), "digits": (1, 8, 8), "vit": (1, 8, 8), "residual": (3, 32, 32)}
+SHAPES = {
+    "mnist": (1, 28, 28),
+    "mnist-small": (1, 28, 28),
+    "digits": (1, 8, 8),
+    "vit": (1, 8, 8),
+    "residual": (3, 32, 32),
+}
 
 
 def batch(shape, n=2, seed=0):
@@ -61,6 +67,11 @@ def test_the_mnist_net_has_the_published_layout():
         "fc2": (256,),
         "fc3": (10,),
     }
+
+
+def test_the_small_mnist_net_halves_twice():
+    shapes = outputs(zoo.build("mnist-small"), ("conv1", "conv2", "fc1", "fc2"), batch(SHAPES["mnist-small"]))
+    assert shapes == {"conv1": (16, 14, 14), "conv2": (32, 7, 7), "fc1": (100,), "fc2": (10,)}
 
 
 @torch.no_grad()

@@ -1,0 +1,56 @@
+"""A tiny dataset written as Parquet, a network for it, and the command run in a folder of its own."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from immunonet import data, zoo
+from immunonet.cli import main
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The bytes of a Parquet file of 300 handwritten digits, and a network trained on some of them."""
+    images = data.load("digits", "train")[:300]
+    rows = []
+    for x in images.x:
+        file = io.BytesIO()
+        Image.fromarray((x[0] * 255).round().byte().numpy()).save(file, "PNG")
+        rows.append({"bytes": file.getvalue(), "path": None})
+    parquet = io.BytesIO()
+    pq.write_table(pa.table({"image": rows, "label": images.y.numpy()}), parquet)
+    net = zoo.build("digits")
+    zoo.train(net, images[:200], images[200:240], epochs=4, batch_size=32, lr=3e-3)
+    return parquet.getvalue(), net
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path, tiny):
+    """Return a function that runs `immunonet reproduce` in tmp_path and returns (code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("IMMUNONET_DATA", raising=False)
+    monkeypatch.delenv("IMMUNONET_DEBUG", raising=False)
+    Path("tiny.parquet").write_bytes(tiny[0])
+    zoo.save_weights(tiny[1], "net.safetensors", half=False)
+    for study in HERE.glob("*.toml"):
+        shutil.copy(study, study.name)
+
+    def call(*arguments):
+        arguments = ["reproduce", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", ["immunonet", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    return call

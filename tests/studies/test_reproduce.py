@@ -1,0 +1,264 @@
+"""`immunonet reproduce`: a study end to end, interrupted, sharded, and refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.neighbors import KNeighborsClassifier
+
+from immunonet import RAILS, DkNN, Maturation, data, zoo
+from immunonet.attacks import PGD
+from immunonet.cli.common import resolve_dataset
+from immunonet.evaluation.journal import Journal
+from immunonet.evaluation.statistics import mcnemar
+
+
+def record(path):
+    """Return a study's JSON without what differs from run to run."""
+    found = json.loads(Path(path).read_text())
+    for row in found["results"]:
+        del row["seconds_per_image"]
+    del found["command"]
+    return found
+
+
+def by_key(found, experiment="main"):
+    rows = [row for row in found["results"] if row["settings"]["experiment"] == experiment]
+    return {(r["defence"], " ".join(r["settings"]["layers"]), r["attack"]): r for r in rows}
+
+
+def test_a_study_from_raw_data_to_tables_and_figures(run, tiny):
+    code, out, err = run("--study", "digits.toml", "--json", "results/digits.json", "--report", "--out", "work")
+    assert code == 0, err
+    found = json.loads(Path("results/digits.json").read_text())
+    assert "Main table" in out
+    assert "parts: hardening" in err
+
+    # Trained by the recipe, since the study names no weights.
+    (recipe,) = Path("work/weights").glob("plain-*.json")
+    net = zoo.build("digits")
+    assert len(zoo.load_weights(net, recipe.with_suffix(".safetensors"))["history"]) == 3
+
+    rows = by_key(found)
+    kinds = ("knn", "dknn", "dknn-tuned", "rails-authors", "rails-paper", "rails")
+    assert {(d, at, a) for d, at, a in rows if a == "pgd"} == {
+        ("cnn", "", "pgd"),
+        *((kind, at, "pgd") for kind in kinds for at in ("input", "conv1")),
+    }
+    assert all({"layers", "model", "slice"} <= row["settings"].keys() for row in found["results"])
+    assert rows["rails", "input", "pgd"]["seeds"] == [0, 1]
+    assert rows["rails-authors", "input", "pgd"]["settings"]["maturation"][0]["crossover"] == "authors"
+
+    # The same answers as by hand.
+    images, test = (resolve_dataset("tiny.parquet", split) for split in ("train", "test"))
+    training, held = (images[part] for part in data.split(len(images)))
+    x, y = test.x[:20], test.y[:20]
+    moved = PGD(eps=1 / 8, step=1 / 32, iterations=2, random_start=False)(net, x[:8], y[:8]).adversarials
+    tensors = load_file("results/digits.safetensors")
+    places = {
+        (r["defence"], " ".join(r["settings"]["layers"]), r["attack"], r["settings"]["experiment"]): i
+        for i, r in reversed(list(enumerate(found["results"])))
+    }
+
+    def correct(*key):
+        return tensors[f"row-{places[(*key, 'main')]}"]
+
+    assert len(tensors) == len(found["results"])
+    dknn = DkNN(net, "conv1", neighbours=75).fit(training.x, training.y, calibration=(held.x, held.y))
+    assert torch.equal(correct("dknn", "conv1", "pgd")[0, :8], dknn.predict(moved) == y[:8])
+    rails = RAILS(net, "input", maturation=Maturation(population=40, generations=2, neighbours=2))
+    rails.fit(training.x, training.y, calibration=(held.x, held.y))
+    assert torch.equal(correct("rails", "input", "none")[1, :8], rails.predict(x[:8], seed=1) == y[:8])
+    k = rows["knn", "input", "none"]["settings"]["neighbours"]
+    peer = KNeighborsClassifier(k).fit(training.x.flatten(1).numpy(), training.y.numpy())
+    share = (peer.predict(x.flatten(1).numpy()) == y.numpy()).mean()
+    if k == 1:  # ties are ours to break
+        assert rows["knn", "input", "none"]["accuracy"] == pytest.approx(share)
+    chosen = [r for r in found["results"] if len(r["settings"].get("tuning", {}).get("candidates", ())) > 1]
+    assert {r["defence"] for r in chosen} == {"dknn-tuned"}
+    assert all(r["settings"]["layers"] in (["input"], ["input", "conv1"]) for r in chosen)
+
+    pair = next(p for p in found["pairs"] if (p["defence"], p["over"], p["attack"], p["layers"]) == (
+        "rails", "dknn", "pgd", ["conv1"]))  # fmt: skip
+    a, b = correct("rails", "conv1", "pgd"), correct("dknn", "conv1", "pgd")[0]
+    assert pair["gain"] == pytest.approx(100 * float(a.double().mean() - b.double().mean()))
+    assert pair["p"] == mcnemar(a[0], b)
+
+    eps = {r["settings"]["value"]: r for r in found["results"] if r["settings"]["experiment"] == "eps"}
+    assert set(eps) == {0, 1 / 16, 1 / 8}
+    assert eps[1 / 16]["settings"]["attack"]["step"] == 1 / 64
+    assert eps[0]["settings"]["split"] == "validation"
+    crossovers = [r for r in found["results"] if r["settings"]["experiment"] == "crossover"]
+    assert {r["settings"]["maturation"][0]["crossover"] for r in crossovers} == {"affinity", "authors", None}
+
+    (learning,) = found["learning"]
+    assert [len(curve["entropy"]) for curve in learning["curves"]] == [3, 3]
+    assert all(0 <= share <= 1 for curve in learning["curves"] for share in curve["true_share"])
+    (sensing,) = found["sensing"]
+    assert {r["stranger"] for r in sensing["rows"]} == {"pgd", "noise", "digits"}
+    for row in sensing["rows"]:  # the curve that is kept has nearly the area that was measured
+        area = float(np.trapezoid(row["true_alarms"], np.linspace(0, 1, len(row["true_alarms"]))))
+        assert area == pytest.approx(row["auc"], abs=0.03)
+    (hardening,) = found["hardening"]
+    assert hardening["cells"] == 20
+    assert [r["n"] for r in hardening["rows"]] == [10] * 6
+
+    assert [t["status"] for t in found["targets"]] == ["least", "missed", "not measured"]
+    best = {
+        r["settings"]["value"][0]: r["accuracy"] for r in found["results"] if r["settings"]["experiment"] == "layers"
+    }
+    assert set(best) == {"input"}
+    assert found["targets"][1]["layers"] == ["input"]  # of those in the main table
+
+    page = Path("results/digits.html").read_text()
+    assert page.count("data:image/svg+xml") == 6
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert "Tiny: 60 test images." in page
+    assert "A note." in page
+    for name in ("eps", "crossover", "layers", "repertoire", "learning", "sensing"):
+        assert Path(f"results/figures/digits-{name}.png").read_bytes().startswith(b"\x89PNG")
+    readme = Path("results/README.md").read_text()
+    assert "| plain | conv1 | RAILS, paper (reconstructed) |" in readme
+    assert "figures/digits-eps.png" in readme
+    assert Path("work/table.md").read_text() in readme
+
+
+def test_an_interrupted_run_continues_to_the_same_tables(run, monkeypatch):
+    assert run("--study", "small.toml", "--out", "whole", "--json", "whole.json")[0] == 0
+    add, kept = Journal.add, []
+
+    def dies(self, key, value):
+        if " / " in key and len(kept) == 3:
+            raise OSError("killed")
+        add(self, key, value)
+        kept.append(key) if " / " in key else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", dies)
+        code, _, err = run("--study", "small.toml", "--out", "cut", "--json", "cut.json")
+    assert (code, "killed" in err) == (2, True)
+    assert not Path("cut.json").exists()
+    path = Path("cut/parts.jsonl")
+    path.write_text(path.read_text() + '{"key": "cut o')
+    before = path.read_text().splitlines()[1:-1]
+    code, _, err = run("--study", "small.toml", "--out", "cut", "--json", "cut.json")
+    assert code == 0
+    assert "continuing: 3 of" in err
+    assert path.read_text().splitlines()[1 : 1 + len(before)] == before
+    assert record("cut.json") == record("whole.json")
+    assert torch.equal(load_file("cut.safetensors")["row-4"], load_file("whole.safetensors")["row-4"])
+
+    # Two shards give the same as well.
+    for i in (1, 0):
+        code, out, _ = run("--study", "small.toml", "--out", "cut2", "--shard", f"{i}/2")
+        assert (code, "run --merge" in out) == (0, True)
+        if i:
+            code, _, err = run("--study", "small.toml", "--out", "cut2", "--merge")
+            assert code == 2
+            assert "cut2 lacks parts-0-of-2.jsonl: run --shard 0/2, or copy it here" in err
+    assert run("--study", "small.toml", "--out", "cut2", "--merge", "--json", "merged.json")[0] == 0
+    assert record("merged.json") == record("whole.json")
+
+    # A shard that is not finished, one of other settings, and shards of different counts.
+    shard = Path("cut2/parts-1-of-2.jsonl")
+    whole = shard.read_text()
+    Path("cut2/parts.jsonl").unlink()
+    shard.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    code, _, err = run("--study", "small.toml", "--out", "cut2", "--merge")
+    assert code == 2
+    assert "lacks 1 of" in err
+    assert "shard 1/2 is not finished" in err
+    shard.write_text(whole.replace('"eps": 0.1', '"eps": 0.2', 1))
+    code, _, err = run("--study", "small.toml", "--out", "cut2", "--merge")
+    assert code == 2
+    assert "other settings (attacks.pgd.eps was 0.2, now 0.1)" in err
+    shard.write_text(whole)
+    lines = [json.loads(line) for line in whole.splitlines()]
+    for line in lines:
+        if line.get("key", "").startswith("tuning "):
+            line["value"]["neighbours"] = 77
+    shard.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, _, err = run("--study", "small.toml", "--out", "cut2", "--merge")
+    assert code == 2
+    assert "holds results of other settings (tuning" in err
+    shutil.copy(shard, "cut2/parts-2-of-3.jsonl")
+    code, _, err = run("--study", "small.toml", "--out", "cut2", "--merge")
+    assert code == 2
+    assert "found shards of 2 and of 3 parts" in err
+
+
+def test_other_settings_are_refused(run):
+    text = Path("small.toml").read_text()
+    assert run("--study", "small.toml", "--out", "work")[0] == 0
+    kept = Path("work/parts.jsonl").read_text()
+    for change, told in (
+        (("eps = 0.1\nstep", "eps = 0.2\nstep"), "attacks.pgd.eps was 0.1, now 0.2"),
+        (("population = 20", "population = 40"), "defences.rails.population was 20, now 40"),
+        (("chunk = 6", "chunk = 5"), "chunk was 6, now 5"),
+    ):
+        Path("small.toml").write_text(text.replace(*change))
+        code, _, err = run("--study", "small.toml", "--out", "work")
+        assert code == 2
+        assert told in err
+        assert "give another folder" in err
+    Path("small.toml").write_text(text)
+    code, _, err = run("--study", "small.toml", "--out", "work", "--seed", 1)
+    assert code == 2
+    assert "seed was 0, now 1" in err
+    assert Path("work/parts.jsonl").read_text() == kept
+
+
+def test_a_readme_of_ones_own_is_left_alone(run):
+    Path("README.md").write_text("# Mine\n")
+    code, out, _ = run("--study", "small.toml", "--json", "r.json")
+    assert code == 0
+    assert "README.md is not one of these reports, and was left as it is" in out
+    assert Path("README.md").read_text() == "# Mine\n"
+    assert Path("runs/small/table.md").exists()
+
+
+def test_another_dataset_has_networks_of_its_own(run):
+    text = Path("small.toml").read_text().replace('"net.safetensors"', '"net.safetensors"\ntraining = { epochs = 1 }')
+    Path("small.toml").write_text(text.split("[[learning]]")[0] + '[remarks]\ndigits = "All {n}."\n')
+    code, _, err = run("--study", "small.toml", "--dataset", "digits", "--json", "r.json")
+    assert code == 0, err
+    assert "trained plain" in err
+    found = record("r.json")
+    assert found["study"]["remark"] == "All 360."
+    assert {row["dataset"] for row in found["results"]} == {"digits"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "give STUDY, one of mnist, cifar10, svhn, or --study FILE.toml, and not both"),
+        (["mnist", "--study", "small.toml"], "and not both"),
+        (["imagenet"], "STUDY must be one of mnist, cifar10, svhn, got 'imagenet'"),
+        (["--study", "small.toml", "--shard", "2/2"], "--shard must be I/N with 0 <= I < N, such as 0/2, got '2/2'"),
+        (["--study", "small.toml", "--shard", "half"], "--shard must be I/N"),
+        (["--study", "small.toml", "--shard", "0/2", "--merge"], "give it without --shard"),
+        (["--study", "small.toml", "--shard", "0/2", "--report"], "give --json and --report with that"),
+        (["--study", "small.toml", "--merge"], "found no shards"),
+        (["--study", "none.toml"], "none.toml is no study"),
+        (["--study", "small.toml", "--dataset", "nothing"], "there is no 'nothing'"),
+        (["--study", "small.toml", "--device", "tpu9"], "--device must be one of"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(run, arguments, told):
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert told in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_a_layer_that_is_not_there_is_told_before_any_work(run):
+    Path("small.toml").write_text(Path("small.toml").read_text().replace('["input"]', '["input", "conv9"]', 1))
+    code, _, err = run("--study", "small.toml", "--out", "work")
+    assert code == 2
+    assert "layers='conv9' is no submodule" in err
+    assert len(Path("work/parts.jsonl").read_text().splitlines()) == 1

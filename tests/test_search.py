@@ -110,13 +110,14 @@ def test_distances_of_signatures_are_lower_bounds(seed, n, d, rank, noise, offse
     keys, y = mixture(n, d, 1, seed=seed, rank=rank, noise=noise)
     queries = mixture(8, d, 1, seed=seed + 1, rank=rank + 3, noise=noise)[0] + offset
     index = by_signature(keys, y)
-    own = index._sign(queries)
-    bound = torch.cdist(own.double(), index.signatures.double())
+    signatures = index.signatures
+    bound = torch.cdist(signatures.sign(queries).double(), signatures.values.double())
     truth = torch.cdist(queries.double(), keys[index.order].double())
     # A length that is left out comes of a difference of squares: it has half of float32's digits.
-    norms = torch.maximum(*((f - index.mean).norm(dim=1).amax() for f in (queries, keys)))
+    norms = torch.maximum(*((f - signatures.mean).norm(dim=1).amax() for f in (queries, keys)))
     assert (bound <= truth + 1e-3 * norms).all()
-    assert_close(index.directions.T @ index.directions, torch.eye(index.directions.shape[1]), atol=1e-4, rtol=0)
+    directions = signatures.directions
+    assert_close(directions.T @ directions, torch.eye(directions.shape[1]), atol=1e-4, rtol=0)
 
 
 def test_features_that_do_not_vary_have_signatures():
@@ -130,7 +131,7 @@ def test_candidates_are_ranked_a_part_at_a_time(monkeypatch):
     keys, y = mixture(200, 30, 4)
     queries, _ = mixture(4, 30, 4, seed=1)
     expected = by_signature(keys, y).nearest(queries, 6)
-    monkeypatch.setattr(search, "PAIR_VALUES", 7 * 30)
+    monkeypatch.setattr(search, "CHUNK_VALUES", 7 * 30)
     asked = []
 
     def rows(examples):
@@ -145,6 +146,55 @@ def test_candidates_are_ranked_a_part_at_a_time(monkeypatch):
     assert sum(asked) <= len(keys)
     assert_close(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("kind", [exact, by_signature])
+def test_no_antigens(kind):
+    keys, y = mixture(60, 8, 3)
+    near, index = kind(keys, y).nearest(keys[:0], 4)
+    assert near.shape == index.shape == (0, 3, 4)
+
+
+@pytest.fixture
+def screened(monkeypatch):
+    monkeypatch.setattr(search, "MANY_VALUES", 0)
+    return exact
+
+
+@pytest.mark.parametrize("by_class", [True, False])
+@pytest.mark.parametrize("noise", [1e-4, 0.1, 0.5])
+def test_a_screened_search_is_exact(noise, by_class, screened):
+    """Whether signatures prove every answer, some, or none."""
+    keys, y = mixture(900, 120, 3, noise=noise)
+    queries, _ = mixture(15, 120, 3, seed=1, noise=noise)
+    queries[::2] += torch.randn(8, 120, generator=torch.Generator().manual_seed(3))
+    index = screened(keys, y)
+    assert index.signatures is not None
+    near, found = index.nearest(queries, 5, by_class=by_class)
+    expected, expected_index = oracle(queries, keys, y, 5, by_class)
+    np.testing.assert_allclose(near.numpy(), expected, rtol=2e-4)
+    assert (found.numpy() == expected_index).all()
+
+
+def test_what_signatures_prove_is_not_searched_again(screened, monkeypatch):
+    keys, y = mixture(900, 120, 3, noise=1e-3)
+    index = screened(keys, y)
+    expected = index.nearest(keys[:9], 5)
+    monkeypatch.setattr(search.flocking, "nearest", None)
+    assert torch.equal(index.nearest(keys[:9], 5)[0], expected[0])
+    # What is left out hides which neighbours are near.
+    keys, y = mixture(900, 120, 3, rank=1, noise=0.2)
+    index = screened(keys, y)
+    assert index.signatures is not None
+    with pytest.raises(TypeError):
+        index.nearest(keys[:9], 5)
+
+
+def test_features_in_many_directions_are_not_screened(screened):
+    assert (
+        screened(torch.randn(300, 40, generator=torch.Generator().manual_seed(0)), torch.arange(300) % 3).signatures
+        is None
+    )
 
 
 def test_progress_is_told_up_to_the_total(monkeypatch):

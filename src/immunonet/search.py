@@ -17,11 +17,16 @@ from immunonet import _store
 from immunonet.immune import flocking
 
 # Directions of a signature, and examples that they are fitted on.
-DIRECTIONS, SAMPLE = 128, 2000
+DIRECTIONS, SAMPLE = 256, 2000
+# Values of features in memory from which signatures are worth their search, if a quarter of the width holds all but
+# this share of the sample's variance.
+MANY_VALUES, LEFT_OUT = 2**27, 0.01
+# What the length that a signature leaves out loses to float32, as a share of the features' norms.
+LOSS = 2**-10
 # Examples whose features are computed at once when all of them pass by.
 ROWS = 500
-# Values of the examples' features that are compared with the antigens' at once: near the size of a last-level cache.
-PAIR_VALUES = 2**22
+# Values of the examples' features that are computed or read at once: near the size of a last-level cache.
+CHUNK_VALUES = 2**22
 # Examples by which a feature file is recognised.
 PROBES = 8
 
@@ -55,8 +60,61 @@ class Index(Protocol):
         """Return the features `(*, D)` of examples `(*)`."""
 
 
+class Signatures(Kept):
+    """Projections of features on the principal directions of a sample, and the lengths of what they leave out.
+
+    Distances of signatures are lower bounds of those of features, but for what float32 loses of the lengths (`LOSS`).
+    """
+
+    mean: Tensor
+    directions: Tensor
+    values: Tensor
+    squares: Tensor
+
+    def __init__(self, mean: Tensor, directions: Tensor) -> None:
+        """Take the sample's mean `(D,)` and orthonormal directions `(D, p)`; the signatures come by `keep`."""
+        super().__init__()
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("directions", directions, persistent=False)
+
+    @classmethod
+    def of(cls, sample: Tensor, most: int, left_out: float = 0.0) -> Signatures | None:
+        """Return signatures on the principal directions of `sample` `(n, D)`, overwritten.
+
+        At most `most` directions: as many as leave out no more than a share `left_out` of the variance; None where
+        more would be needed. 0: just as many.
+        """
+        mean = sample.mean(0)
+        sample -= mean
+        variances, vectors = torch.linalg.eigh(sample @ sample.T)
+        if left_out:
+            held = variances.clamp(min=0).flip(0).cumsum(0)
+            needed = int((held < (1 - left_out) * held[-1]).sum()) + 1
+            if needed > most:
+                return None
+            most = min(most, needed)
+        # Projections are lower bounds only on directions that are orthonormal, which those of small variance are not.
+        return cls(mean, torch.linalg.qr(sample.T @ vectors[:, -most:])[0])
+
+    def keep(self, values: Tensor) -> None:
+        """Take the signatures of the examples `(N, p + 1)`."""
+        self.register_buffer("values", values, persistent=False)
+        self.register_buffer("squares", values.square().sum(1), persistent=False)
+
+    def sign(self, features: Tensor) -> Tensor:
+        """Return the signatures `(n, p + 1)` of features `(n, D)`."""
+        centred = features - self.mean
+        projection = centred @ self.directions
+        left = centred.square().sum(1, keepdim=True) - projection.square().sum(1, keepdim=True)
+        return torch.cat([projection, left.clamp(min=0).sqrt()], dim=1)
+
+
 class ExactIndex(Kept):
-    """All features in memory, grouped by class and centred; the search is exact."""
+    """All features in memory, grouped by class and centred; the search is exact.
+
+    Where many features lie near few directions, their signatures are searched first, and an answer stands if no
+    signature that was passed over can be nearer; where one might be, all features are searched.
+    """
 
     keys: Tensor
     squares: Tensor
@@ -76,6 +134,11 @@ class ExactIndex(Kept):
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("place", order.argsort(), persistent=False)
         self.register_buffer("centre", centre, persistent=False)
+        self.signatures: Signatures | None = None
+        if keys.numel() >= MANY_VALUES:
+            self.signatures = Signatures.of(keys[_spread(len(keys))], keys.shape[1] // 4, LEFT_OUT)
+        if self.signatures is not None:
+            self.signatures.keep(torch.cat([self.signatures.sign(part) for part in keys.split(ROWS)]))
 
     @property
     def width(self) -> int:
@@ -87,7 +150,11 @@ class ExactIndex(Kept):
         # Autocast is for the model; the search needs every digit.
         with torch.autocast(features.device.type, enabled=False):
             counts = self.counts if by_class else [len(self.keys)]
-            distances, index = flocking.flock(features - self.centre, self.keys, self.squares, counts, k)
+            queries = features - self.centre
+            if self.signatures is None:
+                distances, index = flocking.flock(queries, self.keys, self.squares, counts, k)
+            else:
+                distances, index = self._screened(queries, self.signatures, counts, k)
         found = self.order[index]
         return (distances, found) if by_class else (distances[:, 0], found[:, 0])
 
@@ -95,51 +162,56 @@ class ExactIndex(Kept):
         """Return the features `(*, D)` of examples `(*)`."""
         return self.keys[self.place[examples]] + self.centre
 
+    def _screened(self, queries: Tensor, signatures: Signatures, counts: list[int], k: int) -> tuple[Tensor, Tensor]:
+        """Return what `flocking.flock` does, by signatures as far as they prove it."""
+        own = signatures.sign(queries)
+        norms = own.square().sum(1)
+        distances, indices, start = [], [], 0
+        for count in counts:
+            part = slice(start, start + count)
+            keys, squares = self.keys[part], self.squares[part]
+            rough = torch.addmm(signatures.squares[part], own, signatures.values[part].T, alpha=-2)
+            farthest, candidates = flocking.smallest(rough, min(count, 4 * k))
+            near, index = flocking.rank(queries, keys, candidates, k)
+            bound = (farthest[:, -1] + norms).clamp(min=0).sqrt() - LOSS * (norms + squares.max()).sqrt()
+            unsure = (near[:, -1] > bound) & (candidates.shape[1] < count)
+            if bool(unsure.any()):
+                near[unsure], index[unsure] = flocking.nearest(queries[unsure], keys, squares, k)
+            distances.append(near)
+            indices.append(index + start)
+            start += count
+        return torch.stack(distances, 1), torch.stack(indices, 1)
+
 
 class SignatureIndex(Kept):
-    """Features too wide to keep: short signatures find twice as many candidates as asked for; features rank them.
+    """Features too wide to keep: signatures find twice as many candidates as asked for; features rank them."""
 
-    A signature is a projection on the principal directions of a sample, and the length of what the projection
-    leaves out; distances of signatures are lower bounds of those of features, to float precision.
-    """
-
-    mean: Tensor
-    directions: Tensor
-    signatures: Tensor
-    squares: Tensor
     order: Tensor
 
     def __init__(self, rows: Rows, order: Tensor, counts: list[int], *, on_progress: Progress | None = None) -> None:
         """Take the features by example, and the examples `order` `(N,)`, grouped by class; `counts` per class."""
         super().__init__()
         self._rows, self.counts = rows, counts
-        sample = computed(rows, order[torch.linspace(0, len(order) - 1, min(SAMPLE, len(order))).long()])
-        mean = sample.mean(0)
-        sample -= mean
-        # Projections are lower bounds only on directions that are orthonormal, which those of small variance are not.
-        directions = torch.linalg.qr(sample.T @ torch.linalg.eigh(sample @ sample.T)[1][:, -DIRECTIONS:])[0]
-        del sample
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("directions", directions, persistent=False)
+        signatures = Signatures.of(computed(rows, order[_spread(len(order))]), DIRECTIONS)
+        assert signatures is not None
         parts = []
         for part in order.split(ROWS):
-            parts.append(self._sign(rows(part)))
+            parts.append(signatures.sign(rows(part)))
             if on_progress is not None:
                 on_progress(sum(map(len, parts)), len(order))
-        signatures = torch.cat(parts)
-        self.register_buffer("signatures", signatures, persistent=False)
-        self.register_buffer("squares", signatures.square().sum(1), persistent=False)
+        signatures.keep(torch.cat(parts))
+        self.signatures = signatures
         self.register_buffer("order", order, persistent=False)
 
     @property
     def width(self) -> int:
         """D, the values of a feature vector."""
-        return len(self.directions)
+        return len(self.signatures.directions)
 
     def nearest(self, features: Tensor, k: int, *, by_class: bool = True) -> tuple[Tensor, Tensor]:
         """Return distances and examples of the k nearest found of every class, `(B, C, k)`, or of all, `(B, k)`."""
         counts = self.counts if by_class else [len(self.order)]
-        candidates = self._candidates(features, counts, 2 * k)
+        candidates = self._candidates(features, counts, max(2 * k, k + flocking.SLACK))
         distances = self._distances(features, torch.cat(candidates, 1))
         near, found = [], []
         for part, examples in zip(distances.split([c.shape[1] for c in candidates], 1), candidates, strict=True):
@@ -154,35 +226,29 @@ class SignatureIndex(Kept):
 
     def _candidates(self, features: Tensor, counts: list[int], n: int) -> list[Tensor]:
         """Return the examples of the nearest signatures, at most n per group, `(B, <= n)` each."""
-        groups = zip(*(part.split(counts) for part in (self.order, self.signatures, self.squares)), strict=True)
         with torch.autocast(features.device.type, enabled=False):
-            own = self._sign(features)
+            own = self.signatures.sign(features)
+            left = self.signatures.values[:, -1]
+            # What projections leave out of two neighbours is about half alike, whatever its length in an antigen.
+            own[:, -1] = 0
+            squares = self.signatures.squares - left.square() / 2
+            groups = zip(*(part.split(counts) for part in (self.order, self.signatures.values, squares)), strict=True)
             return [
-                order[flocking.nearest(own, signatures, squares, min(n, len(order)))[1]]
-                for order, signatures, squares in groups
+                order[flocking.smallest(torch.addmm(squares, own, values.T, alpha=-2), min(n, len(order)))[1]]
+                for order, values, squares in groups
             ]
 
     def _distances(self, features: Tensor, candidates: Tensor) -> Tensor:
-        """Return the distances of `features` `(B, D)` to `candidates` `(B, C, m)`; each example is computed once."""
+        """Return the distances of `features` `(B, D)` to `candidates` `(B, m)`; each example is computed once."""
+        out = features.new_empty(candidates.numel())
         examples, place = candidates.flatten().unique(return_inverse=True)
-        antigens = torch.arange(len(features), device=place.device).repeat_interleave(candidates.shape[1])
-        grouped = place.argsort()
-        counts = place.bincount()
-        out = features.new_empty(len(place))
-        step = max(1, PAIR_VALUES // features.shape[1])
-        for part, sizes in zip(examples.split(step), counts.split(step), strict=True):
-            pairs, grouped = grouped.tensor_split([int(sizes.sum())])
-            rows = self._rows(part)
-            first = int(place[pairs[0]])
-            for some in pairs.split(step):
-                out[some] = (rows[place[some] - first] - features[antigens[some]]).norm(dim=1)
+        pairs = iter(place.argsort().split(place.bincount(minlength=len(examples)).tolist()))
+        for part in examples.split(max(1, CHUNK_VALUES // features.shape[1])):
+            # An example at a time: its few differences stay in the cache. An empty batch has no examples.
+            for row, own in zip(self._rows(part) if len(part) else (), pairs, strict=False):
+                antigens = own // candidates.shape[1]
+                out[own] = torch.linalg.vector_norm(features[antigens].sub_(row), dim=1)
         return out.view_as(candidates)
-
-    def _sign(self, features: Tensor) -> Tensor:
-        centred = features - self.mean
-        projection = centred @ self.directions
-        left = centred.square().sum(1, keepdim=True) - projection.square().sum(1, keepdim=True)
-        return torch.cat([projection, left.clamp(min=0).sqrt()], dim=1)
 
 
 class FeatureFile:
@@ -244,6 +310,11 @@ class FeatureFile:
                     on_progress(min(start + ROWS, n), n)
             # The record comes first, so that there is never a file without one.
             _store.write_json(beside, record)
+
+
+def _spread(n: int) -> Tensor:
+    """Return the places of a sample, spread evenly over n."""
+    return torch.linspace(0, n - 1, min(SAMPLE, n)).long()
 
 
 def auto_budget() -> int:

@@ -24,11 +24,7 @@ def nearest(queries: Tensor, keys: Tensor, squares: Tensor, k: int) -> tuple[Ten
     m = min(len(keys), k + SLACK)
     rough = torch.addmm(squares, queries, keys.T, alpha=-2)
     farthest, candidates = smallest(rough, m)
-    step = max(1, CHUNK_VALUES // (m * keys.shape[1]))
-    pairs = zip(queries.split(step), candidates.split(step), strict=True)
-    exact = torch.cat([(keys[c] - q[:, None]).norm(dim=2) for q, c in pairs])
-    distances, order = exact.topk(k, dim=1, largest=False)
-    index = candidates.gather(1, order)
+    distances, index = rank(queries, keys, candidates, k)
     if m < len(keys):
         own = torch.linalg.vector_norm(queries, dim=1).square()
         unsure = distances[:, -1].square() > farthest[:, -1] + own - LOSS * (own + squares.max())
@@ -36,6 +32,15 @@ def nearest(queries: Tensor, keys: Tensor, squares: Tensor, k: int) -> tuple[Ten
             every = torch.cdist(queries[unsure], keys, compute_mode="donot_use_mm_for_euclid_dist")
             distances[unsure], index[unsure] = every.topk(k, dim=1, largest=False)
     return distances, index
+
+
+def rank(queries: Tensor, keys: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the exact distances and indices, each `(B, k)`, of the nearest of `candidates` `(B, m)`, in order."""
+    step = max(1, CHUNK_VALUES // (candidates.shape[1] * keys.shape[1]))
+    pairs = zip(queries.split(step), candidates.split(step), strict=True)
+    exact = torch.cat([(keys[c] - q[:, None]).norm(dim=2) for q, c in pairs])
+    distances, order = exact.topk(k, dim=1, largest=False)
+    return distances, candidates.gather(1, order)
 
 
 def smallest(values: Tensor, m: int) -> tuple[Tensor, Tensor]:

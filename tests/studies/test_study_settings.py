@@ -158,7 +158,7 @@ def test_curves_are_checked(read, curve, told):
 
 
 def test_a_file_that_cannot_be_read_is_named(read, tmp_path):
-    with pytest.raises(ValueError, match=r"study.toml is not TOML \\(.*line 1"):
+    with pytest.raises(ValueError, match=r"study.toml is not TOML \(.*line 1"):
         read(text="title = ]\n")
     (tmp_path / "b.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"b\.toml is not TOML"):

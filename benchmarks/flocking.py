@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import common
 from common import Row
 from immunonet import RAILS
-from immunonet.search import ExactIndex, SignatureIndex
+from immunonet.search import ExactIndex
 
 K = 10
 
@@ -104,12 +104,14 @@ def _wide(options: argparse.Namespace, way: str) -> Row:
 def _exact(rails: RAILS, queries: Tensor) -> Tensor:
     """Return the distances `(B, C, K)` of the nearest of every class, all features passing by once."""
     goals = rails.features(queries)[0]
+    # Centred, a distance has all the digits that recall looks at.
+    centre = goals.mean(0)
+    goals = goals - centre
     far = torch.empty(len(queries), len(rails.repertoire.x))
-    examples = torch.arange(len(rails.repertoire.x))
-    for part in examples.split(250):
-        rows = rails.index().rows(part)
-        for q, goal in enumerate(goals):
-            far[q, part] = (rows - goal).square_().sum(1).sqrt()
+    for part in torch.arange(far.shape[1]).split(250):
+        rows = rails.index().rows(part).sub_(centre)
+        squares = goals.square().sum(1, keepdim=True) + rows.square().sum(1)
+        far[:, part] = (squares - 2 * goals @ rows.T).clamp(min=0).sqrt()
     y = rails.repertoire.y
     return torch.stack([far[:, y == c].topk(K, dim=1, largest=False).values for c in range(rails.classes)], 1)
 
@@ -129,7 +131,7 @@ def mixture(n: int, width: int, classes: int, draw: int, *, rank: int = 8, noise
 
 
 def rows(options: argparse.Namespace) -> list[Row]:
-    """Return figures of many narrow rows, for the library's two indices, scikit-learn and FAISS."""
+    """Return figures of many narrow rows, for the library with and without signatures, scikit-learn and FAISS."""
     x, y = mixture(options.rows, options.width, 10, 0)
     queries, _ = mixture(options.batch, options.width, 10, 2)
     # Half of the queries are perturbed by half of their distance to a point of another class.
@@ -137,14 +139,14 @@ def rows(options: argparse.Namespace) -> list[Row]:
     queries[:half] += 0.5 * (queries[:half].roll(1, 0) - queries[:half])
     order, counts = y.argsort(stable=True), torch.bincount(y).tolist()
     grouped = x[order]
-    place = order.argsort()
+    del x
     groups = [part.numpy() for part in grouped.split(counts)]
     peers: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
-        "SignatureIndex": lambda: _library(SignatureIndex(lambda e: grouped[place[e]], order, counts)),
+        # It keeps its own centred copy.
+        "immunonet": lambda: _library(ExactIndex(grouped.clone(), order, counts)),
+        "immunonet, no signatures": lambda: _library(_bare(ExactIndex(grouped.clone(), order, counts))),
         "scikit-learn brute": lambda: _scikit(groups),
         "FAISS IndexFlatL2": lambda: _faiss(groups),
-        # It keeps its own centred copy.
-        "ExactIndex": lambda: _library(ExactIndex(grouped.clone(), order, counts)),
     }
     exact = _scikit(groups)(queries)
     found = []
@@ -165,8 +167,8 @@ def rows(options: argparse.Namespace) -> list[Row]:
         found.append(
             {
                 "search": name,
-                "rows": len(x),
-                "width": x.shape[1],
+                "rows": len(grouped),
+                "width": grouped.shape[1],
                 "build_seconds": build,
                 "ms_per_antigen": 1e3 * taken / len(queries),
                 "batch": len(queries),
@@ -178,8 +180,13 @@ def rows(options: argparse.Namespace) -> list[Row]:
     return found
 
 
-def _library(index: ExactIndex | SignatureIndex) -> Callable[[Tensor], Tensor]:
+def _library(index: ExactIndex) -> Callable[[Tensor], Tensor]:
     return lambda q: index.nearest(q, K)[0]
+
+
+def _bare(index: ExactIndex) -> ExactIndex:
+    index.signatures = None
+    return index
 
 
 def _scikit(groups: list[Any]) -> Callable[[Tensor], Tensor]:

@@ -70,7 +70,8 @@ def test_engine(load, digits, monkeypatch, tmp_path):
     tables = run(load("engine"), monkeypatch, tmp_path, *digits, *sizes, *only)
     assert tables["affine"]["rows"][0]["what"] == "the loop"
     assert all(row["seconds_per_image"] > 0 for row in tables["affine"]["rows"])
-    assert [row["n"] for row in tables["agreement"]["rows"]] == [5, 5]
+    assert [row["images"] for row in tables["agreement"]["rows"]] == [10] * 8 + [2]
+    assert tables["agreement"]["rows"][0]["agreement"] == 1
     assert [row["batch"] for row in tables["latency"]["rows"]] == [1, 8, 21, 64, 256]
 
 
@@ -105,7 +106,7 @@ def test_rows(load, digits, monkeypatch, tmp_path):
         *["--rows", "2000", "--width", "32", "--batch", "8", "--only", "rows"],
     )
     recalls = {row["search"]: row.get("recall_clean") for row in found["rows"]["rows"]}
-    assert recalls["ExactIndex"] == recalls["scikit-learn brute"] == 1
+    assert recalls["immunonet"] == recalls["scikit-learn brute"] == 1
 
 
 def test_recall_counts_what_is_as_near_as_the_exact_kth(load):

@@ -180,7 +180,7 @@ def test_an_interrupted_run_continues_to_the_same_tables(run, monkeypatch):
     lines = [json.loads(line) for line in whole.splitlines()]
     for line in lines:
         if line.get("key", "").startswith("tuning "):
-            line["value"]["neighbours"] = 77
+            line["value"][0] = 0.123
     shard.write_text("".join(json.dumps(line) + "\n" for line in lines))
     code, _, err = run("--study", "small.toml", "--out", "cut2", "--merge")
     assert code == 2

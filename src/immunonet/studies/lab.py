@@ -27,6 +27,7 @@ KEPT = 2
 CALIBRATION = 50
 
 Attack = FGSM | PGD | None
+Metric = Literal["cosine", "euclidean"]
 T = TypeVar("T", RAILS, DkNN)
 
 
@@ -116,7 +117,7 @@ class Lab:
         base: str,
         layers: Sequence[str],
         neighbours: int,
-        metric: Literal["cosine", "euclidean"],
+        metric: Metric,
         *,
         repertoire: int | None = None,
     ) -> DkNN:
@@ -140,7 +141,7 @@ class Lab:
         self,
         base: str,
         candidates: Sequence[Sequence[str]],
-        metrics: Sequence[Literal["cosine", "euclidean"]],
+        metrics: Sequence[Metric],
         *,
         repertoire: int | None = None,
     ) -> dict[str, Any]:
@@ -149,29 +150,33 @@ class Lab:
         It is the mean over the study's tuning images, clean and attacked. The first of the candidates, then the
         fewest neighbours win a tie.
         """
-        tuning = self.study.tuning
-        made_of = [base, [list(layers) for layers in candidates], list(metrics), repertoire]
-        key = f"tuning {_store.fingerprint(made_of)[:12]}"
-        if key not in self.journal:
-            part = slice(0, min(tuning.images, len(self.held_out)))
-            _, y = self.images("validation", part)
-            versions = [self.adversarials(base, self.study.attack(name), "validation", part) for name in tuning.attacks]
-            size = len(self.examples(repertoire)[1])
-            counts = [k for k in tuning.neighbours if k <= size]
-            found: list[dict[str, Any]] = []
-            for layers in candidates:
-                for metric in metrics:
-                    dknn = self.dknn(base, layers, counts[-1], metric, repertoire=repertoire)
-                    scores = neighbour_scores(dknn, counts, versions, y)
-                    found += [
-                        {"layers": list(layers), "neighbours": k, "metric": metric, "accuracy": score}
-                        for k, score in scores.items()
-                    ]
-            best = max(found, key=lambda choice: choice["accuracy"])
-            ties = [choice for choice in found if choice["accuracy"] == best["accuracy"]]
-            first = min(ties, key=lambda choice: (found.index(choice) // len(counts), choice["neighbours"]))
-            self.journal.add(key, first | {"images": len(y), "candidates": made_of[1]})
-        return dict(self.journal[key])
+        found = [
+            {"layers": list(layers), "neighbours": k, "metric": metric, "accuracy": score}
+            for layers in candidates
+            for k, metric, score in self._scores(base, layers, metrics, repertoire)
+        ]
+        best = max(choice["accuracy"] for choice in found)
+        first = next(choice for choice in found if choice["accuracy"] == best)
+        images = min(self.study.tuning.images, len(self.held_out))
+        return first | {"images": images, "candidates": [list(layers) for layers in candidates]}
+
+    def _scores(
+        self, base: str, layers: Sequence[str], metrics: Sequence[Metric], repertoire: int | None
+    ) -> list[tuple[int, Metric, float]]:
+        """Return the accuracy of DkNN for each number of neighbours and metric, the fewest neighbours first."""
+        tuning, scores = self.study.tuning, []
+        part = slice(0, min(tuning.images, len(self.held_out)))
+        counts = sorted(k for k in tuning.neighbours if k <= len(self.examples(repertoire)[1]))
+        for metric in metrics:
+            key = f"tuning {base} {'+'.join(layers)} {metric} {repertoire}"
+            if key not in self.journal:
+                _, y = self.images("validation", part)
+                attacks = [self.study.attack(name) for name in tuning.attacks]
+                versions = [self.adversarials(base, attack, "validation", part) for attack in attacks]
+                dknn = self.dknn(base, layers, counts[-1], metric, repertoire=repertoire)
+                self.journal.add(key, list(neighbour_scores(dknn, counts, versions, y).values()))
+            scores += [(k, metric, score) for k, score in zip(counts, self.journal[key], strict=True)]
+        return sorted(scores, key=lambda score: score[0])
 
     def _keep(self, made_of: list[Any], new: RAILS | DkNN, repertoire: int | None) -> RAILS | DkNN:
         key = _store.fingerprint(made_of)

@@ -122,7 +122,7 @@ def test_a_study_from_raw_data_to_tables_and_figures(run, tiny):
     for name in ("eps", "crossover", "layers", "repertoire", "learning", "sensing"):
         assert Path(f"results/figures/digits-{name}.png").read_bytes().startswith(b"\x89PNG")
     readme = Path("results/README.md").read_text()
-    assert "| plain | conv1 | RAILS, paper (reconstructed) |" in readme
+    assert "| plain | conv1 | RAILS, paper (reconstructed), T 20 |" in readme
     assert "figures/digits-eps.png" in readme
     assert Path("work/table.md").read_text() in readme
 

@@ -221,20 +221,30 @@ def _share(row: Mapping[str, Any]) -> str:
 def _main(rows: Sequence[Record]) -> tuple[tuple[str, ...], ...]:
     attacks = list(dict.fromkeys(row["attack"] for row in rows))
     heads = {row["attack"]: _attack(row) for row in rows}
-    lines: dict[tuple[Any, ...], dict[str, Record]] = {}
+    lines: dict[tuple[str, ...], dict[str, Record]] = {}
     for row in rows:
-        settings = row["settings"]
-        several = len(settings.get("tuning", {}).get("candidates", ())) > 1
-        title = TITLES[row["defence"]] + (", layers chosen" if several else "")
-        key = (settings["base"], _place(settings["layers"]), title, row["n"], len(row["seeds"]))
+        settings, title = row["settings"], TITLES[row["defence"]]
+        if len(settings.get("tuning", {}).get("candidates", ())) > 1:
+            title += ", layers chosen"
+        if "maturation" in settings:
+            title += f", T {settings['maturation'][0]['population']}"
+        size = f"{settings['repertoire']:,}" if "repertoire" in settings else ""
+        place = _place(settings["layers"]) + (f" (cells at {settings['space']})" if "space" in settings else "")
+        key = (settings["base"], place, title, size, f"{row['n']:,}", str(len(row["seeds"]) or ""))
         lines.setdefault(key, {})[row["attack"]] = row
+    # Layers stay together, in the order of their first appearance.
+    places = list(dict.fromkeys(key[:2] for key in lines))
+    kinds = list(TITLES)
     body = []
-    for (base, layers, title, n, seeds), cells in lines.items():
-        clean = cells.get("none")
-        time = "" if clean is None else f"{1000 * clean['seconds_per_image']:.3g}"
+    for line, cells in sorted(
+        lines.items(),
+        key=lambda item: (places.index(item[0][:2]), kinds.index(next(iter(item[1].values()))["defence"])),
+    ):
+        time = f"{1000 * cells['none']['seconds_per_image']:.3g}" if "none" in cells else ""
         shares = [_share(cells[attack]) if attack in cells else "" for attack in attacks]
-        body.append((base, layers, title, *shares, f"{n:,}", str(seeds or ""), time))
-    return ("base", "layer", "defence", *(heads[a] for a in attacks), "images", "seeds", "ms"), *body
+        body.append((*line[:3], *shares, *line[3:], time))
+    head = ("base", "layer", "defence", *(heads[a] for a in attacks), "repertoire", "images", "seeds", "ms")
+    return head, *body
 
 
 def _attack(row: Record) -> str:

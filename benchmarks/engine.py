@@ -19,11 +19,9 @@ from torch import Tensor
 
 import common
 from common import Row, Setting
-from immunonet import RAILS, Maturation, zoo
+from immunonet import RAILS, DkNN, Maturation, zoo
 from immunonet.immune import backend, operators
 from loop import Loop
-
-PARTS = ("affine", "block1", "agreement", "latency", "profile")
 
 
 def settings(options: argparse.Namespace) -> dict[str, Maturation]:
@@ -53,6 +51,7 @@ def against_loop(setting: Setting, layer: str, options: argparse.Namespace) -> l
         taken, found = common.seconds(lambda rails=rails, x=x: rails.predict(x), options.repeats)
         rows.append({"what": name, "seconds_per_image": taken / len(x)} | accuracies(found, setting.labels[:n]))
     del rails
+    rows.append(dknn(setting, layer, n, options))
     model = zoo.mnist_affine(setting.net) if layer == "affine" else up_to_pool1(setting.net)
     loop = Loop(
         lambda c: model(c).flatten(1),
@@ -77,6 +76,15 @@ def against_loop(setting: Setting, layer: str, options: argparse.Namespace) -> l
     return [peer, *(row | {"ratio_to_loop": peer["seconds_per_image"] / row["seconds_per_image"]} for row in rows)]
 
 
+def dknn(setting: Setting, layer: str, n: int, options: argparse.Namespace) -> Row:
+    """Return the figures of DkNN on n clean and n attacked images."""
+    where = zoo.mnist_affine(setting.net) if layer == "affine" else layer
+    peer = DkNN(setting.net, where).fit(setting.x, setting.y)
+    x = torch.cat([setting.clean[:n], setting.attacked[:n]])
+    taken, found = common.seconds(lambda: peer.predict(x), options.repeats)
+    return {"what": "DkNN", "seconds_per_image": taken / len(x)} | accuracies(found, setting.labels[:n])
+
+
 def up_to_pool1(net: zoo.MnistNet) -> Callable[[Tensor], Tensor]:
     """Return the first block of the network: conv, ReLU, conv, ReLU, pool."""
     return torch.nn.Sequential(net.conv1, torch.nn.ReLU(), net.conv2, torch.nn.ReLU(), net.pool1)
@@ -98,8 +106,8 @@ def agreement(setting: Setting, options: argparse.Namespace) -> list[Row]:
     sizes: dict[str, Any] = {"population": options.population, "generations": options.generations}
     off: dict[str, Any] = {"early_stop": None, "prune": None}
     variants: dict[str, tuple[dict[str, Any], int]] = {
-        "early_stop=None, prune=None (the reference)": (off, options.seed),
-        "the reference, another seed": (off, options.seed + 1),
+        "no shortcut (the reference)": (off, options.seed),
+        "no shortcut, another seed": (off, options.seed + 1),
         "defaults": ({}, options.seed),
         "early_stop=2": ({"early_stop": 2, "prune": None}, options.seed),
         "early_stop=1": ({"early_stop": 1, "prune": None}, options.seed),
@@ -133,7 +141,7 @@ def agreement(setting: Setting, options: argparse.Namespace) -> list[Row]:
     rails.maturations = (Maturation(**sizes, **off),)
     with patch.object(backend, "_numba", lambda: None):
         taken, found = common.seconds(lambda: rails.predict(x, seed=options.seed), 1)
-    compare("the reference by torch operators and the root, a tenth", taken, found, some, setting.labels[:m])
+    compare("no shortcut, by torch operators and the root, a tenth", taken, found, some, setting.labels[:m])
     return rows
 
 
@@ -210,6 +218,15 @@ def profile(setting: Setting, options: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def rates(options: argparse.Namespace) -> list[Row]:
+    """Return the rates that floors are reckoned with: of a matrix product, and of a copy."""
+    a, big = torch.rand(2048, 2048), torch.rand(2**25)
+    out, target = torch.empty_like(a), torch.empty_like(big)
+    product = min(common.seconds(lambda: torch.mm(a, a, out=out), 1)[0] for _ in range(3 * options.repeats))
+    copy = min(common.seconds(lambda: target.copy_(big), 1)[0] for _ in range(3 * options.repeats))
+    return [{"matrix_product_FLOPS": 2 * 2048**3 / product, "copy_bytes_per_second": 2 * big.nbytes / copy}]
+
+
 def main() -> None:
     """Run the parts that are asked for."""
     p = common.parser(__doc__)
@@ -228,6 +245,7 @@ def main() -> None:
         "agreement": lambda: agreement(setting, options),
         "latency": lambda: latency(setting, options),
         "profile": lambda: profile(setting, options),
+        "rates": lambda: rates(options),
     }
     common.run(options, jobs)
 

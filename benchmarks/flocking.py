@@ -37,7 +37,7 @@ class Relu2(nn.Module):
 
 
 def memory(what: str) -> int:
-    """Return the resident memory of this process, "VmRSS" now or "VmHWM" at most, in bytes (Linux)."""
+    """Return the resident memory of this process in bytes (Linux): "VmRSS", at most "VmHWM", of files "RssFile"."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(what):
             return int(line.split()[1]) * 1024
@@ -65,14 +65,14 @@ def wide(options: argparse.Namespace) -> list[Row]:
 
 def _wide(options: argparse.Namespace, way: str) -> Row:
     common.use_threads(options.threads)
-    setting = common.mnist(options, options.examples, 256)
+    setting = common.mnist(options, options.examples, 500)
     rails = RAILS(setting.net, Relu2(setting.net), memory_budget=options.memory_budget, seed=options.seed)
     file = None if way == "recomputed" else options.out / "features.f16"
     forget_peak()
-    before, start = memory("VmRSS"), time.perf_counter()
+    before, mapped, start = memory("VmRSS"), memory("RssFile"), time.perf_counter()
     try:
-        rails.fit(setting.x, setting.y, feature_file=file)
-        fit, peak = time.perf_counter() - start, memory("VmHWM") - before
+        rails.fit(setting.x, setting.y, (setting.clean[256:], setting.labels[256:]), feature_file=file)
+        fit, peak, mapped = time.perf_counter() - start, memory("VmHWM") - before, memory("RssFile") - mapped
         half = options.queries // 2
         x = torch.cat([setting.clean[: options.batch // 2], setting.attacked[: options.batch // 2]])
         index = rails.index()
@@ -84,6 +84,7 @@ def _wide(options: argparse.Namespace, way: str) -> Row:
             "index": type(index).__name__,
             "fit_seconds": fit,
             "fit_peak_GiB": peak / 2**30,
+            "of_it_pages_of_the_file_GiB": max(0, mapped) / 2**30 if file else 0.0,
             "ms_per_antigen": 1e3 * taken / len(x),
             "batch": len(x),
             "ms_at_batch_1": 1e3 * statistics.median(alone),

@@ -132,6 +132,34 @@ def test_report_says_what_was_not_measured(load):
     report = load("report")
     tables = {"wide": {"rows": [{"features": "recomputed", "fit_peak_GiB": 2.5}], "command": "c"}}
     rows = {row["line"]: row for row in report.targets(tables)}
-    assert rows["50,176-wide fit, peak memory"]["reached"] == "not reached"
-    assert rows["50,176-wide fit, peak memory"]["figure"] == "2.5"
-    assert rows["block 1, defaults"]["reached"] == rows["VGG16 setting on a GPU"]["reached"] == "not measured"
+    assert rows["50,176-wide fit of 60,000: peak memory"]["reached"] == "not reached"
+    assert rows["50,176-wide fit of 60,000: peak memory"]["figure"] == "2.5"
+    assert rows["block 1, defaults, against the loop"]["reached"] == "not measured"
+    assert rows["VGG16 setting on a GPU: 10,000 images"]["figure"] == "not measured"
+
+
+def test_floors_stand_beside_what_was_measured(load):
+    report = load("report")
+    rates = {"rows": [{"matrix_product_FLOPS": 1e12, "copy_bytes_per_second": 1e6}]}
+    shares = {row["stage"]: 0.25 for row in report.affine()}
+    profile = {"rows": [{"layer": "affine", "settings": report.FULL, "seconds_per_image": 2.0} | shares]}
+    flocking = report.floors({"rates": rates, "profile": profile}, "affine", report.affine())[0]
+    assert flocking["measured_ms"] == pytest.approx(500)
+    assert flocking["floor_ms"] == pytest.approx(1e3 * 4 * 20_000 * 784 / 21 / 1e6)
+    assert report.floors({}, "pool1", report.block1())[-1]["measured_over_floor"] is None
+
+
+def test_the_document_holds_every_table(load, tmp_path, monkeypatch):
+    where = {"cpu": "a cpu", "threads": 2, "load_average": 1.0, "torch": "2", "commit": "abc"}
+    table = {
+        "rows": [{"size": "T", "slope": 1.0}],
+        "settings": {"seed": 0, "repeats": 3},
+        "environment": where,
+        "command": "run me",
+    }
+    (tmp_path / "cost.json").write_text(json.dumps({"tables": {"growth": table}}))
+    monkeypatch.setattr(sys, "argv", ["report.py", "--results", str(tmp_path), "--to", str(tmp_path / "out.md")])
+    load("report").main()
+    text = (tmp_path / "out.md").read_text()
+    assert "### growth\n\n`run me`\n\n| size | slope |" in text
+    assert "not measured" in text

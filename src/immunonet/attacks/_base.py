@@ -69,7 +69,10 @@ class Attack(abc.ABC):
 
     def __call__(self, model: Model, x: Any, y: Any) -> AttackResult:
         """Attack `model` at inputs `x` `(B, *S)` with labels `y` `(B,)`."""
-        problem = self._problem(model, x, y)
+        return self._attack(self._problem(model, x, y))
+
+    def _attack(self, problem: Problem) -> AttackResult:
+        model = problem.model
         with evaluating(*[model] if isinstance(model, nn.Module) else []), torch.no_grad():
             self._check_model(problem)
             found = self._search(problem)
@@ -114,17 +117,22 @@ class Attack(abc.ABC):
 
 
 class Problem(NamedTuple):
-    """A model, checked inputs `(B, *S)` and labels `(B,)`, and the valid range, which broadcasts against `*S`."""
+    """A model, checked inputs `(B, *S)` and labels `(B,)`, and the valid range, which broadcasts against `*S`.
+
+    `starts` `(B, *S)`: where to begin, for attacks that are told.
+    """
 
     model: Model
     x: Tensor
     y: Tensor
     low: Tensor
     high: Tensor
+    starts: Tensor | None = None
 
-    def part(self, rows: slice | Tensor) -> Problem:
+    def part(self, rows: Tensor) -> Problem:
         """Return the same for some of the inputs."""
-        return self._replace(x=self.x[rows], y=self.y[rows])
+        starts = None if self.starts is None else self.starts[rows]
+        return self._replace(x=self.x[rows], y=self.y[rows], starts=starts)
 
 
 class Found(NamedTuple):

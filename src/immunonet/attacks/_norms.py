@@ -48,9 +48,14 @@ def random_within(x: Tensor, eps: float, norm: str, generator: torch.Generator) 
         return (2 * torch.rand(x.shape, generator=generator) - 1).to(x) * eps
     direction = steepest(torch.randn(x.shape, generator=generator), "l2")
     radius = torch.rand(len(x), generator=generator) ** (1 / direction[0].numel() if len(x) else 1)
-    return (direction * radius.reshape(-1, *(1,) * (x.ndim - 1))).to(x) * eps
+    return (direction * spread(radius, x)).to(x) * eps
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
     """Shape `(B,)` divisors to broadcast over samples, with one in place of zero."""
-    return torch.where(values > 0, values, 1.0).reshape(-1, *(1,) * (like.ndim - 1))
+    return spread(torch.where(values > 0, values, 1.0), like)
+
+
+def spread(values: Tensor, like: Tensor) -> Tensor:
+    """Shape values `(B,)` to broadcast over samples `(B, *S)`."""
+    return values.reshape(-1, *(1,) * (like.ndim - 1))

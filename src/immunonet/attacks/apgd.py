@@ -13,7 +13,7 @@ from torch import Tensor
 from immunonet import _check
 from immunonet.attacks._base import Attack, Found, Loss, Model, Problem, generator_of, logits_of
 from immunonet.attacks._losses import cross_entropy, dlr, gradient, targeted_dlr
-from immunonet.attacks._norms import project, random_within, steepest
+from immunonet.attacks._norms import project, random_within, spread, steepest
 
 LOSSES = ("ce", "dlr", "targeted-dlr")
 _LEAST_CLASSES = {"ce": 2, "dlr": 3, "targeted-dlr": 4}
@@ -89,7 +89,7 @@ class APGD(Attack):
 
     def _climb(self, problem: Problem, start: Tensor, loss: Loss) -> Found:
         """Return the best point of one ascent from `start`, and the losses of all its points."""
-        model, x, y, low, high = problem
+        model, x, y, low, high, _ = problem
         project_on = functools.partial(project, centre=x, eps=self.eps, norm=self.norm, low=low, high=high)
         value, hit, slope = self._ask(model, start, y, loss)
         curve, found = [value], Found.nothing(start, 0)
@@ -101,7 +101,7 @@ class APGD(Attack):
         at_check, halved = value.clone(), torch.zeros_like(hit)
         checks = dict(_checkpoints(self.iterations))
         for k in range(1, self.iterations + 1):
-            plain = project_on(point + _spread(step, point) * steepest(slope, self.norm))
+            plain = project_on(point + spread(step, point).to(point) * steepest(slope, self.norm))
             weight = _PLAIN if k > 1 else 1.0
             before, point = point, project_on(point + weight * (plain - point) + (1 - weight) * (point - before))
             value, hit, slope = self._ask(model, point, y, loss)
@@ -150,9 +150,5 @@ def _checkpoints(iterations: int) -> Iterator[tuple[int, int]]:
             last = now
 
 
-def _spread(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.dtype).reshape(-1, *(1,) * (like.ndim - 1))
-
-
 def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(mask.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+    return torch.where(spread(mask, a), a, b)

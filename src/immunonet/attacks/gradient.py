@@ -58,7 +58,7 @@ class PGD(Attack):
 
     def _climb(self, problem: Problem, start: Tensor) -> Found:
         """Return the best point of one ascent from `start`, and the losses of all its points."""
-        model, x, y, low, high = problem
+        model, x, y, low, high, _ = problem
         point, curve, best, velocity = start, [], Found.nothing(start, 0), torch.zeros_like(start)
         for iteration in range(self.iterations + 1):
             last = iteration == self.iterations

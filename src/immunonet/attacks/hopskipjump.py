@@ -1,0 +1,175 @@
+"""HopSkipJump: an attack that sees labels only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from immunonet import _check
+from immunonet.attacks._base import Attack, AttackResult, Found, Model, Problem, generator_of
+from immunonet.attacks._losses import margin
+from immunonet.attacks._norms import column, size, spread, steepest
+
+# Halvings of a step before it is given up.
+_HALVINGS = 25
+# Points around the boundary that are asked about at once, per input.
+_BLOCK = 32
+# Random points that are tried before an input is given up.
+_STARTS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class HopSkipJump(Attack):
+    """HopSkipJump (Chen et al. 2020), called as `attack(model, x, y)`: closer and closer points that fool the model.
+
+    From a wrongly answered point it searches the line to `x` for the boundary, estimates the boundary's direction from
+    the labels of points around (`evaluations` in the first iteration, times the square root of the iteration later, at
+    most `most_evaluations`), steps along it, and begins again. It keeps the closest point that it saw fool the model,
+    which lies in no ball: `success` means that there is one, within `eps` where that is given. `losses`
+    `(iterations + 1, B)` is minus the smallest distance so far, minus infinity where there is none.
+
+    It begins at the first of 100 uniform random points that fools the model, or at `starts` `(B, *S)`, the keyword of
+    the call, which a targeted attack needs: such as examples of the wanted class. Where neither fools the model,
+    `x` is given back. The rest: see `PGD`.
+    """
+
+    eps: float | None = None
+    iterations: int = 50
+    evaluations: int = 100
+    most_evaluations: int = 10_000
+    seed: int | None = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eps is not None:
+            _check.number("eps", self.eps, least=0.0)
+        _check.integer("iterations", self.iterations)
+        _check.integer("evaluations", self.evaluations)
+        _check.integer("most_evaluations", self.most_evaluations, least=self.evaluations)
+        _check.seed("seed", self.seed)
+
+    def __call__(self, model: Model, x: Any, y: Any, *, starts: Any = None) -> AttackResult:
+        """Attack `model` at inputs `x` `(B, *S)` with labels `y` `(B,)`, from `starts` `(B, *S)` if given."""
+        if starts is None and self.targeted:
+            raise ValueError("starts must be given for a targeted attack: for every input one that has the label y")
+        problem = self._problem(model, x, y)
+        if starts is not None:
+            starts = _check.inputs("starts", starts, bounds=self.bounds, shape=problem.x.shape[1:]).to(problem.x.device)
+            if len(starts) != len(problem.x):
+                raise ValueError(f"starts must be one per input, {len(problem.x)}, got {len(starts)}")
+        return self._attack(problem._replace(starts=starts))
+
+    def _search(self, problem: Problem) -> Found:
+        points = problem.x.clone()
+        hit = self._fools(problem, points)
+        distance = torch.where(hit, 0.0, torch.inf).double()
+        losses = -distance.repeat(self.iterations + 1, 1)
+        generator = generator_of(self.seed)
+        begun, found = self._begin(problem, generator)
+        rows = (found & ~hit).nonzero()[:, 0]
+        if len(rows):
+            points[rows], losses[:, rows] = self._approach(problem.part(rows), begun[rows], generator)
+            hit[rows] = True
+        distance = size(points - problem.x, self.norm)
+        success = hit if self.eps is None else hit & (distance <= self.eps)
+        return Found(points, success, losses[-1], losses)
+
+    def _begin(self, problem: Problem, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return points `(B, *S)`, and whether they fool the model."""
+        if problem.starts is not None:
+            return problem.starts, self._fools(problem, problem.starts)
+        points, found = problem.x.clone(), torch.zeros_like(problem.y, dtype=torch.bool)
+        for _ in range(_STARTS):
+            if bool(found.all()):
+                break
+            noise = torch.rand(points.shape, generator=generator).to(points)
+            tried = problem.low + noise * (problem.high - problem.low)
+            better = self._fools(problem, tried) & ~found
+            points[better], found = tried[better], found | better
+        return points, found
+
+    def _approach(self, problem: Problem, points: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the closest points that fool the model, found from `points` that do, and the curve."""
+        x, values = problem.x, problem.x[0].numel()
+        # Chen et al. 2020, section 4: how near to the boundary the search ends, as a share of the way.
+        near = 1 / (values * math.sqrt(values) if self.norm == "l2" else values**2)
+        points = self._to_boundary(problem, points, near)
+        best, nearest = points, size(points - x, self.norm)
+        curve = [-nearest.double()]
+        for iteration in range(1, self.iterations + 1):
+            distance = size(points - x, self.norm)
+            width = float((problem.high - problem.low).max())
+            radius = near * distance * (math.sqrt(values) if self.norm == "l2" else values)
+            radius = torch.full_like(radius, 0.1 * width) if iteration == 1 else radius
+            evaluations = min(int(self.evaluations * math.sqrt(iteration)), self.most_evaluations)
+            direction = self._direction(problem, points, radius, evaluations, generator)
+            points = self._to_boundary(
+                problem, self._step(problem, points, direction, distance / math.sqrt(iteration)), near
+            )
+            distance = size(points - x, self.norm)
+            closer = distance < nearest
+            best = torch.where(spread(closer, x), points, best)
+            nearest = torch.minimum(nearest, distance)
+            curve.append(-nearest.double())
+        return best, torch.stack(curve)
+
+    def _to_boundary(self, problem: Problem, points: Tensor, near: float) -> Tensor:
+        """Return the points that still fool the model when brought towards `x` as far as halving finds."""
+        x, delta = problem.x, points - problem.x
+        distance = size(delta, self.norm)
+        least, most, ends = torch.zeros_like(distance), torch.ones_like(distance), points
+        for _ in range(min(_HALVINGS, math.ceil(-math.log2(near)))):
+            share = (least + most) / 2
+            if self.norm == "l2":
+                tried = x + spread(share, x) * delta
+            else:
+                limit = spread(share * distance, x)
+                tried = x + torch.minimum(torch.maximum(delta, -limit), limit)
+            hit = self._fools(problem, tried)
+            least, most = torch.where(hit, least, share), torch.where(hit, share, most)
+            ends = torch.where(spread(hit, x), tried, ends)
+        return ends
+
+    def _direction(
+        self, problem: Problem, points: Tensor, radius: Tensor, evaluations: int, generator: torch.Generator
+    ) -> Tensor:
+        """Return the estimated way `(n, *S)` deeper into what fools the model, of size 1 (section 3.2)."""
+        n = len(points)
+        total, along, score = torch.zeros_like(points), torch.zeros_like(points), torch.zeros_like(radius)
+        for done in range(0, evaluations, _BLOCK):
+            times = min(_BLOCK, evaluations - done)
+            noise = torch.randn(times * n, *points.shape[1:], generator=generator)
+            if self.norm == "linf":
+                noise = 2 * torch.rand(noise.shape, generator=generator) - 1
+            noise = (noise / column(size(noise, "l2"), noise)).to(points)
+            around = points.repeat(times, *(1,) * (points.ndim - 1))
+            reach = spread(radius.repeat(times).clamp(min=1e-12), points)
+            tried = (around + reach * noise).clamp(problem.low, problem.high)
+            hit = self._fools(problem._replace(y=problem.y.repeat(times)), tried)
+            sign, noise = torch.where(hit, 1.0, -1.0), (tried - around) / reach
+            total += noise.unflatten(0, (times, n)).sum(0)
+            along += (spread(sign, noise) * noise).unflatten(0, (times, n)).sum(0)
+            score += sign.view(times, n).sum(0)
+        mean = spread(score / evaluations, points)
+        # Where all agree, the mean noise is the way, or its opposite.
+        way = torch.where(mean.abs() == 1, along, along - mean * total)
+        return steepest(way, self.norm)
+
+    def _step(self, problem: Problem, points: Tensor, direction: Tensor, step: Tensor) -> Tensor:
+        """Return points a step further that fool the model; the step is halved until they do."""
+        ends, open_ = points, torch.ones_like(step, dtype=torch.bool)
+        for _ in range(_HALVINGS):
+            tried = (points + spread(step, points) * direction).clamp(problem.low, problem.high)
+            hit = self._fools(problem, tried) & open_
+            ends, open_, step = torch.where(spread(hit, points), tried, ends), open_ & ~hit, step / 2
+            if not bool(open_.any()):
+                break
+        return ends
+
+    def _fools(self, problem: Problem, x: Tensor) -> Tensor:
+        """Return whether the model answers inputs as wanted, `(B,)`."""
+        return self._judge_all(problem.model, x, problem.y, margin)[1] if len(x) else x.new_zeros(0, dtype=torch.bool)

@@ -48,10 +48,13 @@ def test_a_study_from_raw_data_to_tables_and_figures(run, tiny):
     assert {(d, at, a) for d, at, a in rows if a == "pgd"} == {
         ("cnn", "", "pgd"),
         *((kind, at, "pgd") for kind in kinds for at in ("input", "conv1")),
+        ("rails-authors", "conv2 pool", "pgd"),
     }
     assert all({"layers", "model", "slice"} <= row["settings"].keys() for row in found["results"])
     assert rows["rails", "input", "pgd"]["seeds"] == [0, 1]
     assert rows["rails-authors", "input", "pgd"]["settings"]["maturation"][0]["crossover"] == "authors"
+
+    assert rows["rails-authors", "conv2 pool", "pgd"]["settings"]["space"] == "conv1"
 
     # The same answers as by hand.
     images, test = (resolve_dataset("tiny.parquet", split) for split in ("train", "test"))
@@ -81,6 +84,15 @@ def test_a_study_from_raw_data_to_tables_and_figures(run, tiny):
     chosen = [r for r in found["results"] if len(r["settings"].get("tuning", {}).get("candidates", ())) > 1]
     assert {r["defence"] for r in chosen} == {"dknn-tuned"}
     assert all(r["settings"]["layers"] in (["input"], ["input", "conv1"]) for r in chosen)
+
+    hidden = RAILS(
+        net,
+        ["conv2", "pool"],
+        maturation=Maturation.authors("mnist", population=20, generations=1, neighbours=2),
+        space="conv1",
+        cell_bounds=(-5, 5),
+    ).fit(training.x, training.y, calibration=(held.x, held.y))
+    assert torch.equal(correct("rails-authors", "conv2 pool", "none")[0], hidden.predict(x[:8], seed=0) == y[:8])
 
     pair = next(p for p in found["pairs"] if (p["defence"], p["over"], p["attack"], p["layers"]) == (
         "rails", "dknn", "pgd", ["conv1"]))  # fmt: skip

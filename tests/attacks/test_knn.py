@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from immunonet import attacks
-from immunonet.attacks import PGD, SoftNeighbours
+from immunonet.attacks import ASK, PGD, AdvKnn, SoftNeighbours
 from immunonet.dknn import DkNN
 from immunonet.rails import RAILS, Maturation
 
@@ -123,6 +123,98 @@ def test_as_many_neighbours_as_the_smallest_class_has_but_no_more_than_20(proble
     assert SoftNeighbours(fitted(problem, "cosine", "input")).neighbours == PER_CLASS
     many = DkNN(model, "input", neighbours=2).fit(x.repeat(3, 1), y.repeat(3), calibration=(x[:6], y[:6]))
     assert SoftNeighbours(many).neighbours == 20
+
+
+def ask_by_hand(problem, antigens, layers, metric, k, temperature):
+    """ASK's docstring's formula: minus the mean distance to the k nearest of a class, over the temperature."""
+    model, x, y = problem
+    votes = []
+    for layer in layers:
+        f = (lambda z: z) if layer == "input" else model[:2]
+        a, b = f(antigens), f(x)
+        if metric == "cosine":
+            a, b = nn.functional.normalize(a), nn.functional.normalize(b)
+        d = (a[:, None] - b).norm(dim=2)
+        means = [d[:, y == c].sort(dim=1).values[:, :k].mean(1) for c in range(CLASSES)]
+        votes.append((-torch.stack(means, 1) / temperature).log_softmax(1))
+    return torch.stack(votes).mean(0).log_softmax(1)
+
+
+@pytest.mark.parametrize("kind", ["rails", "euclidean", "cosine"])
+@pytest.mark.parametrize("layers", [["input"], ["input", "1"]])
+def test_ask_and_its_gradient_follow_the_formula(problem, kind, layers):
+    ask = ASK(fitted(problem, kind, layers), neighbours=4, temperature=0.05)
+    antigens = torch.rand(5, 4, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    found, expected = ask(antigens), ask_by_hand(problem, antigens, layers, kind, 4, 0.05)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    ours, theirs = (torch.autograd.grad(v[:, 1].sum(), antigens)[0] for v in (found, expected))
+    assert theirs.abs().max() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_ask_defaults(problem):
+    _, x, y = problem
+    ask = ASK(fitted(problem, "euclidean", "input"))
+    assert ask.neighbours == 5
+    spread = torch.stack(
+        [torch.cat([row[y == c].sort().values[:5] for c in range(CLASSES)]).std() for row in torch.cdist(x, x)]
+    ).mean()
+    assert ask.temperatures == pytest.approx([0.3 * float(spread)], rel=1e-3)
+
+
+def test_advknn_learns_the_neighbours_votes_where_they_are_linear():
+    """Two far clouds: the nearest 3 agree, and a linear block can tell them apart."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(80) % 2
+    x = (torch.tensor([0.2, 0.8])[y][:, None] + 0.05 * torch.randn(80, 3, generator=generator)).clamp(0, 1)
+    dknn = DkNN(nn.Linear(3, 2), "input", neighbours=3, metric="euclidean")
+    dknn.fit(x, y, calibration=(x[:10], y[:10]))
+    block = AdvKnn(dknn, epochs=60)
+    antigens = x.clone().requires_grad_()
+    found = block(antigens)
+    assert block.neighbours == 3
+    assert torch.equal(found.argmax(1), y)
+    assert nn.functional.nll_loss(found, y) < 0.3
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(80))
+    assert torch.autograd.grad(found[:, 0].sum(), antigens)[0].abs().min() > 0
+
+
+def test_advknn_counts_votes_without_the_example_itself(problem):
+    _, x, y = problem
+    block = AdvKnn(fitted(problem, "euclidean", "input"), neighbours=4, epochs=1)
+    d = torch.cdist(x, x).fill_diagonal_(torch.inf)
+    expected = nn.functional.one_hot(y[d.topk(4, largest=False).indices], CLASSES).float().mean(1)
+    torch.testing.assert_close(block._votes(0, torch.arange(len(x))), expected)
+
+
+def test_advknn_of_equal_examples_and_its_seed(problem):
+    model, x, y = problem
+    same = DkNN(model, "input", neighbours=2, metric="euclidean")
+    same.fit(torch.full_like(x, 0.5), y, calibration=(x[:6], y[:6]))
+    assert torch.isfinite(AdvKnn(same, epochs=1)(x)).all()
+    defence = fitted(problem, "rails", ["input", "1"])
+    one, again, other = (AdvKnn(defence, examples=12, epochs=2, seed=s)(x) for s in (0, 0, 1))
+    assert AdvKnn(defence, epochs=1).neighbours == len(x) - 1
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [({"neighbours": 36}, "neighbours must be at least 1 and at most 35"), ({"examples": 0}, "examples must be"),
+     ({"epochs": 0}, "epochs must be"), ({"seed": -1}, "seed must be")],
+)  # fmt: skip
+def test_bad_settings_of_advknn_are_named(problem, settings, match):
+    with pytest.raises(ValueError, match=match):
+        AdvKnn(fitted(problem, "cosine", "input"), **settings)
+
+
+@pytest.mark.parametrize("surrogate", [ASK, AdvKnn])
+def test_unfitted_defences_are_named(problem, surrogate):
+    with pytest.raises(ValueError, match="defence must be fitted"):
+        surrogate(DkNN(problem[0], "input"))
+    with pytest.raises(TypeError, match="defence must be a RAILS or a DkNN"):
+        surrogate(problem[0])
 
 
 @pytest.mark.parametrize(

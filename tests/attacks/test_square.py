@@ -16,11 +16,11 @@ from immunonet.attacks.square import _bump
 def test_it_breaks_as_much_as_art_does(digits):
     """In L-inf: ART's L2 variant divides by zero on images as small as these."""
     net, x, y, _, _ = digits
-    ours = Square(eps=0.1, queries=300)(net, x, y)
+    ours = Square(eps=0.1, queries=200)(net, x, y)
     classifier = PyTorchClassifier(net, nn.CrossEntropyLoss(), (1, 8, 8), 10, clip_values=(0, 1))
     state = np.random.get_state()  # noqa: NPY002
     np.random.seed(0)  # noqa: NPY002
-    oracle = SquareAttack(classifier, norm=np.inf, eps=0.1, max_iter=300, p_init=0.8, verbose=False, batch_size=len(x))
+    oracle = SquareAttack(classifier, norm=np.inf, eps=0.1, max_iter=200, p_init=0.8, verbose=False, batch_size=len(x))
     found = torch.from_numpy(oracle.generate(x.numpy(), y.numpy()))
     np.random.set_state(state)  # noqa: NPY002
     with torch.no_grad():
@@ -32,7 +32,7 @@ def test_it_breaks_as_much_as_art_does(digits):
 
 def test_the_optimum_on_a_linear_model_within_one_percent(linear_model):
     weight, x = random_plane()
-    result = Square(eps=0.1, queries=1000, early_stop=False)(linear_model(weight), x, torch.zeros(4, dtype=torch.long))
+    result = Square(eps=0.1, queries=800, early_stop=False)(linear_model(weight), x, torch.zeros(4, dtype=torch.long))
     gain = (result.adversarials - x) @ weight
     assert bool((gain <= 0.1 * weight.abs().sum() + 1e-4).all())
     assert bool((gain >= 0.099 * weight.abs().sum()).all())
@@ -40,10 +40,10 @@ def test_the_optimum_on_a_linear_model_within_one_percent(linear_model):
 
 def test_l2_comes_nearer_to_the_optimum_than_as_many_random_directions(linear_model):
     weight, x = random_plane()
-    attack = Square(eps=0.1, norm="l2", queries=1000, early_stop=False)
+    attack = Square(eps=0.1, norm="l2", queries=500, early_stop=False)
     result = attack(linear_model(weight), x, torch.zeros(4, dtype=torch.long))
     gain = (result.adversarials - x) @ weight
-    directions = torch.randn(1000, len(weight), generator=torch.Generator().manual_seed(1))
+    directions = torch.randn(500, len(weight), generator=torch.Generator().manual_seed(1))
     by_chance = 0.1 * (nn.functional.normalize(directions) @ weight).max()
     assert bool((gain <= 0.1 * weight.norm() + 1e-4).all())
     assert bool((gain > by_chance).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,11 +64,12 @@ def features_of(defence: Defence, x: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def probe_distances(defence: Defence, k: int) -> list[Tensor]:
-    """Return the distances `(n, C, k)` of up to 100 examples to the k nearest of every class, per layer."""
+def probe_distances(defence: Defence, neighbours: Sequence[int]) -> list[Tensor]:
+    """Return the distances `(n, C, k)` of up to 100 examples to the k nearest of every class, per layer with its k."""
     x = defence.repertoire.x
     probes = features_of(defence, x[:: max(1, len(x) // _PROBES)][:_PROBES])
-    return [defence.index(layer).nearest(features, k)[0] for layer, features in enumerate(probes)]
+    pairs = zip(probes, neighbours, strict=True)
+    return [defence.index(layer).nearest(features, k)[0] for layer, (features, k) in enumerate(pairs)]
 
 
 def fewest_examples(defence: Defence) -> int:

@@ -172,5 +172,6 @@ def _neighbours(value: int | None, defence: Defence, default: int) -> int:
 def _temperatures(value: float | str, defence: Defence, neighbours: int, *, squared: bool) -> list[float]:
     if value != "auto":
         return [_check.number("temperature", value, least=0, above=True)] * len(defence.layers)
-    found = [distances.square() if squared else distances for distances in probe_distances(defence, neighbours)]
+    distances = probe_distances(defence, [neighbours] * len(defence.layers))
+    found = [d.square() if squared else d for d in distances]
     return [max(_SHARPNESS * float(d.flatten(1).std(1).mean()), 1e-12) for d in found]

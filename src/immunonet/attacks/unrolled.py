@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from immunonet import _check
-from immunonet.attacks._surrogate import check_shape, fitted
+from immunonet.attacks._surrogate import check_shape, fitted, probe_distances
 from immunonet.features import FeatureMap, space_map
 from immunonet.immune import operators
 from immunonet.immune.maturation import temperatures
 from immunonet.immune.settings import Maturation
 from immunonet.rails import RAILS
 
-# Width of the soft plasma cut, in standard deviations of an antigen's last distances.
+# Width of the soft plasma cut. Narrower ones follow the vote more closely.
 _WIDTH = 0.3
 
 
@@ -31,7 +31,8 @@ class Unrolled(nn.Module):
     - crossover: a child moves as the mixture share x first + (1 - share) x second does, and so does the share;
     - mutation: a child moves as it did before its pixels were changed and clipped;
     - plasma cut: sigmoid((q - d) / w) for each cell instead of the fittest 5 %, where q is that quantile of the
-      antigen's distances, and w is `width` times their standard deviation;
+      antigen's distances, and w is `width` times the mean, over 100 repertoire examples, of the standard deviation
+      of the distances to their naive cells;
     - consensus: the log of the share of each class in the sum of these weights.
 
     Several layers: the mean of their log-probabilities. Early stop, pruning, decay and `candidates` are left out.
@@ -58,6 +59,8 @@ class Unrolled(nn.Module):
         self._settings = [
             dataclasses.replace(m, generations=generations, population=population) for m in rails.maturations
         ]
+        near = probe_distances(rails, [m.neighbours for m in rails.maturations])
+        self._widths = [max(width * float(d.flatten(1).std(1).mean()), 1e-12) for d in near]
 
     def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
         """Return log-probabilities `(B, C)`, differentiable in inputs `x` `(B, *S)`; ValueError for another shape."""
@@ -82,7 +85,7 @@ class Unrolled(nn.Module):
         for _ in range(self.generations):
             cells = mutation(_children(cells, distances, tau, settings, generator))
             distances = _distances(feature_map, cells, features)
-        return self._consensus(distances, settings)
+        return _consensus(distances, settings, self._widths[layer])
 
     @torch.no_grad()
     def _naive(self, layer: int, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,15 +95,6 @@ class Unrolled(nn.Module):
         examples, place = index.flatten().unique(return_inverse=True)
         cells = space_map(rails.model, rails.space)(rails.repertoire.x[examples])
         return cells[place].unflatten(0, index.shape), distances
-
-    def _consensus(self, distances: Tensor, settings: Maturation) -> Tensor:
-        n, _ = settings.sizes(distances.shape[1])
-        flat = distances.flatten(1)
-        nearest = flat.topk(min(n + 1, flat.shape[1]), dim=1, largest=False).values
-        cut = nearest[:, -2:].mean(1)
-        scale = self.width * flat.detach().std(1, correction=0).clamp(min=1e-6)
-        inside = F.logsigmoid((cut[:, None, None] - distances) / scale[:, None, None])
-        return inside.logsumexp(2).log_softmax(1)
 
 
 class _Mutation:
@@ -157,6 +151,16 @@ def _distances(feature_map: FeatureMap, cells: Tensor, features: Tensor) -> Tens
     found = feature_map.chunked(cells.flatten(0, 2)).unflatten(0, cells.shape[:3])
     distances: Tensor = torch.linalg.vector_norm(found - features[:, None, None], dim=3)
     return distances
+
+
+def _consensus(distances: Tensor, settings: Maturation, width: float) -> Tensor:
+    """Return the log of the soft share `(B, C)` of each class among the plasma cells."""
+    n, _ = settings.sizes(distances.shape[1])
+    flat = distances.flatten(1)
+    nearest = flat.topk(min(n + 1, flat.shape[1]), dim=1, largest=False).values
+    cut = nearest[:, -2:].mean(1)
+    inside = F.logsigmoid((cut[:, None, None] - distances) / width)
+    return inside.logsumexp(2).log_softmax(1)
 
 
 def _uniform(cells: Tensor, generator: torch.Generator) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -16,8 +17,14 @@ from torch import nn
 from immunonet import RAILS, DkNN, Maturation, _check, _store, data
 from immunonet.attacks import PGD
 from immunonet.cli import common
+from immunonet.defence import Defence
+from immunonet.evaluation import protocol as protocols
+from immunonet.evaluation.asking import LogProbabilities
 from immunonet.evaluation.benchmark import KNOWS, METRICS, NEIGHBOURS, Benchmark, Outcome
+from immunonet.evaluation.protocol import PROTOCOLS, Evaluation
+from immunonet.evaluation.records import envelope
 from immunonet.evaluation.statistics import mcnemar
+from immunonet.features import Layer
 
 PRESETS: dict[str, Callable[..., Maturation]] = {
     "default": Maturation,
@@ -25,6 +32,9 @@ PRESETS: dict[str, Callable[..., Maturation]] = {
     "authors": lambda **overrides: cast(Maturation, Maturation.authors("mnist", **overrides)),
 }
 
+DEFENCES = ("cnn", "dknn", "rails")
+# Keys of an evaluation's own file that stand once in that of several.
+OUTER = ("results", "environment", "command")
 COLUMNS = ("layer", "defence", "attack", "knows", "accuracy", "95 % interval", "ms/image", "foreign")
 
 
@@ -46,10 +56,35 @@ def evaluate(
     attack: Annotated[
         list[str] | None, typer.Option("--attack", help=f"One of {', '.join(KNOWS)}; repeat it. Default: all.")
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="The first so many test images.")] = 1000,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            "--protocol",
+            help=f"{', '.join(PROTOCOLS)}: attack by all that is known to work, with sanity checks, and the worst case "
+            "as verdict. Default: only the attacks named by --attack.",
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", help="With --protocol: what each defence may take; the plan is cut to it."),
+    ] = None,
+    defence: Annotated[
+        list[str] | None,
+        typer.Option("--defence", help=f"With --protocol: one of {', '.join(DEFENCES)}; repeat it. Default: all."),
+    ] = None,
+    transfer: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--transfer", help="With --protocol: weights of another network like the model to attack from; repeat it."
+        ),
+    ] = None,
+    n: Annotated[
+        int | None,
+        typer.Option("--n", min=1, help="The first so many test images. Default: 1000; with --protocol 100 to 1000."),
+    ] = None,
     eps: Annotated[str, typer.Option("--eps", help="Size of the perturbation, such as 0.1 or 60/255.")] = "8/255",
     step: Annotated[str | None, typer.Option("--step", help="Step of PGD. Default: a quarter of eps.")] = None,
-    iterations: Annotated[int, typer.Option("--iterations", min=1, help="Steps of PGD.")] = 20,
+    iterations: Annotated[int | None, typer.Option("--iterations", min=1, help="Steps of PGD. Default: 20.")] = None,
     norm: Annotated[str, typer.Option("--norm", help="linf or l2.")] = "linf",
     preset: Annotated[str, typer.Option("--preset", help=f"Settings of RAILS: {', '.join(PRESETS)}.")] = "default",
     population: Annotated[
@@ -58,7 +93,9 @@ def evaluate(
             "--population", help="Cells of RAILS, as 1000, or at one layer, as pool1=200; repeat it. Default: 1000."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of RAILS, from --seed on.")] = 5,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="Runs of RAILS, from --seed on. Default: 5.")
+    ] = None,
     tune_dknn: Annotated[
         bool,
         typer.Option(
@@ -80,8 +117,16 @@ def evaluate(
     The repertoire is the training set less the validation split, on which both are calibrated. Attacks: FGSM and
     PGD (no random start) on the classifier, and PGD on a soft vote of each defence's own neighbours (soft-knn).
     Finished parts and adversarial examples are kept in DIR, and the same command continues from them. The table
-    is also written to DIR/table.md.
+    is also written to DIR/table.md. With --protocol one page per defence is written instead, DIR/NAME.html.
     """
+    if protocol is not None:
+        given = {"--attack": attack, "--step": step, "--iterations": iterations, "--seeds": seeds}
+        if wrong := [option for option, value in given.items() if value]:
+            raise ValueError(f"{wrong[0]} does not go with --protocol, which sets its own")
+    elif wrong := [o for o, v in {"--minutes": minutes, "--defence": defence, "--transfer": transfer}.items() if v]:
+        raise ValueError(f"{wrong[0]} needs --protocol")
+    budget = PROTOCOLS[_check.choice("--protocol", protocol, tuple(PROTOCOLS))] if protocol else None
+    kinds = [_check.choice("--defence", name, DEFENCES) for name in dict.fromkeys(defence or DEFENCES)]
     target = common.resolve_device(device)
     layers = list(dict.fromkeys(layer or ["input"]))
     attacks = [_check.choice("--attack", name, tuple(KNOWS)) for name in dict.fromkeys(attack or KNOWS)]
@@ -90,10 +135,10 @@ def evaluate(
     maturations = {at: make(**({} if populations[at] is None else {"population": populations[at]})) for at in layers}
     size = _number("--eps", eps)
     step_size = size / 4 if step is None else _number("--step", step)
-    pgd = PGD(eps=size, step=step_size, iterations=iterations, norm=norm, random_start=False)
+    pgd = PGD(eps=size, step=step_size, iterations=iterations or 20, norm=norm, random_start=False)
     common.prepare(out, json)
     images = common.resolve_dataset(dataset, "train", data_dir)
-    test = common.resolve_dataset(dataset, "test", data_dir)[:n]
+    test = common.resolve_dataset(dataset, "test", data_dir)[: n or (budget.images if budget else 1000)]
     training, held_out = (images[part] for part in data.split(len(images), validation))
     name = common.model_name(model, images)
     net = common.load_model(name, weights, target, classes=len(images.classes))
@@ -101,32 +146,44 @@ def evaluate(
     maps = {at: common.resolve_layer(at, net) for at in layers}
     for at in layers:
         DkNN(net, maps[at])  # a wrong name is told before any work
+    others = [common.load_model(name, path, target, classes=len(images.classes)) for path in transfer or ()]
     on_base = [attack for attack in attacks if KNOWS[attack] != "defence"]
-    kinds = 3 if tune_dknn else 2
-    steps = len(test) * (len(on_base) + kinds * len(layers) * len(attacks))
+    steps = len(test) * (len(on_base) + (3 if tune_dknn else 2) * len(layers) * len(attacks))
     steps += len(METRICS) * len(NEIGHBOURS) * len(layers) if tune_dknn else 0
     outcomes: list[Outcome] = []
     with common.progress() as bar:
         task = bar.add_task("evaluating", total=steps)
+        shared = {
+            "dataset": dataset,
+            "model": name,
+            "weights": common.digest(net.state_dict().values()),
+            "repertoire": len(training),
+            "calibration": len(held_out),
+            "device": target.type,
+        }
         bench = Benchmark(
             out,
-            {
-                "dataset": dataset,
-                "model": name,
-                "weights": common.digest(net.state_dict().values()),
-                "repertoire": len(training),
-                "calibration": len(held_out),
-                "device": target.type,
-            },
+            shared,
             base=net,
             repertoire=(training.x, training.y),
             calibration=(held_out.x, held_out.y),
             test=(test.x.to(target), test.y.to(target)),
             pgd=pgd,
-            seeds=range(seed, seed + seeds),
+            seeds=range(seed, seed + (seeds or 5)),
             chunk=chunk,
             advance=lambda images: bar.advance(task, images),
         )
+
+        if protocol is not None:
+            bar.update(task, visible=False)
+            found = _by_protocol(
+                bench, shared, maps, maturations, kinds, tune_dknn,
+                defend={"minutes": minutes, "protocol": protocol, "eps": size, "norm": norm, "seed": seed},
+                transfer=others,
+                say=lambda text: bar.console.print(text, markup=False, highlight=False),
+            )  # fmt: skip
+            _tell(found, out, json)
+            return
 
         def measure(kind: str, at: str | None, defence: nn.Module, **extra: Any) -> None:
             for found in bench.run(kind, at, defence, attacks if at else on_base, **extra).values():
@@ -153,6 +210,82 @@ def evaluate(
     for line in _pairs(outcomes):
         typer.echo(line)
     common.write_results(json, [found.row.to_json() | {"foreign": _share(found)} for found in outcomes])
+
+
+def _by_protocol(
+    bench: Benchmark,
+    shared: dict[str, Any],
+    maps: dict[str, Layer],
+    maturations: dict[str, Maturation],
+    kinds: list[str],
+    tune_dknn: bool,
+    *,
+    defend: dict[str, Any],
+    transfer: list[nn.Module],
+    say: Callable[[str], None],
+) -> list[Evaluation]:
+    """Evaluate the network and both defences at each layer by the protocol; `defend`: its keyword arguments."""
+    x, y = bench.test
+    net = bench.base
+    work: list[tuple[str, str | None, Callable[[], nn.Module], dict[str, Any]]] = []
+    if "cnn" in kinds:
+        work.append(("cnn", None, lambda: LogProbabilities(net), {}))
+    for at in maps:
+        if "dknn" in kinds:
+            tuned = bench.tune_dknn(at, maps[at]) if tune_dknn else {}
+            chosen = {key: tuned[key] for key in ("neighbours", "metric") if tuned}
+            settings = chosen or {"neighbours": min(75, len(bench.repertoire[1]))}
+            work.append(("dknn", at, partial(DkNN, net, maps[at], **settings), {"tuning": tuned} if tuned else {}))
+        if "rails" in kinds:
+            work.append(("rails", at, partial(RAILS, net, maps[at], maturation=maturations[at]), {}))
+    found = []
+    for kind, layer, make, extra in work:
+        defence = make()
+        if isinstance(defence, Defence):
+            defence.fit(*bench.repertoire, calibration=bench.calibration)
+        layers = {} if layer is None else {"layers": [layer]}
+        found.append(
+            protocols.evaluate(
+                defence,
+                x,
+                y,
+                base=net,
+                transfer=transfer,
+                name=kind,
+                base_name="cnn",
+                folder=bench.folder,
+                settings=shared | layers | extra,
+                dataset=shared["dataset"],
+                on_progress=say,
+                **defend,
+            )
+        )
+    return found
+
+
+def _tell(found: list[Evaluation], out: Path, json: Path | None) -> None:
+    """Print the verdicts, and write the pages and the JSON."""
+    table = Table("layer", "defence", "clean", "transfer", "worst case", "95 % interval", "reliable")
+    results: list[dict[str, Any]] = []
+    for one in found:
+        verdict = one.verdict
+        layer = ", ".join(verdict.settings["layers"])
+        own = [row for row in one.rows if row.defence == verdict.defence]
+        if verdict.defence == "cnn":  # the base is the defence: its rows are there once
+            own = list({row.attack: row for row in own}.values())
+        right = {row.attack: row.accuracy for row in own}
+        transfer = [row.accuracy for row in own if row.knows == "base" and row.attack != "none"]
+        low, high = verdict.ci95
+        cells = (f"{right['none']:.4f}", f"{min(transfer):.4f}", f"{verdict.accuracy:.4f}", f"{low:.3f} to {high:.3f}")
+        table.add_row(layer, verdict.defence, *cells, "no" if one.unreliable else "yes")
+        results += [row.to_json() for row in (*own, verdict)]
+        one.to_html(out / ("-".join(filter(None, (verdict.defence, layer))).replace("/", "-") + ".html"))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if json is not None:
+        records = [{k: v for k, v in one.to_dict().items() if k not in OUTER} for one in found]
+        for one, record in zip(found, records, strict=True):
+            record |= {"defence": one.verdict.defence, "layers": one.verdict.settings["layers"]}
+        _store.write_json(json, envelope(results) | {"evaluations": records})
 
 
 def _populations(values: list[str], layers: list[str]) -> dict[str, int | None]:

@@ -1,42 +1,78 @@
-"""The page that shows an evaluation."""
+"""The page that shows an evaluation to a reviewer. Needs `pip install 'immunonet[report]'`."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from immunonet.evaluation.records import Check, Row
+import jinja2
+
+from immunonet.evaluation.checklist import SOURCE, checklist
+from immunonet.report import figures
+from immunonet.report.html import flat
+
+if TYPE_CHECKING:
+    from immunonet.evaluation.protocol import Evaluation
 
 
-def page(rows: Sequence[Row], verdict: Row, checks: Sequence[Check]) -> str:
-    """Return an HTML page: the verdict, the sanity checks, and a table of all rows."""
-    low, high = verdict.ci95
-    lines = "".join(
-        f"<li><b>{'pass' if check.passed else 'FAIL'}</b>: {html.escape(check.name)} ({html.escape(check.detail)})</li>"
-        for check in checks
+def page(found: Evaluation) -> str:
+    """Return a self-contained HTML page: verdict, checks and flags, attacks, curves, gallery, checklist, settings."""
+    record = found.to_dict()
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("immunonet.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    table = "".join(
-        f"<tr><td>{html.escape(row.defence)}</td><td>{html.escape(row.attack)}</td><td>{row.knows}</td>"
-        f"<td>{row.accuracy:.3f}</td><td>{row.ci95[0]:.3f} to {row.ci95[1]:.3f}</td>"
-        f"<td>{1000 * row.seconds_per_image:.1f}</td></tr>"
-        for row in (*rows, verdict)
+    environment.filters["percent"] = lambda share: f"{100 * share:.1f}"
+    bounds = record["threat_model"]["bounds"]
+    return environment.get_template("evaluation.html.j2").render(
+        verdict=found.verdict,
+        base=found.base_verdict,
+        clean=next(row for row in found.rows if row.defence == found.verdict.defence and row.attack == "none"),
+        unreliable=found.unreliable,
+        checks=found.checks,
+        flags=found.flags,
+        rows=found.rows,
+        ablations=found.ablations,
+        record=record,
+        by=_by(found),
+        curves=figures.svg_uri(figures.accuracy_curves(record["curves"])) if record["curves"] else None,
+        losses=figures.svg_uri(figures.loss_curves(_losses(record))) if _losses(record) else None,
+        gallery=[_pictures(specimen, bounds) for specimen in found.gallery if _is_image(specimen)],
+        checklist=checklist(found),
+        source=SOURCE,
+        settings=flat(found.verdict.settings),
+        environment=flat(record["environment"]),
+        command=record["command"],
     )
-    runs = f", mean over {len(verdict.seeds)} seeds" if verdict.seeds else ""
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Evaluation of {html.escape(verdict.defence)}</title>
-<style>body {{ font: 16px/1.5 sans-serif; max-width: 50em; margin: 2em auto; padding: 0 1em }}
-table {{ border-collapse: collapse }}
-td, th {{ padding: .2em .8em; border-bottom: 1px solid #ccc; text-align: left }}</style>
-</head><body>
-<h1>{verdict.accuracy:.1%} right in the worst case</h1>
-<p>{html.escape(verdict.defence)} on {verdict.n} images of {html.escape(verdict.dataset)}, perturbed by at most
-{verdict.eps:.4g} ({verdict.norm}){runs}; 95 % interval {low:.1%} to {high:.1%}. An image counts only if it was right
-without an attack and under every attack below. Protocol: {html.escape(verdict.settings["protocol"])}, a first
-measurement and no claim of robustness.</p>
-<h2>Sanity checks</h2><ul>{lines}</ul>
-<h2>Attacks</h2>
-<table>
-<tr><th>defence</th><th>attack</th><th>knows</th><th>accuracy</th><th>95 % interval</th><th>ms per image</th></tr>
-{table}</table>
-</body></html>
-"""
+
+
+def _by(found: Evaluation) -> list[tuple[str, int]]:
+    """Return how many images each attack broke: those wrong in most draws of their worst case."""
+    count: dict[str, int] = {}
+    for image in found.record["per_example"]:
+        if image["worst"] <= 0.5:
+            count[image["attack"]] = count.get(image["attack"], 0) + 1
+    return sorted(count.items(), key=lambda item: -item[1])
+
+
+def _losses(record: dict[str, Any]) -> dict[str, list[float]]:
+    return {name: attack["losses"] for name, attack in record["attacks"].items() if len(attack["losses"]) > 2}
+
+
+def _is_image(specimen: Any) -> bool:
+    return specimen.clean.ndim == 3 and specimen.clean.shape[0] in (1, 3)
+
+
+def _pictures(specimen: Any, bounds: Any) -> dict[str, Any]:
+    difference, largest = figures.difference_array(specimen.clean, specimen.adversarial)
+    return {
+        "clean": figures.png_uri(figures.image_array(specimen.clean, bounds=bounds)),
+        "adversarial": figures.png_uri(figures.image_array(specimen.adversarial, bounds=bounds)),
+        "difference": figures.png_uri(difference),
+        "largest": largest,
+        "truth": specimen.truth,
+        "answer": specimen.answer,
+        "attack": specimen.attack,
+    }

@@ -27,7 +27,8 @@ class Row:
     the attacker differentiates or queries, "base" or "defence" ("base" without an attack). `eps` in units of
     the input, `norm` "linf" or "l2". `n` images, of which `correct` were right, a mean over `seeds` where the
     defence is randomised (`seeds` is empty where it is not); `accuracy` is `correct / n`, `ci95` its 95 %
-    interval. `seconds_per_image`: wall time of one answer. `settings`: every hyper-parameter.
+    interval. `seconds_per_image`: wall time of one answer. `settings`: every hyper-parameter. `foreign`: the share that
+    looked foreign, None for a defence that flags nothing.
     """
 
     dataset: str
@@ -43,6 +44,7 @@ class Row:
     seconds_per_image: float
     seeds: tuple[int, ...]
     settings: dict[str, Any]
+    foreign: float | None = None
 
     @classmethod
     def of(cls, correct: Tensor, *, seeds: Sequence[int] = (), **fields: Any) -> Self:
@@ -66,8 +68,9 @@ class Row:
                 raise ValueError(f"settings must have {key!r}, got {sorted(self.settings)}")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as a JSON object."""
-        return {**dataclasses.asdict(self), "ci95": list(self.ci95), "seeds": list(self.seeds)}
+        """Return the row as a JSON object; `foreign` only where there is one."""
+        found = {**dataclasses.asdict(self), "ci95": list(self.ci95), "seeds": list(self.seeds)}
+        return {key: value for key, value in found.items() if key != "foreign" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,16 @@ class Check:
     name: str
     passed: bool
     detail: str
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Something a reader of the figures must know: whether it was found, the details, and whether it is `serious`."""
+
+    name: str
+    raised: bool
+    detail: str
+    serious: bool = True
 
 
 def environment() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -26,6 +26,8 @@ from immunonet.response import Cells, ImmuneResponse, Trace
 
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8a8f98", "#1d2129"
 BRIGHTER, DARKER = "#E69F00", "#5E3C99"
+# Colour, marker and dash of lines that share axes.
+STYLES = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (DARKER, "^", ":"), (GREY, "D", "-."))
 
 
 def image_array(image: Tensor, *, bounds: Any = (0.0, 1.0)) -> np.ndarray:
@@ -194,6 +196,39 @@ def require_images(name: str, shape: Sequence[int]) -> None:
         raise ValueError(f"{name} must be images of shape (1, H, W) or (3, H, W) to be drawn, got shape {tuple(shape)}")
 
 
+def accuracy_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Draw accuracy against eps, one line per attack with its 95 % interval.
+
+    `curves`: per attack `eps`, `accuracy` (lists of one length) and `ci95` (pairs).
+    """
+    figure = _figure(6.2, 3.6)
+    axes = figure.subplots()
+    for i, (name, curve) in enumerate(curves.items()):
+        colour, mark, dash = STYLES[i % len(STYLES)]
+        axes.plot(curve["eps"], curve["accuracy"], color=colour, marker=mark, linestyle=dash, linewidth=1.8, label=name)
+        low, high = zip(*curve["ci95"], strict=True)
+        axes.fill_between(curve["eps"], low, high, color=colour, alpha=0.14, linewidth=0)
+    axes.set(xlabel="eps", ylabel="right", ylim=(-0.03, 1.03))
+    axes.legend(frameon=False, fontsize=9)
+    _plain(axes)
+    return figure
+
+
+def loss_curves(losses: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw the mean loss of each attack against its steps, one small panel each: losses differ in scale."""
+    columns = min(4, len(losses))
+    rows = math.ceil(len(losses) / columns)
+    figure = _figure(2.1 * columns, 1.6 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (name, values) in zip(panels, losses.items(), strict=False):
+        axes.plot(range(len(values)), values, color=BLUE, linewidth=1.5)
+        axes.set_title(name, fontsize=8, color=INK)
+        _plain(axes, size=7)
+    for axes in panels[len(losses) :]:
+        axes.set_visible(False)
+    return figure
+
+
 def class_names(names: Sequence[str] | None, classes: int) -> list[str]:
     """Return one name per class, by default its number; ValueError unless there are `classes`."""
     if names is not None and len(names) != classes:
@@ -222,6 +257,12 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _plain(axes: Axes, size: int = 9) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=GREY, labelcolor=INK, labelsize=size)
 
 
 def _line(axes: Axes, curve: tuple[np.ndarray, np.ndarray], colour: str, dash: str) -> None:

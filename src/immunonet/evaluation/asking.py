@@ -1,0 +1,213 @@
+"""How a defence is asked for its answers, and how it is described in a record."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from immunonet.attacks import SoftNeighbours
+from immunonet.defence import Defence
+from immunonet.features import evaluating
+from immunonet.rails import RAILS
+
+# The label that stands for no usable answer: it is never right.
+NO_ANSWER = -1
+# Inputs that are tried before a defence is given up as unusable.
+_TRIES = 8
+
+
+class LogProbabilities(nn.Module):
+    """A network's logits as log-probabilities: the undefended network, asked like a defence."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return log-probabilities `(B, C)` of inputs `(B, *S)`."""
+        logits: Tensor = self.network(x)
+        return logits.log_softmax(1)
+
+
+class Subject(nn.Module):
+    """A defence under evaluation: asked in eval mode, under seeds, and in a way that survives bad answers.
+
+    `defence` maps inputs `(B, *S)` to log-probabilities `(B, classes)`; its `predict`, if any, gives the labels. A
+    `seed` argument of either is used; torch's global generator is seeded for every call and left as found.
+    Called as a model it gives log-probabilities on the input's device: with fresh randomness at every call, or always
+    that of the seed `fixed`. An input that makes the defence raise an error or answer NaN has no answer, which
+    counts as wrong (label -1, even log-probabilities); `faults` counts them by what happened.
+    """
+
+    def __init__(self, defence: Callable[..., Tensor], *, classes: int, fixed: int | None = None) -> None:
+        super().__init__()
+        self.defence, self.classes, self.fixed = defence, classes, fixed
+        self.seeded = is_randomised(defence) or _takes_seed(defence)
+        self.faults: Counter[str] = Counter()
+        self._calls = 0
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError or TypeError unless one of the first inputs is answered with log-probabilities."""
+        problem: ValueError | None = None
+        for i in range(min(len(x), _TRIES)):
+            part = x[i : i + 2]
+            try:
+                with torch.no_grad(), self._asked(0):
+                    found: Any = self.defence(part)
+            except Exception as error:
+                problem = ValueError(f"defence fails on inputs of shape {tuple(part.shape)}: {error}")
+                continue
+            if not isinstance(found, Tensor):
+                raise TypeError(f"defence must return a tensor of log-probabilities, got {type(found).__name__}")
+            if tuple(found.shape) != (len(part), self.classes) or not found.is_floating_point():
+                raise ValueError(
+                    f"defence must return log-probabilities ({len(part)}, {self.classes}) like base, "
+                    f"got {tuple(found.shape)} of {found.dtype}"
+                )
+            total = found.double().exp().sum(1)
+            if not bool(torch.isfinite(found).all()):
+                problem = ValueError(f"defence must return finite log-probabilities, got {found.tolist()}")
+            elif (total - 1).abs().max() > (1e-3 if found.dtype in (torch.float32, torch.float64) else 2e-2):
+                raise ValueError(
+                    f"defence must return finite log-probabilities, got sums {total.tolist()}: "
+                    "end a network with log_softmax"
+                )
+            else:
+                return
+        if problem is not None:
+            raise problem
+
+    @torch.no_grad()
+    def varies(self, x: Tensor) -> bool:
+        """Return whether two calls on inputs `(B, *S)` give different log-probabilities."""
+        return not torch.equal(self(x), self(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return log-probabilities `(B, C)` of inputs `(B, *S)`."""
+        self._calls += 1
+        seed = 2**20 + self._calls if self.fixed is None else self.fixed
+
+        def ask(part: Tensor) -> Tensor:
+            with self._asked(seed):
+                found = (self.defence(part, seed=seed) if _takes_seed(self.defence) else self.defence(part)).to(
+                    x.device
+                )
+            bad = self._not_finite(found)
+            return torch.where(bad[:, None], torch.zeros_like(found).log_softmax(1), found) if bad.any() else found
+
+        return self._safely(x, ask, lambda part: (part.flatten(1)[:, :1] * 0).expand(-1, self.classes).log_softmax(1))
+
+    def rewind(self) -> None:
+        """Begin the fresh randomness of calls anew, so that what follows can be repeated."""
+        self._calls = 0
+
+    @torch.no_grad()
+    def labels(self, x: Tensor, seeds: Sequence[int] = ()) -> tuple[Tensor, float]:
+        """Return labels `(R, B)` int64 on the CPU, one run per seed or one in all, and the seconds that a run took."""
+        begun = time.perf_counter()
+        runs = [self._run(x, seed) for seed in seeds or (0,)]
+        return torch.stack(runs), (time.perf_counter() - begun) / len(runs)
+
+    def _run(self, x: Tensor, seed: int) -> Tensor:
+        predict = getattr(self.defence, "predict", None)
+
+        def ask(part: Tensor) -> Tensor:
+            with self._asked(seed):
+                if predict is not None:
+                    labels: Tensor = predict(part, seed=seed) if _takes_seed(predict) else predict(part)
+                    return labels.cpu()
+                found = self.defence(part, seed=seed) if _takes_seed(self.defence) else self.defence(part)
+            return found.argmax(1).masked_fill(self._not_finite(found), NO_ANSWER).cpu()
+
+        return self._safely(x, ask, lambda part: torch.full((len(part),), NO_ANSWER))
+
+    def _safely(self, x: Tensor, ask: Callable[[Tensor], Tensor], nothing: Callable[[Tensor], Tensor]) -> Tensor:
+        """Ask; where that raises an error, ask in halves, down to the inputs that have no answer."""
+        try:
+            return ask(x)
+        except Exception as error:
+            if len(x) > 1:
+                half = len(x) // 2
+                return torch.cat([self._safely(part, ask, nothing) for part in (x[:half], x[half:])])
+            self.faults[f"{type(error).__name__}: {error}"[:200]] += 1
+            return nothing(x)
+
+    def _not_finite(self, found: Tensor) -> Tensor:
+        bad = ~torch.isfinite(found.detach()).all(1)
+        if count := int(bad.sum()):
+            self.faults["NaN or infinite log-probabilities"] += count
+        return bad
+
+    @contextlib.contextmanager
+    def _asked(self, seed: int) -> Iterator[None]:
+        modules = [self.defence] if isinstance(self.defence, nn.Module) else []
+        with evaluating(*modules), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            yield
+
+
+def light_twin(rails: RAILS, *, population: int = 200, generations: int = 3) -> RAILS:
+    """Return RAILS with smaller populations and fewer generations on the same fitted repertoire, not copied."""
+    twin = copy.copy(rails)
+    twin.maturations = tuple(
+        dataclasses.replace(m, population=min(m.population, population), generations=min(m.generations, generations))
+        for m in rails.maturations
+    )
+    return twin
+
+
+def is_randomised(defence: object) -> bool:
+    """Return whether `defence` has a `predict` that takes a seed."""
+    predict = getattr(defence, "predict", None)
+    return predict is not None and _takes_seed(predict)
+
+
+@torch.no_grad()
+def answers(model: nn.Module, x: Tensor, seeds: Sequence[int] = ()) -> tuple[Tensor, float]:
+    """Return labels `(R, B)` on the CPU, one run per seed or one in all, and the seconds that a run took.
+
+    They come from `model.predict`, or else are the largest of what it returns in eval mode.
+    """
+    begun = time.perf_counter()
+    with evaluating(model):
+        if seeds:
+            runs = [model.predict(x, seed=seed).cpu() for seed in seeds]  # type: ignore[operator]
+        else:
+            runs = [(model.predict(x) if hasattr(model, "predict") else model(x).argmax(1)).cpu()]  # type: ignore[operator]
+    return torch.stack(runs), (time.perf_counter() - begun) / len(runs)
+
+
+def describe(defence: object) -> dict[str, Any]:
+    """Return a defence's hyper-parameters, `layers` among them, for the settings of a row."""
+    if not isinstance(defence, Defence):
+        return {"layers": []}
+    return {"layers": list(defence.layers), "false_alarm": defence.false_alarm} | defence._settings()
+
+
+def describe_attack(attack: Any) -> dict[str, Any]:
+    """Return an attack's hyper-parameters for the settings of a row."""
+    return {} if attack is None else {"attack": vars(attack) | {"bounds": attack.bounds.pairs()}}
+
+
+def describe_surrogate(target: object) -> dict[str, Any]:
+    """Return the hyper-parameters of `SoftNeighbours` for the settings of a row; none of another model."""
+    if not isinstance(target, SoftNeighbours):
+        return {}
+    return {"surrogate": {"neighbours": target.neighbours, "temperatures": target.temperatures}}
+
+
+def _takes_seed(function: Any) -> bool:
+    function = function.forward if isinstance(function, nn.Module) else function
+    try:
+        return "seed" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # builtins have none
+        return False

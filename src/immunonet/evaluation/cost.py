@@ -1,0 +1,58 @@
+"""What an answer costs, and RAILS less one of its parts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+from torch import Tensor, nn
+
+from immunonet.evaluation.asking import Subject
+from immunonet.rails import RAILS
+
+_SINGLE = 5
+_BATCHES = (8, 32, 128)
+
+
+def measure(subject: Subject, base: nn.Module, x: Tensor, seeds: tuple[int, ...]) -> dict[str, Any]:
+    """Return seconds per image at batch 1 (the median of a few) and at the best batch, and forward passes per image.
+
+    A forward pass is one input that enters `base`, wherever the pass ends; 0 where a defence has no need of it.
+    """
+    single = sorted(subject.labels(part, seeds[:1])[1] for part in x[:_SINGLE].split(1))
+    sizes = sorted({min(size, len(x)) for size in _BATCHES})
+    batches = {size: subject.labels(x[:size], seeds[:1])[1] / size for size in sizes}
+    best = min(batches, key=lambda size: batches[size])
+    entered = 0
+
+    def count(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal entered
+        entered += len(inputs[0])
+
+    handle = base.register_forward_pre_hook(count)
+    try:
+        subject.labels(x[:best], seeds[:1])
+    finally:
+        handle.remove()
+    return {
+        "seconds_batch_1": single[len(single) // 2],
+        "seconds_best_batch": batches[best],
+        "best_batch": best,
+        "forward_passes": entered / best,
+    }
+
+
+def without(rails: RAILS) -> dict[str, RAILS]:
+    """Return RAILS without crossover, mutation, selection, or any generation, on the same fitted repertoire."""
+    changes: dict[str, dict[str, Any]] = {
+        "crossover": {"crossover": None},
+        "mutation": {"mutation_rate": 0.0},
+        "selection": {"temperature": 1e9},  # every cell is as likely a parent as any other
+        "generations": {"generations": 0},
+    }
+    found = {}
+    for part, change in changes.items():
+        found[part] = copy.copy(rails)
+        found[part].maturations = tuple(dataclasses.replace(m, **change) for m in rails.maturations)
+    return found

@@ -43,7 +43,7 @@ class Maturation:
     plasma: float = 0.05
     memory: float = 0.20
     early_stop: int | None = 2
-    prune: float | None = 0.05
+    prune: float | None = 0.1
     candidates: int | None = None
 
     def __post_init__(self) -> None:

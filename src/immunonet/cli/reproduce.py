@@ -127,8 +127,9 @@ def reproduce(
         if pages.write_readme(json.parent) is None:
             typer.echo(f"{json.parent / 'README.md'} is not one of these reports, and was left as it is")
     console = Console(width=None if sys.stdout.isatty() else 160)
-    for section in sections(result)[:2]:
-        _print(console, section)
+    for section in sections(result):
+        if section.title in ("Main table", "Targets"):
+            _print(console, section)
 
 
 def _run(work: list[experiments.Task], journal: Journal, part: runner.Shard | None) -> None:

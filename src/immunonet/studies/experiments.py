@@ -300,19 +300,19 @@ def hardened(study: Study, lab: Lab, seed: int) -> list[dict[str, Any]]:
 
 def _answer(lab: Lab, found: Measurement, part: slice) -> dict[str, Any]:
     x = lab.adversarials(found.base, found.attack, found.split, part)
-    defence = _defence(lab, found.defence, found)
+    defence = _defence(lab, found)
     labels, seconds = answers(defence, x, found.seeds if is_randomised(defence) else ())
     return {"labels": labels.tolist(), "seconds": seconds}
 
 
-def _defence(lab: Lab, kind: str, found: Measurement) -> nn.Module:
-    if kind == "cnn":
+def _defence(lab: Lab, found: Measurement) -> nn.Module:
+    if not found.candidates:
         return lab.nets[found.base]
     layers, repertoire = found.candidates[0], found.repertoire
-    if kind.startswith("rails"):
-        options = {key: _options(value) for key, value in found.options.items()}
-        return lab.rails(found.base, layers, list(found.maturations), options=options, repertoire=repertoire)
-    return _neighbours(lab, found.base, kind, found.candidates, repertoire)
+    if found.defence.startswith("rails"):
+        maturations = list(found.maturations)
+        return lab.rails(found.base, layers, maturations, options=found.options, repertoire=repertoire)
+    return _neighbours(lab, found.base, found.defence, found.candidates, repertoire)
 
 
 def _neighbours(lab: Lab, base: str, kind: str, candidates: Sequence[tuple[str, ...]], repertoire: int | None) -> DkNN:
@@ -329,10 +329,6 @@ def _tuning(
 ) -> dict[str, Any]:
     metrics = ("euclidean",) if kind == "knn" else lab.study.tuning.metrics
     return lab.tuned(base, candidates, metrics, repertoire=repertoire)
-
-
-def _options(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _measured(study: Study, lab: Lab, found: Measurement, model: str) -> Measured:

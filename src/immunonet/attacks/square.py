@@ -103,7 +103,7 @@ class Square(Attack):
 
     def _share(self, query: int) -> float:
         """Return the share of the image that squares have at a query."""
-        return self.p / 2 ** sum(query / self.queries * 10_000 > at for at in _HALVINGS)
+        return self.p * 0.5 ** sum(query / self.queries * 10_000 > at for at in _HALVINGS)
 
 
 class _Numbers(NamedTuple):
@@ -187,8 +187,7 @@ def _bump(height: int, width: int, like: Tensor, turned: bool = False) -> Tensor
     if (turned and width > 1) or height == 1:
         return _bump(width, height, like).T if width > 1 else like.new_ones(height, width)
     halves = [_pyramid(height // 2, width, like), -_pyramid(height - height // 2, width, like)]
-    pattern = torch.cat(halves)
-    return pattern / pattern.norm()
+    return _of_size_one(torch.cat(halves))
 
 
 def _pyramid(height: int, width: int, like: Tensor) -> Tensor:
@@ -197,8 +196,12 @@ def _pyramid(height: int, width: int, like: Tensor) -> Tensor:
     ring = torch.maximum(rows.abs()[:, None], columns.abs()[None])
     weights = 1 / torch.arange(1, max(height, width) // 2 + 2, device=like.device).to(like).square()
     # A pixel lies in all rectangles from its own ring on.
-    pattern = weights.flip(0).cumsum(0).flip(0)[ring]
-    return pattern / pattern.norm()
+    return _of_size_one(weights.flip(0).cumsum(0).flip(0)[ring])
+
+
+def _of_size_one(pattern: Tensor) -> Tensor:
+    scaled: Tensor = pattern / torch.linalg.vector_norm(pattern)
+    return scaled
 
 
 def _norm(delta: Tensor) -> Tensor:

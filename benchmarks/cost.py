@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +39,10 @@ def problem(classes: int, width: int, n: int, values: int = 64) -> tuple[nn.Modu
     return net, x, y
 
 
-def once(repeats: int, size: dict[str, int], **settings: Any) -> float:
+def once(repeats: int, size: dict[str, int]) -> float:
     """Return the seconds of one call at these sizes, with neither early stop nor pruning."""
     net, x, y = problem(size["C"], size["D"], size["N"])
-    maturation = Maturation(
-        **{"population": size["T"], "generations": size["G"], "early_stop": None, "prune": None} | settings
-    )
+    maturation = Maturation(population=size["T"], generations=size["G"], early_stop=None, prune=None)
     rails = RAILS(net, "0", maturation=maturation, seed=0).fit(x, y)
     # Mixed so that every class is among them.
     queries = x[: size["B"]].lerp(x[-size["B"] :], 0.3)
@@ -80,13 +77,17 @@ def growth(options: argparse.Namespace) -> list[Row]:
 
 def classes(options: argparse.Namespace) -> list[Row]:
     """Return the cost of a problem of many classes, with all of them evolving and with only the nearest."""
-    count, cells = options.classes, 10 * options.classes
-    size = BASE | {"C": count, "T": cells, "G": 10, "N": 12 * count, "B": 2}
+    count = options.classes
+    net, x, y = problem(count, BASE["D"], 30 * count)
+    queries = x[:2].lerp(x[-2:], 0.3)
+    cells = 10 * count
+    rails = RAILS(net, "0", seed=0).fit(x, y, calibration=(x[:20], y[:20]))
     rows: list[Row] = []
-    for candidates in (None, max(1, count // 20)):
-        taken = once(1, size, candidates=candidates)
+    for candidates in (max(1, count // 20), None):
+        rails.maturations = (Maturation(population=cells, early_stop=None, prune=None, candidates=candidates),)
+        taken, _ = common.seconds(lambda: rails.predict(queries), 1)
         rows.append(
-            {"classes": count, "T": cells, "candidates": str(candidates), "seconds_per_image": taken / size["B"]}
+            {"classes": count, "T": cells, "candidates": str(candidates), "seconds_per_image": taken / len(queries)}
         )
     return rows
 

@@ -71,13 +71,13 @@ def _wide(options: argparse.Namespace, way: str) -> Row:
     forget_peak()
     before, mapped, start = memory("VmRSS"), memory("RssFile"), time.perf_counter()
     try:
-        rails.fit(setting.x, setting.y, (setting.clean[256:], setting.labels[256:]), feature_file=file)
+        rails.fit(setting.x, setting.y, (setting.clean[440:], setting.labels[440:]), feature_file=file)
         fit, peak, mapped = time.perf_counter() - start, memory("VmHWM") - before, memory("RssFile") - mapped
         half = options.queries // 2
         x = torch.cat([setting.clean[: options.batch // 2], setting.attacked[: options.batch // 2]])
         index = rails.index()
         taken, _ = common.seconds(lambda: rails.naive(x), options.repeats)
-        alone = [common.seconds(lambda i=i: rails.naive(x[i : i + 1]), 1)[0] for i in range(min(10, len(x)))]
+        alone = [common.seconds(lambda i=i: rails.naive(x[i : i + 1]), 1)[0] for i in range(min(5, len(x)))]
         row: Row = {
             "features": way,
             "examples": len(setting.x),
@@ -89,7 +89,7 @@ def _wide(options: argparse.Namespace, way: str) -> Row:
             "batch": len(x),
             "ms_at_batch_1": 1e3 * statistics.median(alone),
         }
-        if way == "recomputed":
+        if file is not None:
             queries = torch.cat([setting.clean[:half], setting.attacked[:half]])
             _, found = rails.naive(queries)
             exact = _exact(rails, queries)

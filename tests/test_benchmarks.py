@@ -116,7 +116,7 @@ def test_recall_counts_what_is_as_near_as_the_exact_kth(load):
 
 def test_cost(load, monkeypatch, tmp_path):
     found = run(load("cost"), monkeypatch, tmp_path, "--classes", "20", "--only", "classes")
-    assert [row["candidates"] for row in found["classes"]["rows"]] == ["None", "1"]
+    assert [row["candidates"] for row in found["classes"]["rows"]] == ["1", "None"]
 
 
 def test_slope_of_a_power(load):

@@ -12,6 +12,8 @@ SLACK = 8
 LOSS = 2**-20
 # Values of the candidates' features that are gathered at once.
 CHUNK_VALUES = 2**22
+# Up to this many times as many keys as candidates, all are ranked.
+FEW = 4
 # Values that are searched group by group, and a group's.
 MANY, GROUP = 2**14, 32
 
@@ -22,16 +24,21 @@ def nearest(queries: Tensor, keys: Tensor, squares: Tensor, k: int) -> tuple[Ten
     `queries` `(B, D)`; `keys` `(N, D)` with N >= k; `squares` `(N,)` their squared norms.
     """
     m = min(len(keys), k + SLACK)
+    if len(keys) <= FEW * m:
+        every = _distances(queries, keys).topk(k, dim=1, largest=False)
+        return every.values, every.indices
     rough = torch.addmm(squares, queries, keys.T, alpha=-2)
     farthest, candidates = smallest(rough, m)
     distances, index = rank(queries, keys, candidates, k)
-    if m < len(keys):
-        own = torch.linalg.vector_norm(queries, dim=1).square()
-        unsure = distances[:, -1].square() > farthest[:, -1] + own - LOSS * (own + squares.max())
-        if bool(unsure.any()):
-            every = torch.cdist(queries[unsure], keys, compute_mode="donot_use_mm_for_euclid_dist")
-            distances[unsure], index[unsure] = every.topk(k, dim=1, largest=False)
+    own = torch.linalg.vector_norm(queries, dim=1).square()
+    unsure = distances[:, -1].square() > farthest[:, -1] + own - LOSS * (own + squares.max())
+    if bool(unsure.any()):
+        distances[unsure], index[unsure] = _distances(queries[unsure], keys).topk(k, dim=1, largest=False)
     return distances, index
+
+
+def _distances(queries: Tensor, keys: Tensor) -> Tensor:
+    return torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def rank(queries: Tensor, keys: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -15,14 +15,14 @@ from immunonet import _store
 from immunonet.attacks import FGSM, PGD, SoftNeighbours
 from immunonet.defence import Defence
 from immunonet.dknn import DkNN
-from immunonet.evaluation.journal import Journal
-from immunonet.evaluation.protocol import (
+from immunonet.evaluation.asking import (
     answers,
     describe,
     describe_attack,
     describe_surrogate,
     is_randomised,
 )
+from immunonet.evaluation.journal import Journal
 from immunonet.evaluation.records import Row
 from immunonet.features import Layer
 from immunonet.rails import RAILS

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from immunonet import RAILS, DkNN, Maturation, _store, data
 from immunonet.evaluation import statistics
+from immunonet.evaluation.asking import answers, describe_attack, is_randomised
 from immunonet.evaluation.journal import Journal
-from immunonet.evaluation.protocol import answers, describe_attack, is_randomised
 from immunonet.evaluation.records import Row
 from immunonet.immune import sensing
 from immunonet.studies.lab import Attack, Lab

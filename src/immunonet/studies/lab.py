@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from immunonet import RAILS, DkNN, Maturation, _store
 from immunonet.attacks import FGSM, PGD
 from immunonet.data import Images
+from immunonet.evaluation.asking import describe_attack
 from immunonet.evaluation.benchmark import neighbour_scores
 from immunonet.evaluation.journal import Journal
-from immunonet.evaluation.protocol import describe_attack
 from immunonet.features import Layer
 from immunonet.repertoire import check_classes
 from immunonet.studies.settings import Study

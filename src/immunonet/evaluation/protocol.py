@@ -28,7 +28,7 @@ from immunonet.evaluation.asking import (
 )
 from immunonet.evaluation.cost import measure, without
 from immunonet.evaluation.records import Check, Flag, Row, envelope
-from immunonet.evaluation.runner import Runner, Tested
+from immunonet.evaluation.runner import Runner, Trial
 from immunonet.evaluation.runner import describe as describe_planned
 from immunonet.evaluation.suite import PROTOCOLS, Budget, Planned, afford, seconds_per_call, suite
 from immunonet.evaluation.verdict import candidates, choose, completed, per_example, standing, summary, worst
@@ -212,15 +212,15 @@ def evaluate(
     path = None if folder is None else Path(folder)
     runner = Runner(subject, base, x, y, seeds=seeds, settings=known, folder=path, told=on_progress)
     planned, plan = _afford(planned, runner, budget, minutes)
-    tests = _attack(runner, planned, select)
-    strongest = _strongest(tests, select)
-    checks, curves = _checks(runner, planned, tests, strongest, budget, select, report, reach)
-    flags = _flags(runner, planned, tests, randomised, repeatable=subject.seeded or not varies)
+    trials = _attack(runner, planned, select)
+    strongest = _strongest(trials, select)
+    checks, curves = _checks(runner, planned, trials, strongest, budget, select, report, reach)
+    flags = _flags(runner, planned, trials, randomised, repeatable=subject.seeded or not varies)
     costs = runner.once("cost", lambda: measure(subject, base, x, seeds))
 
-    chosen = choose(tests, select)
-    right = worst(tests, chosen)[report]
-    on_base = [test.of_base() for test in tests if test.attack.knows == "base"]
+    chosen = choose(trials, select)
+    right = worst(trials, chosen)[report]
+    on_base = [trial.of_base() for trial in trials if trial.attack.knows == "base"]
     base_right = worst(on_base, choose(on_base, slice(0, 1)))
     fields = {"dataset": dataset, "norm": norm}
     whole = {
@@ -234,23 +234,23 @@ def evaluate(
     of_defence = fields | {"defence": name, "seeds": seeds[report]}
     own = whole | describe(defence) | told
     whole |= {key: value for key, value in told.items() if key != "layers"}
-    rows = [_row(test, slice(0, 1), whole, of_base) for test in on_base]
-    rows += [_row(test, report, own, of_defence) for test in tests]
+    rows = [_row(trial, slice(0, 1), whole, of_base) for trial in on_base]
+    rows += [_row(trial, report, own, of_defence) for trial in trials]
     final: dict[str, Any] = {"attack": "worst-case", "eps": float(eps)}
     base_verdict = Row.of(
         base_right,
         **of_base | final,
         knows="base",
         seconds_per_image=on_base[0].seconds,
-        settings=whole | {"attacks": [test.attack.name for test in on_base]},
+        settings=whole | {"attacks": [trial.attack.name for trial in on_base]},
     )
-    names = [test.attack.name for test in tests]
+    names = [trial.attack.name for trial in trials]
     verdict = Row.of(
         right,
         **of_defence | final,
-        knows="defence" if any(test.attack.knows == "defence" for test in tests) else "base",
-        seconds_per_image=tests[0].seconds,
-        foreign=_flagged(tests, chosen),
+        knows="defence" if any(trial.attack.knows == "defence" for trial in trials) else "base",
+        seconds_per_image=trials[0].seconds,
+        foreign=_flagged(trials, chosen),
         settings=own | {"attacks": names, "selected_on": list(seeds[select]), "draws": summary(right)},
     )
     record = {
@@ -264,32 +264,32 @@ def evaluate(
             "venue": "",
             "architecture": type(base).__name__,
             "eps": f"{eps:.6g}",
-            "clean_acc": f"{100 * float(tests[0].correct[report].double().mean()):.2f}",
+            "clean_acc": f"{100 * float(trials[0].correct[report].double().mean()):.2f}",
             "reported": f"{100 * verdict.accuracy:.2f}",
             "autoattack_acc": "",
             "external": "",
             "footnote": f"protocol {protocol}, {len(x)} images",
         },
         "randomized": randomised,
-        # RAILS searches at test time; of another defence that is not known.
+        # RAILS searches at trial time; of another defence that is not known.
         "optimization_loop": True if isinstance(defence, RAILS) else None,
         "seeds": {"selection": list(seeds[select]), "report": list(seeds[report])},
         "threat_model": {"eps": float(eps), "norm": norm, "bounds": bounds.pairs()},
         "attacks": {
-            test.attack.name: {
-                "n": test.n,
-                "attempted": int(test.attempted.sum()),
-                "knows": test.attack.knows,
-                "kind": test.attack.kind,
-                "losses": test.losses,
-                **describe_planned(test.attack),
+            trial.attack.name: {
+                "n": trial.n,
+                "attempted": int(trial.attempted.sum()),
+                "knows": trial.attack.knows,
+                "kind": trial.attack.kind,
+                "losses": trial.losses,
+                **describe_planned(trial.attack),
             }
-            for test in tests
+            for trial in trials
         },
         "plan": plan,
         "curves": curves,
         "cost": costs,
-        "per_example": per_example(tests, chosen, y, report),
+        "per_example": per_example(trials, chosen, y, report),
     }
     return Evaluation(
         rows=tuple(rows),
@@ -297,9 +297,9 @@ def evaluate(
         base_verdict=base_verdict,
         checks=tuple(checks),
         flags=tuple(flags),
-        ablations=tuple(_ablations(runner, tests, chosen, budget, seeds[report], own, of_defence | final)),
+        ablations=tuple(_ablations(runner, trials, chosen, budget, seeds[report], own, of_defence | final)),
         record=record,
-        gallery=_gallery(tests, chosen, report, x, y),
+        gallery=_gallery(trials, chosen, report, x, y),
     )
 
 
@@ -338,36 +338,36 @@ def _afford(
     return [dataclasses.replace(a, n=plan["attacks"][a.name]["n"]) for a in planned], plan
 
 
-def _attack(runner: Runner, planned: Sequence[Planned], select: slice) -> list[Tested]:
+def _attack(runner: Runner, planned: Sequence[Planned], select: slice) -> list[Trial]:
     """Run all attacks: with gradients first, the strongest of them once more with twice the steps, then the others."""
-    tests = [runner.run(attack) for attack in planned if not attack.standing]
-    strongest = _strongest(tests, select)
+    trials = [runner.run(attack) for attack in planned if not attack.standing]
+    strongest = _strongest(trials, select)
     if strongest is not None:
         twice = strongest.attack.with_method(iterations=2 * strongest.attack.method.iterations)
         most = min(strongest.n, _PAIRED)
-        tests.append(runner.run(dataclasses.replace(twice, name=strongest.attack.name + DOUBLED, n=most)))
+        trials.append(runner.run(dataclasses.replace(twice, name=strongest.attack.name + DOUBLED, n=most)))
     for attack in planned:
         if attack.standing:
-            test = runner.run(attack, standing(tests, select))
-            tests.append(completed(test, tests, select))
-    return tests
+            trial = runner.run(attack, standing(trials, select))
+            trials.append(completed(trial, trials, select))
+    return trials
 
 
-def _strongest(tests: Sequence[Tested], select: slice) -> Tested | None:
+def _strongest(trials: Sequence[Trial], select: slice) -> Trial | None:
     """Return the iterative attack that left the fewest right; None where there is none."""
     found = [
-        test
-        for test in tests
-        if hasattr(test.attack.method, "iterations") and not test.attack.standing and DOUBLED not in test.attack.name
+        trial
+        for trial in trials
+        if hasattr(trial.attack.method, "iterations") and not trial.attack.standing and DOUBLED not in trial.attack.name
     ]
-    return min(found, key=lambda test: float(test.correct[select].double().mean()), default=None)
+    return min(found, key=lambda trial: float(trial.correct[select].double().mean()), default=None)
 
 
 def _checks(
     runner: Runner,
     planned: Sequence[Planned],
-    tests: Sequence[Tested],
-    strongest: Tested | None,
+    trials: Sequence[Trial],
+    strongest: Trial | None,
     budget: Budget,
     select: slice,
     report: slice,
@@ -379,7 +379,7 @@ def _checks(
         name = strongest.attack.name
         shown = {attack.name: attack for attack in planned if attack.name in ("pgd", name)}
         curves = {key: sanity.curve(runner, attack, n, reach, seeds) for key, attack in shown.items()}
-        twice = next(test for test in tests if test.attack.name == name + DOUBLED)
+        twice = next(trial for trial in trials if trial.attack.name == name + DOUBLED)
         checks += [
             sanity.grows(curves[name], name, runner.subject.classes),
             sanity.iterative(runner, strongest.attack, n, seeds),
@@ -387,11 +387,11 @@ def _checks(
         ]
 
     def case(kinds: tuple[str, ...], n: int) -> torch.Tensor:
-        mine = [test for test in tests if test.attack.kind in kinds]
+        mine = [trial for trial in trials if trial.attack.kind in kinds]
         return worst(mine, choose(mine, select))[report, :n]
 
-    asked = min((test.n for test in tests if test.attack.standing), default=0)
-    if any(test.attack.kind == "adaptive" for test in tests):
+    asked = min((trial.n for trial in trials if trial.attack.standing), default=0)
+    if any(trial.attack.kind == "adaptive" for trial in trials):
         alone = case(("none", "adaptive"), len(runner.x))
         together = case(("none", "adaptive", "transfer"), len(runner.x))
         checks.append(sanity.compared("transfer is no stronger than attacks that know", "transfer", alone, together))
@@ -408,12 +408,12 @@ def _checks(
 
 
 def _flags(
-    runner: Runner, planned: Sequence[Planned], tests: Sequence[Tested], randomised: bool, *, repeatable: bool
+    runner: Runner, planned: Sequence[Planned], trials: Sequence[Trial], randomised: bool, *, repeatable: bool
 ) -> list[Flag]:
     x, y = runner.x[:_PROBED], runner.y[:_PROBED]
     targets = {a.name: a.target for a in planned if not a.standing and a.target is not None}
     distinct = {id(target): name for name, target in targets.items()}
-    faults = sum((test.faults for test in tests), Counter(runner.subject.faults if not runner.journal else {}))
+    faults = sum((trial.faults for trial in trials), Counter(runner.subject.faults if not runner.journal else {}))
 
     def flags() -> list[dict[str, Any]]:
         found = [
@@ -424,35 +424,35 @@ def _flags(
         ]
         return [dataclasses.asdict(flag) for flag in found]
 
-    return [*(Flag(**flag) for flag in runner.once("flags", flags)), sanity.failed(faults), sanity.outside(tests)]
+    return [*(Flag(**flag) for flag in runner.once("flags", flags)), sanity.failed(faults), sanity.outside(trials)]
 
 
-def _row(test: Tested, runs: slice, settings: dict[str, Any], fields: dict[str, Any]) -> Row:
-    attack = test.attack
-    done = {"slice": [0, test.n], "attempted": int(test.attempted.sum())}
+def _row(trial: Trial, runs: slice, settings: dict[str, Any], fields: dict[str, Any]) -> Row:
+    attack = trial.attack
+    done = {"slice": [0, trial.n], "attempted": int(trial.attempted.sum())}
     return Row.of(
-        test.correct[runs],
+        trial.correct[runs],
         **fields,
         attack=attack.name,
         knows=attack.knows,
         eps=0.0 if attack.method is None else attack.method.eps,
-        seconds_per_image=test.seconds,
-        foreign=None if test.foreign is None else float(test.foreign.double().mean()),
+        seconds_per_image=trial.seconds,
+        foreign=None if trial.foreign is None else float(trial.foreign.double().mean()),
         settings=settings | done | describe_planned(attack),
     )
 
 
-def _flagged(tests: Sequence[Tested], chosen: Tensor) -> float | None:
+def _flagged(trials: Sequence[Trial], chosen: Tensor) -> float | None:
     """Return the share of worst cases that looked foreign; None for a defence that flags nothing."""
-    if tests[0].foreign is None:
+    if trials[0].foreign is None:
         return None
-    flags = [bool(tests[int(test)].foreign[i]) for i, test in enumerate(chosen)]  # type: ignore[index]
+    flags = [bool(trials[int(trial)].foreign[i]) for i, trial in enumerate(chosen)]  # type: ignore[index]
     return sum(flags) / len(flags)
 
 
 def _ablations(
     runner: Runner,
-    tests: Sequence[Tested],
+    trials: Sequence[Trial],
     chosen: Tensor,
     budget: Budget,
     seeds: tuple[int, ...],
@@ -464,7 +464,7 @@ def _ablations(
     if not budget.ablations or not isinstance(rails, RAILS):
         return []
     rows = []
-    attacked = {"none": tests[0].adversarials, "worst-case": candidates(tests, chosen)}
+    attacked = {"none": trials[0].adversarials, "worst-case": candidates(trials, chosen)}
     for part, variant in without(rails).items():
         subject = Subject(variant, classes=runner.subject.classes)
         for attack, x in attacked.items():
@@ -490,20 +490,20 @@ def _asked(subject: Subject, x: Tensor, seeds: tuple[int, ...]) -> list[Any]:
     return [labels.tolist(), seconds]
 
 
-def _gallery(tests: Sequence[Tested], chosen: Tensor, report: slice, x: Tensor, y: Tensor) -> tuple[Specimen, ...]:
+def _gallery(trials: Sequence[Trial], chosen: Tensor, report: slice, x: Tensor, y: Tensor) -> tuple[Specimen, ...]:
     """Return images that were right without an attack and wrong in most runs of their worst case, the first ones."""
-    clean = tests[0].correct[report].double().mean(0) > 0.5
-    broken = worst(tests, chosen)[report].double().mean(0) <= 0.5
+    clean = trials[0].correct[report].double().mean(0) > 0.5
+    broken = worst(trials, chosen)[report].double().mean(0) <= 0.5
     found = []
     for i in (clean & broken).nonzero()[:_SHOWN, 0].tolist():
-        test = tests[int(chosen[i])]
+        trial = trials[int(chosen[i])]
         found.append(
             Specimen(
                 clean=x[i].cpu(),
-                adversarial=test.adversarials[i].cpu(),
+                adversarial=trial.adversarials[i].cpu(),
                 truth=int(y[i]),
-                answer=int(test.labels[report, i].mode().values),
-                attack=test.attack.name,
+                answer=int(trial.labels[report, i].mode().values),
+                attack=trial.attack.name,
             )
         )
     return tuple(found)

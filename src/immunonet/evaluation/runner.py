@@ -21,7 +21,7 @@ CHUNK = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tested:
+class Trial:
     """What an attack found and what came of it, for the first n images.
 
     `adversarials` `(n, *S)`: the candidates; an image that was not `attempted` `(n,)` keeps itself. `correct`
@@ -49,7 +49,7 @@ class Tested:
         """How many images it covers."""
         return self.correct.shape[1]
 
-    def of_base(self) -> Tested:
+    def of_base(self) -> Trial:
         """Return what came of it at the undefended network."""
         return dataclasses.replace(self, correct=self.base_correct, seconds=self.base_seconds, foreign=None)
 
@@ -92,14 +92,14 @@ class Runner:
             self.journal.add(key, make())
         return self.journal[key]
 
-    def run(self, attack: Planned, standing: Tensor | None = None) -> Tested:
+    def run(self, attack: Planned, standing: Tensor | None = None) -> Trial:
         """Run an attack on its first n images, or on the `standing` `(N,)` among them, and test what it finds."""
         parts = [self._part(attack, slice(i, min(i + CHUNK, attack.n)), standing) for i in range(0, attack.n, CHUNK)]
         labels = torch.cat([torch.tensor(kept["labels"]) for kept, _ in parts], 1)
         base_labels = torch.cat([torch.tensor(kept["base"]) for kept, _ in parts], 1)
         y = self.y[: attack.n].cpu()
         flags = [flag for kept, _ in parts for flag in kept["foreign"] or ()]
-        tested = Tested(
+        tested = Trial(
             attack=attack,
             adversarials=torch.cat([found for _, found in parts]),
             attempted=torch.tensor([flag for kept, _ in parts for flag in kept["attempted"]]),

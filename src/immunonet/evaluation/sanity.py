@@ -18,7 +18,7 @@ from immunonet.attacks import FGSM
 from immunonet.evaluation import statistics
 from immunonet.evaluation.asking import Subject
 from immunonet.evaluation.records import Check, Flag
-from immunonet.evaluation.runner import Runner, Tested
+from immunonet.evaluation.runner import Runner, Trial
 from immunonet.evaluation.suite import Model, Planned
 from immunonet.features import evaluating
 
@@ -95,7 +95,7 @@ def iterative(runner: Runner, attack: Planned, n: int, seeds: Sequence[int]) -> 
     return Check("many steps are at least as strong as one", passed, detail)
 
 
-def doubled(once: Tested, twice: Tested, part: slice) -> Check:
+def doubled(once: Trial, twice: Trial, part: slice) -> Check:
     """Twice the iterations must not move the accuracy out of its interval, on the same images."""
     n = min(once.n, twice.n)
     before, after = once.correct[part, :n], twice.correct[part, :n]
@@ -167,9 +167,9 @@ def failed(faults: Counter[str]) -> Flag:
     return Flag("inputs without an answer", bool(faults), detail or "none")
 
 
-def outside(tests: Sequence[Tested]) -> Flag:
+def outside(trials: Sequence[Trial]) -> Flag:
     """An attack that leaves the threat model tests something else; such points were left out."""
-    bad = [f"{t.attack.name}: {t.outside}" for t in tests if t.outside and "hop" not in t.attack.name]
+    bad = [f"{t.attack.name}: {t.outside}" for t in trials if t.outside and "hop" not in t.attack.name]
     return Flag("points outside the threat model", bool(bad), "; ".join(bad) or "none")
 
 

@@ -1,0 +1,121 @@
+"""Plans: what they cost, what they allow, and what is cut first."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from immunonet import RAILS, DkNN, Maturation, _check, attacks
+from immunonet.evaluation import suite
+from immunonet.evaluation.asking import LogProbabilities, Subject
+from immunonet.evaluation.suite import PROTOCOLS, Noise, Planned
+
+BOUNDS = _check.Bounds.of("bounds", (0.0, 1.0))
+
+
+def names(defence, base, images, protocol, randomised):
+    subject = Subject(defence, classes=3)
+    planned = suite.suite(
+        subject, base, [], images[0][:4],
+        eps=0.1, norm="linf", bounds=BOUNDS, budget=PROTOCOLS[protocol], seed=0, randomised=randomised,
+    )  # fmt: skip
+    return {attack.name: attack for attack in planned}
+
+
+def test_what_a_protocol_runs_on_each_defence(images, conv):
+    on_base = ["none", "fgsm", "pgd", "pgd-momentum", "apgd-ce", "apgd-dlr"]
+    asks = ["noise", "square", "hop-skip-jump"]
+    found = names(LogProbabilities(conv), conv, images, "quick", False)
+    assert list(found) == on_base + asks
+    assert {attack.knows for attack in found.values()} == {"base"}
+
+    knn = ["soft-knn", "apgd-ce-soft-knn", "apgd-dlr-soft-knn", "ask", "adv-knn"]
+    rest = ["stealthy", "bpda-soft-knn", "bpda"]
+    dknn = DkNN(conv, "input", neighbours=5).fit(*images)
+    assert list(names(dknn, conv, images, "quick", False)) == [*on_base, *knn, *rest, *asks]
+
+    rails = RAILS(conv, "input", maturation=Maturation(population=300)).fit(*images)
+    found = names(rails, conv, images, "quick", True)
+    assert list(found) == [*on_base, *knn, "unrolled", *rest, "noise", "square", "square-known-seed", "hop-skip-jump"]
+    twin = found["square"].target.defence
+    assert (twin.maturations[0].population, twin.maturations[0].generations) == (200, 3)
+    assert not found["square"].method.early_stop
+    assert found["square"].standing
+    assert not found["unrolled"].standing
+    assert {"unrolled-eot-5", "bpda-eot-5"} <= set(names(rails, conv, images, "standard", True))
+
+    smooth = nn.Sequential(conv, nn.LogSoftmax(1))
+    assert "direct-pgd" in names(smooth, conv, images, "quick", False)
+    assert "bpda" not in names(smooth, conv, images, "quick", False)
+
+
+def test_points_that_break_the_threat_model_are_replaced_and_counted():
+    class Cheat:
+        eps, norm, bounds = 0.1, "linf", BOUNDS
+
+        def __call__(self, model, x, y):
+            found = x + torch.tensor([[0.1], [0.2], [-0.1], [torch.nan]])
+            return attacks.AttackResult(found, y.bool(), y.float(), torch.zeros(1, 4))
+
+    x = torch.tensor([[0.5], [0.5], [0.05], [0.5]])
+    found, _, outside = Planned(name="c", knows="base", kind="adaptive", n=4, method=Cheat(), target=len)(
+        x, x[:, 0].long()
+    )
+    assert found.flatten().tolist() == pytest.approx([0.6, 0.5, 0.05, 0.5])
+    assert outside == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "calls"),
+    [
+        (None, 0),
+        (attacks.FGSM(), 2),
+        (attacks.PGD(iterations=20, restarts=3), 63),
+        (attacks.APGD(iterations=10, restarts=1, loss="targeted-dlr", targets=4), 44),
+        (attacks.Square(queries=100, draws=3), 300),
+        (attacks.HopSkipJump(eps=0.1, iterations=2, evaluations=10), 24),
+        (Noise(eps=0.1, points=7), 7),
+    ],
+)
+def test_calls_of_the_target_are_counted(method, calls):
+    assert Planned(name="a", knows="base", kind="adaptive", n=1, method=method, target=len).calls() == calls
+
+
+def test_a_budget_cuts_the_attacks_that_ask_first_and_keeps_ten_images():
+    clean = Planned(name="none", knows="base", kind="none", n=100)
+    strong, asks = (
+        dataclasses.replace(clean, name=name, kind=kind) for name, kind in (("a", "adaptive"), ("b", "black box"))
+    )
+    seconds = {"none": 0.0, "a": 1.0, "b": 3.0}
+
+    def cut(allowed):
+        return {attack.name: attack.n for attack in suite.afford([clean, strong, asks], seconds, 0.0, allowed)}
+
+    assert cut(400) == {"none": 100, "a": 100, "b": 100}
+    assert cut(250) == {"none": 100, "a": 100, "b": 50}
+    assert cut(90) == {"none": 60, "a": 60, "b": 10}
+    assert cut(1e-9) == {"none": 10, "a": 10, "b": 10}
+
+
+def test_noise_keeps_its_worst_point_and_stays_in_the_ball():
+    x = torch.full((5, 2), 0.5)
+    model = nn.Linear(2, 2)
+    y = model(x).argmax(1)
+    for norm in ("linf", "l2"):
+        few, many = (Noise(eps=0.3, points=n, norm=norm)(model, x, y) for n in (1, 30))
+        assert (many.losses[-1] >= few.losses[-1]).all()
+        assert (many.losses.diff(dim=0) >= 0).all()
+        assert (many.distance <= 0.3 + 1e-6).all()
+        got = -model(many.adversarials).double().log_softmax(1).gather(1, y[:, None])[:, 0]
+        assert got.allclose(many.losses[-1])
+        assert many.success.equal(model(many.adversarials).argmax(1) != y)
+    with pytest.raises(ValueError, match="points must be at least 1"):
+        Noise(eps=0.1, points=0)
+
+
+def test_a_gradient_is_seen_where_there_is_one():
+    x = torch.rand(1, 2)
+    assert suite.has_gradient(lambda z: z * 0, x)
+    assert not suite.has_gradient(lambda z: z.detach(), x)
+    assert not suite.has_gradient(lambda z: torch.ones(1, 2, requires_grad=True) * 2, x)

@@ -112,8 +112,8 @@ def agreement(setting: Setting, options: argparse.Namespace) -> list[Row]:
     sizes: dict[str, Any] = {"population": options.population, "generations": options.generations}
     off: dict[str, Any] = {"early_stop": None, "prune": None}
     variants: dict[str, tuple[dict[str, Any], int]] = {
-        "no shortcut (the reference)": (off, options.seed),
-        "no shortcut, another seed": (off, options.seed + 1),
+        "early_stop=None, prune=None (the reference)": (off, options.seed),
+        "the reference, another seed": (off, options.seed + 1),
         "defaults": ({}, options.seed),
         "early_stop=2": ({"early_stop": 2, "prune": None}, options.seed),
         "early_stop=1": ({"early_stop": 1, "prune": None}, options.seed),
@@ -146,7 +146,7 @@ def agreement(setting: Setting, options: argparse.Namespace) -> list[Row]:
     rails.maturations = (Maturation(**sizes, **off),)
     with patch.object(backend, "_numba", lambda: None):
         taken, found = common.seconds(lambda: rails.predict(x, seed=options.seed), 1)
-    compare("no shortcut, by torch operators and the root, a tenth", taken, found, some, setting.labels[:m])
+    compare("the reference by torch operators and the root, a tenth", taken, found, some, setting.labels[:m])
     return rows
 
 

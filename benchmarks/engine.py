@@ -78,7 +78,9 @@ def ours(setting: Setting, layer: str, n: int, options: argparse.Namespace) -> l
         if not rows:
             rails.predict(x[:1])
         taken, found = common.seconds(lambda: rails.predict(x), options.repeats)
-        rows.append({"what": name, "seconds_per_image": taken / len(x)} | accuracies(found, setting.labels[:n]))
+        shortcuts = {"early_stop": str(maturation.early_stop), "prune": str(maturation.prune)}
+        figures = {"seconds_per_image": taken / len(x)} | accuracies(found, setting.labels[:n])
+        rows.append({"what": name} | shortcuts | figures)
     return rows
 
 

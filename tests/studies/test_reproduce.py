@@ -234,14 +234,22 @@ def test_a_readme_of_ones_own_is_left_alone(run):
 
 
 def test_another_dataset_has_networks_of_its_own(run):
-    text = Path("small.toml").read_text().replace('"net.safetensors"', '"net.safetensors"\ntraining = { epochs = 1 }')
-    Path("small.toml").write_text(text.split("[[learning]]")[0] + '[remarks]\ndigits = "All {n}."\n')
+    hard = '[bases.hard]\nstart = "plain"\ntraining = { epochs = 1, adversarial = { eps = "1/8", iterations = 1 } }\n'
+    text = Path("small.toml").read_text().split("[[learning]]")[0]
+    text = text.replace('"net.safetensors"', '"net.safetensors"\ntraining = { epochs = 1 }\n' + hard)
+    Path("small.toml").write_text(text + '[remarks]\ndigits = "All {n}."\n')
     code, _, err = run("--study", "small.toml", "--dataset", "digits", "--json", "r.json")
     assert code == 0, err
     assert "trained plain" in err
+    assert "trained hard" in err
     found = record("r.json")
     assert found["study"]["remark"] == "All 360."
     assert {row["dataset"] for row in found["results"]} == {"digits"}
+    assert len({row["settings"]["weights"] for row in found["results"]}) == 2
+    shutil.rmtree("runs/small/adversarials")
+    Path("runs/small/parts.jsonl").unlink()
+    assert "trained" not in run("--study", "small.toml", "--dataset", "digits", "--json", "again.json")[2]
+    assert record("again.json") == found
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,26 @@
-"""The quick protocol on small problems where the right figures are known."""
+"""The protocol on a small problem where the right figures are known."""
 
 import dataclasses
+import errno
 import json
 
 import pytest
 import torch
 from torch import nn
 
-from immunonet.dknn import DkNN
-from immunonet.evaluation import evaluate, protocol
-from immunonet.rails import RAILS, Maturation
+from immunonet import RAILS, DkNN, Maturation, _store
+from immunonet.evaluation import evaluate
+from immunonet.evaluation.asking import LogProbabilities
+from immunonet.evaluation.suite import PROTOCOLS, Planned
+
+TINY = dataclasses.replace(
+    PROTOCOLS["quick"], iterations=3, black_box=5, queries=6, decisions=1, evaluations=4, noise=2, seeds=2, checks=20
+)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(PROTOCOLS, "quick", TINY)
 
 
 @pytest.fixture(scope="module")
@@ -26,169 +37,280 @@ def problem():
     return base, x, y
 
 
-class Noisy(nn.Module):
-    """Right with seed 0, wrong with every other; its log-probabilities are even."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base = base
-
-    def forward(self, x):
-        return torch.full((len(x), 2), 0.5).log()
-
-    def predict(self, x, seed=None):
-        labels = self.base(x).argmax(1)
-        return labels if seed == 0 else 1 - labels
-
-
-class Sure(nn.Module):
-    """The base network behind a log-softmax."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base = base
-
-    def forward(self, x):
-        return self.base(x).log_softmax(1)
-
-
-def by_attack(result, defence):
+def rows(result, defence):
     return {row.attack: row for row in result.rows if row.defence == defence}
+
+
+def checks(result):
+    return {check.name.split(" ")[0]: check for check in result.checks}
+
+
+def flags(result):
+    return {flag.name: flag for flag in result.flags}
 
 
 def test_figures_follow_from_the_distance_to_the_boundary(problem):
     base, x, y = problem
-    eps = 0.3
-    result = evaluate(Sure(base), x, y, base=base, eps=eps, dataset="bands")
-    safe = float(((x[:, 0] - 0.5).abs() > eps).float().mean())
+    result = evaluate(LogProbabilities(base), x, y, base=base, eps=0.3, dataset="bands", name="cnn")
+    safe = float(((x[:, 0] - 0.5).abs() > 0.3).float().mean())
     assert 0 < safe < 1
-    for name in ("base", "sure"):
-        rows = by_attack(result, name)
-        assert list(rows) == ["none", "fgsm", "pgd"]
-        assert rows["none"].accuracy == 1.0
-        assert rows["fgsm"].accuracy == rows["pgd"].accuracy == pytest.approx(safe)
-    assert result.verdict.accuracy == pytest.approx(safe)
-    assert result.verdict.knows == "base"
-    assert [check.passed for check in result.checks] == [True, True, True]
-    clean, pgd = (by_attack(result, "sure")[attack] for attack in ("none", "pgd"))
-    assert (clean.knows, clean.eps, pgd.knows, pgd.eps, pgd.norm) == ("base", 0.0, "base", eps, "linf")
-    assert pgd.settings["slice"] == [0, 160]
-    assert pgd.settings["attack"]["iterations"] == 20
-    assert pgd.dataset == "bands"
+    assert list(rows(result, "base")) == [
+        "none", "fgsm", "pgd", "pgd-momentum", "apgd-ce", "pgd doubled", "noise", "square", "hop-skip-jump",
+    ]  # fmt: skip
+    for row in result.rows:
+        if row.attack in ("fgsm", "pgd", "pgd-momentum", "apgd-ce", "pgd doubled"):
+            assert row.accuracy == pytest.approx(
+                safe if row.n == 160 else float(((x[:100, 0] - 0.5).abs() > 0.3).float().mean())
+            )
+    assert rows(result, "cnn")["none"].accuracy == 1.0
+    for verdict in (result.verdict, result.base_verdict):
+        assert verdict.attack == "worst-case"
+        assert verdict.accuracy == pytest.approx(safe)
+        assert (verdict.knows, verdict.eps, verdict.n, verdict.seeds) == ("base", 0.3, 160, ())
+    assert all(check.passed for check in result.checks), result.checks
+    assert not any(flag.raised for flag in result.flags), result.flags
+    assert not result.unreliable
+    curve = result.record["curves"]["pgd"]
+    for eps, accuracy in zip(curve["eps"], curve["accuracy"], strict=True):
+        assert accuracy == pytest.approx(float(((x[:20, 0] - 0.5).abs() > eps).float().mean()))
+    assert curve["eps"][-1] == 1.0
 
 
-def test_the_worst_case_is_taken_per_image(problem):
+def test_a_users_defence_in_three_lines_is_attacked_by_its_own_gradient_or_without_one(problem):
+    base, x, y = problem
+    smooth = evaluate(lambda z: base(z).log_softmax(1), x[:30], y[:30], base=base, eps=0.2, name="smooth")
+    assert {"direct-pgd", "direct-apgd-ce"} <= set(rows(smooth, "smooth"))
+    assert smooth.verdict.knows == "defence"
+
+    def quantised(z):
+        return base((4 * z).round() / 4).log_softmax(1)
+
+    result = evaluate(quantised, x[:30], y[:30], base=base, eps=0.2)
+    assert {"bpda", "square"} <= set(rows(result, "quantised"))
+    assert rows(result, "quantised")["bpda"].knows == "defence"
+    assert result.verdict.accuracy <= min(row.accuracy for row in rows(result, "quantised").values())
+
+
+def test_a_randomised_defence_is_judged_on_draws_that_no_attack_was_chosen_on(problem):
     base, x, y = problem
 
-    class Gullible(nn.Module):
-        """Wrong about points of class 0 as given, and about points of class 1 once they are moved."""
+    class Noisy(nn.Module):
+        """Right in the draws for selection, wrong in those of the report."""
 
-        def forward(self, z):
-            known = (z[:, 1, None] == x[:, 1]).long().argmax(1)  # attacks on base leave this coordinate alone
-            wrong = torch.where(z[:, 0] == x[known, 0], 0, 1) == y[known]
-            return nn.functional.one_hot(torch.where(wrong, 1 - y[known], y[known]), 2).mul(9.0).log_softmax(1)
+        def forward(self, z, seed=None):
+            return torch.zeros(len(z), 2).log_softmax(1)
 
-    result = evaluate(Gullible(), x, y, base=base, eps=0.05)
-    rows = by_attack(result, "gullible")
-    assert rows["none"].accuracy == rows["pgd"].accuracy == 0.5
-    assert result.verdict.accuracy == 0.0
+        def predict(self, z, seed=None):
+            labels = base(z).argmax(1)
+            return labels if seed < 2 else 1 - labels
 
-
-def test_a_randomised_defence_is_asked_under_five_seeds(problem):
-    base, x, y = problem
-    result = evaluate(Noisy(base), x, y, base=base, eps=0.05)
-    row = by_attack(result, "noisy")["none"]
-    assert row.seeds == (0, 1, 2, 3, 4)
-    assert (row.correct, row.accuracy) == (32.0, 0.2)
-    assert result.verdict.seeds == (0, 1, 2, 3, 4)
-    assert evaluate(Noisy(base), x, y, base=base, eps=0.05, seed=1).verdict.accuracy == 0.0
+    result = evaluate(Noisy(), x[:20], y[:20], base=base, eps=0.05)
+    assert result.record["seeds"] == {"selection": [0, 1], "report": [2, 3]}
+    assert result.verdict.seeds == (2, 3)
+    assert rows(result, "noisy")["none"].accuracy == result.verdict.accuracy == 0.0
+    assert rows(result, "base")["none"].accuracy == 1.0
+    assert flags(result)["randomised"].raised
+    assert not flags(result)["randomised"].serious
+    moved = evaluate(Noisy(), x[:20], y[:20], base=base, eps=0.05, seed=2)
+    assert set(image["attack"] for image in moved.record["per_example"]) == {"none"} or moved.verdict.accuracy == 0
 
 
 @pytest.mark.parametrize("kind", ["rails", "dknn"])
-def test_defences_also_meet_an_attack_that_knows_them(problem, kind, tmp_path):
+def test_nearest_neighbour_defences_meet_attacks_that_know_them(problem, kind, tmp_path):
     base, x, y = problem
     if kind == "rails":
         defence = RAILS(base, "input", maturation=Maturation(population=20, neighbours=2, generations=1))
     else:
         defence = DkNN(base, "input", neighbours=3, metric="euclidean")
     defence.fit(x, y, calibration=0.2)
-    result = evaluate(defence, x[:40], y[:40], base=base, eps=0.05, norm="l2")
-    rows = by_attack(result, kind)
-    assert list(rows) == ["none", "fgsm", "pgd", "soft-knn"]
-    assert rows["soft-knn"].knows == result.verdict.knows == "defence"
-    assert rows["none"].accuracy > 0.9
-    assert rows["none"].seeds == ((0, 1, 2, 3, 4) if kind == "rails" else ())
-    assert all(check.passed for check in result.checks)
-    assert rows["pgd"].settings["layers"] == ["input"]
-    assert result.verdict.accuracy <= min(row.accuracy for row in rows.values()) + 1e-9
+    result = evaluate(defence, x[:20], y[:20], base=base, transfer=[nn.Linear(2, 2)], eps=0.2, norm="l2")
+    found = rows(result, kind)
+    assert {"soft-knn", "ask", "adv-knn", "stealthy", "bpda", "transfer-1"} <= set(found)
+    assert found["soft-knn"].knows == result.verdict.knows == "defence"
+    assert found["none"].accuracy > 0.9
+    assert 0 <= found["none"].foreign <= 1
+    assert "foreign" in result.verdict.to_json()
+    assert result.verdict.accuracy <= min(row.accuracy for row in found.values()) + 1e-9
     result.to_json(tmp_path / "r.json")
     record = json.loads((tmp_path / "r.json").read_text())
-    assert [row["attack"] for row in record["results"]][-1] == "worst"
-    assert len(record["results"]) == 2 * 4 + 1
-    assert record["checks"][0]["passed"] is True
+    assert [row["attack"] for row in record["results"][-2:]] == ["worst-case", "worst-case"]
+    info = record["model_info"]
+    assert (info["name"], info["reported"]) == (kind, f"{100 * result.verdict.accuracy:.2f}")
+    assert record["randomized"] is (kind == "rails")
+    assert record["attacks"]["square"]["n"] == 5
+    assert record["attacks"]["square"]["calls"] == (12 if kind == "rails" else 6)
+    assert len(record["per_example"]) == 20
+    assert record["unreliable"] is result.unreliable
+    assert record["cost"]["seconds_batch_1"] > 0
 
 
-def test_time_that_runs_out_is_said_and_the_rows_count_what_was_done(problem, monkeypatch):
+def test_ablations_are_rows_of_their_own(problem, monkeypatch):
     base, x, y = problem
-    monkeypatch.setattr(protocol, "CHUNK", 50)
-    result = evaluate(Sure(base), x, y, base=base, eps=0.1, minutes=1e-9)
-    assert {row.n for row in (*result.rows, result.verdict)} == {50}
-    assert result.verdict.settings["slice"] == [0, 50]
-    assert result.checks[-1] == protocol.Check("all images were evaluated", False, "50 of 160")
-    whole = evaluate(Sure(base), x, y, base=base, eps=0.1, minutes=10)
-    assert whole.verdict.n == 160
+    monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(TINY, ablations=True, draws=(2,)))
+    defence = RAILS(base, "input", maturation=Maturation(population=20, neighbours=2, generations=1))
+    result = evaluate(defence.fit(x, y), x[:12], y[:12], base=base, eps=0.1)
+    assert [(row.defence, row.attack) for row in result.ablations] == [
+        (f"rails without {part}", attack)
+        for part in ("crossover", "mutation", "selection", "generations")
+        for attack in ("none", "worst-case")
+    ]
+    assert "unrolled-eot-2" in rows(result, "rails")
+    assert result.ablations[0].settings["maturation"][0]["crossover"] is None
+    assert "Ablations" in _page(result)
 
 
-def test_checks_fail_when_what_they_guard_fails(problem):
+def _page(result):
+    from immunonet.evaluation.page import page
+
+    return page(result)
+
+
+def test_an_interrupted_run_continues_and_gives_the_same_figures(problem, tmp_path, monkeypatch):
+    base, x, y = problem
+    arguments = {"base": base, "eps": 0.2, "dataset": "bands"}
+    whole = evaluate(LogProbabilities(base), x[:40], y[:40], **arguments, folder=tmp_path / "a")
+    real, calls = Planned.__call__, []
+
+    def counting(self, x, y):
+        calls.append(self.name)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(self, x, y)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Planned, "__call__", counting)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(LogProbabilities(base), x[:40], y[:40], **arguments, folder=tmp_path / "b")
+        done, calls[:] = calls[:3], [""] * 4
+        resumed = evaluate(LogProbabilities(base), x[:40], y[:40], **arguments, folder=tmp_path / "b")
+        attacked = [name for name in calls[4:] if name != "none"]
+    assert done == ["none", "fgsm", "pgd"]
+    assert "fgsm" not in attacked[: attacked.index("apgd-ce")]
+    timeless = [
+        [dataclasses.replace(row, seconds_per_image=0) for row in (*found.rows, found.verdict)]
+        for found in (whole, resumed)
+    ]
+    assert timeless[0] == timeless[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(Planned, "__call__", None)
+        again = evaluate(LogProbabilities(base), x[:40], y[:40], **arguments, folder=tmp_path / "b")
+    assert again.rows == resumed.rows
+    assert again.checks == resumed.checks
+
+
+def test_a_full_disk_is_told_and_loses_nothing_that_was_kept(problem, tmp_path, monkeypatch):
+    base, x, y = problem
+    real = _store.write_tensors
+
+    def full(path, *rest, **more):
+        if "apgd" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_store, "write_tensors", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            evaluate(LogProbabilities(base), x[:10], y[:10], base=base, eps=0.2, folder=tmp_path)
+    said = []
+    evaluate(LogProbabilities(base), x[:10], y[:10], base=base, eps=0.2, folder=tmp_path, on_progress=said.append)
+    assert any(line.startswith("apgd-ce: ") for line in said)
+
+
+def test_minutes_cut_the_plan_beforehand_and_the_cut_is_a_failed_check(problem):
+    base, x, y = problem
+    said = []
+    result = evaluate(LogProbabilities(base), x, y, base=base, eps=0.1, minutes=1e-9, on_progress=said.append)
+    assert {row.n for row in result.rows} == {10, 5}
+    assert result.verdict.n == 10
+    assert len(result.record["per_example"]) == 10
+    assert not checks(result)["all"].passed
+    assert "none 10 of 160" in checks(result)["all"].detail
+    assert said[0].startswith("plan for logprobabilities: about")
+    assert any("square: 5 images, 6 calls each" in line for line in said)
+    assert result.unreliable
+    assert evaluate(LogProbabilities(base), x[:30], y[:30], base=base, eps=0.1, minutes=60).verdict.n == 30
+
+
+def test_answers_that_fail_for_some_inputs_are_wrong_and_flagged(problem):
     base, x, y = problem
 
-    class Forgetful(nn.Module):
-        """Gives another answer every time it is asked."""
+    def picky(z):
+        if (z[:, 1] > 0.9).any():
+            raise RuntimeError("too bright")
+        return base(z).log_softmax(1).masked_fill(z[:, 1:] < 0.05, torch.nan)
 
-        def __init__(self):
-            super().__init__()
-            self.calls = 0
-
-        def forward(self, z):
-            self.calls += 1
-            return nn.functional.one_hot(torch.full((len(z),), self.calls % 2), 2).mul(9.0).log_softmax(1)
-
-    result = evaluate(Forgetful(), x, y, base=base, eps=0.1)
-    assert not result.checks[0].passed
-    right = torch.ones(1, 10, dtype=torch.bool)
-    assert protocol._iterative(right, ~right).passed
-    assert not protocol._iterative(~right, right).passed
+    result = evaluate(picky, x[:40], y[:40], base=base, eps=0.01)
+    clean = ((x[:40, 1] <= 0.9) & (x[:40, 1] >= 0.05)).double().mean()
+    assert rows(result, "picky")["none"].accuracy == pytest.approx(float(clean))
+    assert flags(result)["inputs without an answer"].raised
+    assert "too bright" in flags(result)["inputs without an answer"].detail
+    assert result.unreliable
 
 
-def test_the_page_gives_the_verdict_first_and_escapes_names(problem, tmp_path):
+def test_an_answer_that_depends_on_the_batch_is_flagged(problem):
     base, x, y = problem
-    result = evaluate(Sure(base), x, y, base=base, eps=0.3, dataset="<b>")
-    failed = dataclasses.replace(result, checks=(dataclasses.replace(result.checks[0], passed=False),))
-    failed.to_html(tmp_path / "r.html")
-    page = (tmp_path / "r.html").read_text()
-    assert f"{result.verdict.accuracy:.1%} right" in page
-    assert page.index("in the worst case") < page.index("Sanity checks") < page.index("<table>")
-    assert "&lt;b&gt;" in page
-    assert "FAIL" in page
-    assert page.count("<tr>") == 1 + 7
+    result = evaluate(lambda z: (base(z - z.mean(0) + 0.5)).log_softmax(1), x[:20], y[:20], base=base, eps=0.01)
+    assert flags(result)["depends on the batch"].raised
+    assert result.unreliable
+
+
+def test_probabilities_and_vanished_gradients_are_flagged(problem):
+    _, x, y = problem
+    flat = nn.Sequential(nn.Linear(2, 2), nn.Softmax(1))
+    with torch.no_grad():
+        flat[0].weight.zero_()
+    result = evaluate(lambda z: flat(z).log(), x[:10], y[:10], base=flat, eps=0.01)
+    assert flags(result)["probabilities for logits"].raised
+    assert flags(result)["zero gradients"].raised
+
+
+def test_an_image_that_is_wrong_already_counts_as_broken(problem):
+    base, x, y = problem
+    wrong = y.clone()
+    wrong[0] = 1 - wrong[0]
+    result = evaluate(LogProbabilities(base), x[:10], wrong[:10], base=base, eps=0.0)
+    assert result.verdict.correct == 9
+    assert result.record["per_example"][0]["worst"] == 0.0
+    assert rows(result, "base")["square"].settings["attempted"] == 4
+    assert result.record["curves"] == {}
 
 
 def test_networks_in_training_mode_are_measured_in_eval_mode_and_left_as_found(problem):
     base, x, y = problem
     model = nn.Sequential(base, nn.Dropout(0.9), nn.LogSoftmax(1)).train()
-    result = evaluate(model, x, y, base=model, eps=0.01)
+    result = evaluate(model, x[:20], y[:20], base=model, eps=0.01)
     assert result.rows[0].accuracy == 1.0
     assert model[1].training
+
+
+def test_the_page_gives_the_verdict_first_answers_the_checklist_and_escapes_names(tmp_path, images, conv):
+    x, y = images
+    result = evaluate(LogProbabilities(conv), x[:20], y[:20], base=conv, eps=0.3, dataset="<b>", name="cnn")
+    failed = dataclasses.replace(result, checks=(dataclasses.replace(result.checks[0], passed=False),))
+    failed.to_html(tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert f"cnn: {100 * result.verdict.accuracy:.1f} % right in the worst case" in page
+    assert (
+        page.index("in the worst case") < page.index("Sanity checks") < page.index("<table>") < page.index("Checklist")
+    )
+    assert "&lt;b&gt;" in page
+    assert "FAIL" in page
+    assert "Unreliable" in page
+    assert page.count("data:image/svg") == 2
+    assert "http://" not in page
+    assert "No check failed" in _page(dataclasses.replace(result, checks=()))
+    if result.gallery:
+        assert "data:image/png" in page
 
 
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"protocol": "standard"}, ValueError, "protocol='standard' is not built yet: use 'quick'"),
-        ({"protocol": "full"}, ValueError, "not built yet"),
         ({"protocol": "best"}, ValueError, "protocol must be one of"),
         ({"minutes": 0}, ValueError, "minutes must be"),
         ({"eps": -1}, ValueError, "eps must be"),
+        ({"eps": 1.1}, ValueError, r"eps must be a finite number in \[0, 1\]"),
+        ({"eps": 2, "norm": "l2"}, ValueError, r"eps must be a finite number in \[0, 1.41421\]"),
         ({"norm": "l0"}, ValueError, "norm must be one of"),
         ({"seed": -1}, ValueError, "seed must be"),
         ({"x": torch.full((4, 2), 2.0)}, ValueError, "x must lie within bounds"),
@@ -197,11 +319,14 @@ def test_networks_in_training_mode_are_measured_in_eval_mode_and_left_as_found(p
         ({"y": torch.tensor([0, 1])}, ValueError, "y must have shape"),
         ({"defence": nn.Linear(2, 2)}, ValueError, "defence must return finite log-probabilities.*log_softmax"),
         ({"defence": nn.Linear(2, 3)}, ValueError, r"defence must return log-probabilities \(2, 2\) like base"),
+        ({"defence": 3}, TypeError, "defence must be a module or a function"),
+        ({"base": torch.argmax}, TypeError, "base and transfer must be torch.nn.Modules, got builtin"),
+        ({"transfer": [None]}, TypeError, "base and transfer must be torch.nn.Modules, got NoneType"),
         ({"base": nn.Flatten(0)}, ValueError, "model must return logits"),
     ],
 )
 def test_bad_input_is_named_before_any_work(problem, change, error, match):
     base, x, y = problem
-    arguments = {"defence": Sure(base), "x": x[:4], "y": y[:4], "base": base, "eps": 0.1} | change
+    arguments = {"defence": LogProbabilities(base), "x": x[:4], "y": y[:4], "base": base, "eps": 0.1} | change
     with pytest.raises(error, match=match):
         evaluate(arguments.pop("defence"), arguments.pop("x"), arguments.pop("y"), **arguments)

@@ -116,6 +116,7 @@ def test_noise_keeps_its_worst_point_and_stays_in_the_ball():
 
 def test_a_gradient_is_seen_where_there_is_one():
     x = torch.rand(1, 2)
-    assert suite.has_gradient(lambda z: z * 0, x)
+    assert suite.has_gradient(lambda z: 2 * z, x)
+    assert not suite.has_gradient(lambda z: z.round(), x)
     assert not suite.has_gradient(lambda z: z.detach(), x)
     assert not suite.has_gradient(lambda z: torch.ones(1, 2, requires_grad=True) * 2, x)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Column, Table
@@ -73,9 +74,11 @@ def evaluate(
         typer.Option("--defence", help=f"With --protocol: one of {', '.join(DEFENCES)}; repeat it. Default: all."),
     ] = None,
     transfer: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
-            "--transfer", help="With --protocol: weights of another network like the model to attack from; repeat it."
+            "--transfer",
+            metavar="[MODEL=]FILE",
+            help="With --protocol: weights of another network to attack from, of the same model unless named.",
         ),
     ] = None,
     n: Annotated[
@@ -146,7 +149,7 @@ def evaluate(
     maps = {at: common.resolve_layer(at, net) for at in layers}
     for at in layers:
         DkNN(net, maps[at])  # a wrong name is told before any work
-    others = [common.load_model(name, path, target, classes=len(images.classes)) for path in transfer or ()]
+    others = [_other(text, name, target, len(images.classes)) for text in transfer or ()]
     on_base = [attack for attack in attacks if KNOWS[attack] != "defence"]
     steps = len(test) * (len(on_base) + (3 if tune_dknn else 2) * len(layers) * len(attacks))
     steps += len(METRICS) * len(NEIGHBOURS) * len(layers) if tune_dknn else 0
@@ -156,6 +159,7 @@ def evaluate(
         shared = {
             "dataset": dataset,
             "model": name,
+            "net": weights.stem if weights else name,
             "weights": common.digest(net.state_dict().values()),
             "repertoire": len(training),
             "calibration": len(held_out),
@@ -284,8 +288,16 @@ def _tell(found: list[Evaluation], out: Path, json: Path | None) -> None:
     if json is not None:
         records = [{k: v for k, v in one.to_dict().items() if k not in OUTER} for one in found]
         for one, record in zip(found, records, strict=True):
-            record |= {"defence": one.verdict.defence, "layers": one.verdict.settings["layers"]}
+            record |= {key: one.verdict.settings[key] for key in ("layers", "weights")} | {
+                "defence": one.verdict.defence
+            }
         _store.write_json(json, envelope(results) | {"evaluations": records})
+
+
+def _other(text: str, model: str, device: torch.device, classes: int) -> nn.Module:
+    """Return the network of `FILE` (weights of `model`) or `MODEL=FILE`."""
+    named, _, file = text.rpartition("=")
+    return common.load_model(named or model, Path(file), device, classes=classes)
 
 
 def _populations(values: list[str], layers: list[str]) -> dict[str, int | None]:

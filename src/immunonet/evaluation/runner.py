@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -199,4 +200,4 @@ def describe_target(target: object) -> dict[str, Any]:
 def _plain(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(_plain(part) for part in value)
-    return value is None or isinstance(value, bool | int | float | str)
+    return value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))

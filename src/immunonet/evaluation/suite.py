@@ -229,7 +229,7 @@ def suite(
                 add(f"unrolled-eot-{draws}", "adaptive", pgd, attacks.Eot(unrolled, draws=draws))
         add("stealthy", "adaptive", pgd, attacks.Stealthy(soft, defence))
         add("bpda-soft-knn", "adaptive", pgd, attacks.Bpda(light, backward=soft))
-    if not undefended and has_gradient(subject, x[:1]):
+    if not undefended and has_gradient(subject, x[:8]):
         direct = attacks.Eot(subject, draws=max(budget.draws, default=2)) if randomised else subject
         add("direct-pgd", "adaptive", pgd, direct)
         for loss in losses:
@@ -257,11 +257,14 @@ def suite(
 
 
 def has_gradient(model: Model, x: Tensor) -> bool:
-    """Return whether a model's output has a gradient in its input `x` `(B, *S)`, zero or not."""
+    """Return whether the first log-probability has a gradient in inputs `x` `(B, *S)` that is not zero everywhere."""
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        out = model(point).sum()
-        return out.requires_grad and torch.autograd.grad(out, point, allow_unused=True)[0] is not None
+        out = model(point)[:, 0].sum()
+        if not out.requires_grad:
+            return False
+        gradient = torch.autograd.grad(out, point, allow_unused=True)[0]
+        return gradient is not None and bool((gradient != 0).any())
 
 
 def seconds_per_call(target: Model, x: Tensor, *, gradient: bool) -> float:

@@ -1,0 +1,307 @@
+"""What evaluations found, as one document: `python -m immunonet.evaluation.finding RUN.json ... --json F --doc F`.
+
+The runs are files that `immunonet evaluate --protocol` wrote. Every figure of the document is read from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from immunonet import _store
+
+NAMES = {"cnn": "CNN, undefended", "dknn": "DkNN", "rails": "RAILS"}
+JPEG = {"cifar10"}
+Case = dict[str, Any]
+
+
+def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the records of several runs as one: all rows under `results`, the runs less their rows under `runs`.
+
+    ValueError for a record without evaluations.
+    """
+    for i, record in enumerate(records):
+        if not record.get("evaluations"):
+            raise ValueError(f"run {i} holds no evaluations: give files that immunonet evaluate --protocol wrote")
+    return {
+        "results": [row for record in records for row in record["results"]],
+        "environment": records[0]["environment"],
+        "command": "; ".join(record["command"] for record in records),
+        "runs": [{key: value for key, value in record.items() if key != "results"} for record in records],
+    }
+
+
+def cases(record: dict[str, Any]) -> list[Case]:
+    """Return one case per evaluation of a merged record: what stands in a line of the tables."""
+    found = []
+    for run in record["runs"]:
+        for one in run["evaluations"]:
+            key = one["defence"], one["layers"], one["weights"]
+            by = {row["attack"]: row for row in record["results"] if _key(row) == key}
+            clean, worst = by["none"], by["worst-case"]
+            kinds = {name: attack["kind"] for name, attack in one["attacks"].items()}
+            found.append(
+                {
+                    "defence": one["defence"],
+                    "layer": ", ".join(one["layers"]),
+                    "dataset": worst["dataset"],
+                    "net": worst["settings"]["net"],
+                    "eps": worst["eps"],
+                    "norm": worst["norm"],
+                    "n": worst["n"],
+                    "clean": clean,
+                    "paper": by["pgd"],
+                    "transfer": _strongest(by, kinds, "transfer"),
+                    "adaptive": _strongest(by, kinds, "adaptive"),
+                    "worst": worst,
+                    "evaluation": one,
+                }
+            )
+    return found
+
+
+def document(record: dict[str, Any], source: str) -> str:
+    """Return `docs/robustness.md` as text, from a merged record that stands in the file `source`."""
+    found = cases(record)
+    parts = [
+        "# How robust RAILS is",
+        f"Generated from `{source}` by `python -m immunonet.evaluation.finding`; do not edit. Commands are at the end. "
+        "All figures are upper bounds of robustness: a better attack may lower them.",
+        "## Result",
+        *_findings(found),
+        "## Figures",
+        "Share right with its 95 % interval. *PGD on the network* is the paper's attack, made on the bare network. "
+        "*Best transfer* is the strongest attack made without knowing the defence, *best adaptive* the strongest that "
+        "knows it; *worst case* counts every image by the attack that did best against it, chosen on some draws of a "
+        "randomised defence and counted on others. For the bare network all gradient attacks stand under transfer.",
+    ]
+    for group in _groups(found):
+        first = group[0]
+        jpeg = " (JPEG copies of the images)" if first["dataset"] in JPEG else ""
+        parts.append(
+            f"### {first['dataset']}{jpeg}, {first['net']}, {first['norm']} eps {first['eps']:.4g}, {first['n']} images"
+        )
+        parts.append(_table(group))
+        parts.append(_breakers(group))
+    parts += [
+        "## Where the defence gives way",
+        "Images broken in most draws of their worst case, by the attack that broke them.",
+        _broken_by(found),
+        "## Are the attacks sound?",
+        "Each evaluation checks its own attacks. A failed line means that its figures may be too high.",
+        _checks(found),
+        "## What it costs",
+        _costs(found),
+        "## When to use it",
+        *_advice(found),
+        "## How it was measured",
+        "The protocol (`immunonet evaluate --protocol`): FGSM, PGD, momentum PGD and APGD (cross-entropy and DLR) on "
+        "the network; PGD and APGD on a soft vote of the defence's own neighbours (after Sitawarin & Wagner), ASK, AdvKnn, "
+        "RAILS unrolled with its generations, a stealthy variant that also avoids looking foreign, BPDA with the "
+        "network and with the soft vote; noise, Square and HopSkipJump on a light twin of RAILS (T 200, G 3). What is "
+        "found is tested on the defence itself. Attacks that only ask take fewer images (their number stands in the "
+        "record) and pass over those that are broken already. Carlini et al.'s checklist (2019) is answered on the "
+        "pages that the same commands write.",
+        "\n".join(f"- `{run['command']}`" for run in record["runs"]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["defence"], row["settings"]["layers"], row["settings"]["weights"]
+
+
+def _strongest(by: dict[str, Case], kinds: dict[str, str], kind: str) -> Case | None:
+    mine = [row for name, row in by.items() if kinds.get(name) == kind]
+    return min(mine, key=lambda row: float(row["accuracy"]), default=None)
+
+
+def _groups(found: Sequence[Case]) -> list[list[Case]]:
+    groups: dict[tuple[Any, ...], list[Case]] = {}
+    for case in found:
+        groups.setdefault((case["dataset"], case["net"], case["eps"], case["norm"], case["n"]), []).append(case)
+    return list(groups.values())
+
+
+def _name(case: Case) -> str:
+    name = NAMES.get(case["defence"], str(case["defence"]))
+    return f"{name}, {case['layer']}" if case["layer"] else name
+
+
+def _share(row: dict[str, Any] | None, *, named: bool = False) -> str:
+    if row is None:
+        return ""
+    low, high = row["ci95"]
+    name = f" {row['attack']}" if named else ""
+    return f"{row['accuracy']:.3f} ({low:.2f} to {high:.2f}){name}"
+
+
+def _grid(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *lines))
+
+
+def _table(group: Sequence[Case]) -> str:
+    heads = ("defence", "clean", "PGD on the network", "best transfer", "best adaptive", "worst case", "reliable")
+    lines = [
+        [
+            _name(case),
+            _share(case["clean"]),
+            _share(case["paper"]),
+            _share(case["transfer"], named=True),
+            _share(case["adaptive"], named=True),
+            f"**{_share(case['worst'])}**",
+            "no" if case["evaluation"]["unreliable"] else "yes",
+        ]
+        for case in group
+    ]
+    return _grid(heads, lines)
+
+
+def _breakers(group: Sequence[Case]) -> str:
+    lines = []
+    for case in group:
+        draws = case["worst"]["settings"].get("draws")
+        if case["worst"]["seeds"] and draws:
+            flagged = case["worst"].get("foreign")
+            alarm = "" if flagged is None else f"; {flagged:.3f} of the worst cases were flagged foreign"
+            calm = case["clean"].get("foreign")
+            alarm += "" if calm is None else f" ({calm:.3f} of the clean images)"
+            lines.append(
+                f"{_name(case)}: right in most draws {draws['majority']:.3f}, in all {len(case['worst']['seeds'])} "
+                f"draws {draws['always']:.3f}{alarm}."
+            )
+    return "\n".join(lines)
+
+
+def _broken_by(found: Sequence[Case]) -> str:
+    lines = []
+    for case in found:
+        count: dict[str, int] = {}
+        for image in case["evaluation"]["per_example"]:
+            if image["worst"] <= 0.5:
+                name = "already wrong" if image["attack"] == "none" else image["attack"]
+                count[name] = count.get(name, 0) + 1
+        told = ", ".join(f"{name} {n}" for name, n in sorted(count.items(), key=lambda item: -item[1]))
+        lines.append([_where(case), _name(case), told or "none"])
+    return _grid(("network", "defence", "broken by"), lines)
+
+
+def _checks(found: Sequence[Case]) -> str:
+    lines = []
+    for case in found:
+        for check in case["evaluation"]["checks"]:
+            word = "pass" if check["passed"] else "**FAIL**"
+            lines.append([_where(case), _name(case), word, check["name"], check["detail"]])
+        for flag in case["evaluation"]["flags"]:
+            if flag["raised"]:
+                lines.append([_where(case), _name(case), "flag", flag["name"], flag["detail"]])
+    return _grid(("network", "defence", "", "what", "figures"), lines)
+
+
+def _costs(found: Sequence[Case]) -> str:
+    lines = []
+    for case in found:
+        cost = case["evaluation"]["cost"]
+        lines.append(
+            [
+                _where(case),
+                _name(case),
+                f"{1000 * cost['seconds_batch_1']:.3g}",
+                f"{1000 * cost['seconds_best_batch']:.3g} ({cost['best_batch']})",
+                f"{cost['forward_passes']:.3g}",
+            ]
+        )
+    heads = ("network", "defence", "ms alone", "ms in a batch (of)", "forward passes per image")
+    return (
+        _grid(heads, lines) + "\n\nTimes were taken on a machine that did other work as well: compare them with care."
+    )
+
+
+def _where(case: Case) -> str:
+    return f"{case['dataset']}, {case['net']}"
+
+
+def _findings(found: Sequence[Case]) -> list[str]:
+    """Return what follows from the figures, one bullet each."""
+    lines = []
+    for group in _groups(found):
+        base = next((case for case in group if case["defence"] == "cnn"), None)
+        for case in group:
+            if case["defence"] != "rails":
+                continue
+            paper, worst, clean = (case[key] for key in ("paper", "worst", "clean"))
+            text = (
+                f"- {_where(case)}, {_name(case)}: {clean['accuracy']:.3f} without an attack, {paper['accuracy']:.3f} "
+                f"under PGD on the network, which is what the paper measured, and {worst['accuracy']:.3f} in the worst "
+                f"case of all attacks, {100 * (paper['accuracy'] - worst['accuracy']):.0f} points less."
+            )
+            if base is not None:
+                text += f" {_against('The undefended network', base['worst'], worst)}"
+            peers = [other for other in group if other["defence"] == "dknn" and other["layer"] == case["layer"]]
+            for peer in peers:
+                text += f" {_against('DkNN at the same layer', peer['worst'], worst)}"
+            lines.append(text)
+    return ["\n".join(lines)]
+
+
+def _against(name: str, other: dict[str, Any], rails: dict[str, Any]) -> str:
+    apart = other["ci95"][1] < rails["ci95"][0] or rails["ci95"][1] < other["ci95"][0]
+    if not apart:
+        word = "not told apart by these intervals"
+    else:
+        word = "below RAILS" if other["accuracy"] < rails["accuracy"] else "above RAILS"
+    return f"{name} keeps {other['accuracy']:.3f} in its own worst case: {word}."
+
+
+def _advice(found: Sequence[Case]) -> list[str]:
+    """Return when to use RAILS, as far as the figures carry."""
+    lines = []
+    for group in _groups(found):
+        base = next((case for case in group if case["defence"] == "cnn"), None)
+        rails = [case for case in group if case["defence"] == "rails"]
+        best = max(rails, key=lambda case: float(case["worst"]["accuracy"]), default=None)
+        if base is None or best is None:
+            continue
+        where = _where(best)
+        if best["paper"]["ci95"][0] > base["paper"]["ci95"][1]:
+            lines.append(
+                f"- {where}: against attackers who do not know that it is there, RAILS ({best['layer']}) helps."
+            )
+        else:
+            lines.append(
+                f"- {where}: against PGD on the network RAILS ({best['layer']}) is not measurably better than none."
+            )
+        if best["worst"]["ci95"][0] > base["worst"]["ci95"][1]:
+            lines.append(f"- {where}: in the worst case it is better than no defence, by these attacks.")
+        elif best["worst"]["ci95"][1] < base["worst"]["ci95"][0]:
+            lines.append(
+                f"- {where}: in the worst case it is worse than no defence: do not put it there for robustness."
+            )
+        else:
+            lines.append(f"- {where}: in the worst case it is not measurably better than no defence.")
+    fixed = (
+        "Robustness against attackers who know the defence is the column *worst case* and nothing else: where RAILS is "
+        "not above the undefended network there, it is no protection from them. What it gives besides (an answer by "
+        "examples, and a flag on foreign inputs) costs the time above."
+    )
+    return ["\n".join(lines), fixed]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Merge runs, write the record and the document."""
+    parser = argparse.ArgumentParser(prog="python -m immunonet.evaluation.finding", description=__doc__)
+    parser.add_argument(
+        "runs", nargs="*", type=Path, help="files of immunonet evaluate --protocol; none: --json is read"
+    )
+    parser.add_argument("--json", type=Path, default=Path("results/robustness.json"))
+    parser.add_argument("--doc", type=Path, default=Path("docs/robustness.md"))
+    told = parser.parse_args(arguments)
+    if told.runs:
+        _store.write_json(told.json, merge([_store.read_json(path) for path in told.runs]))
+    _store.write_text(told.doc, document(_store.read_json(told.json), told.json.as_posix()))
+
+
+if __name__ == "__main__":
+    main()

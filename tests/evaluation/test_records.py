@@ -49,6 +49,12 @@ def test_the_file_has_the_keys_of_the_contract_and_survives_json():
     assert record["environment"]["torch"] == torch.__version__
 
 
+def test_the_share_that_looked_foreign_stands_only_where_there_is_one():
+    row = Row.of(torch.tensor([[True]]), **FIELDS, foreign=0.5)
+    assert row.to_json()["foreign"] == 0.5
+    assert "foreign" not in Row.of(torch.tensor([[True]]), **FIELDS).to_json()
+
+
 def test_the_command_is_quoted_and_names_no_folder(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/somewhere/bin/immunonet", "evaluate", "a b"])
     assert records.command() == "immunonet evaluate 'a b'"

@@ -114,7 +114,9 @@ class Runner:
             seconds=sum(kept["seconds"] for kept, _ in parts) / attack.n,
             base_seconds=sum(kept["base_seconds"] for kept, _ in parts) / attack.n,
         )
-        self.told(f"{attack.name}: {float(tested.correct.double().mean()):.3f} right of {attack.n}")
+        mine = tested.correct[:, tested.attempted].double()
+        share = f"{float(mine.mean()):.3f} right of {mine.shape[1]}" if mine.numel() else "no image still stands"
+        self.told(f"{attack.name}: {share}")
         return tested
 
     def correct(self, x: Tensor, y: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -151,7 +153,9 @@ class Runner:
     ) -> tuple[Tensor, list[float], int]:
         """Return candidates like `x`, the mean loss curve, and how many candidates broke the threat model."""
         path = None
-        if self.folder is not None and attack.method is not None:
+        if attack.method is None:
+            return x, [0.0], 0
+        if self.folder is not None:
             # What was made on a network alone serves every defence of it.
             whose = (
                 self.settings

@@ -6,6 +6,7 @@ The runs are files that `immunonet evaluate --protocol` wrote. Every figure of t
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,34 +22,40 @@ Case = dict[str, Any]
 
 
 def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the records of several runs as one: all rows under `results`, the runs less their rows under `runs`.
+    """Return the records of several runs as one: all rows under `results`, the rest of each run under `runs`.
 
-    ValueError for a record without evaluations.
+    A run's `rows` tells which of the results are its own, by their places. ValueError for a record without evaluations.
     """
+    runs: list[dict[str, Any]] = []
+    first = 0
     for i, record in enumerate(records):
         if not record.get("evaluations"):
             raise ValueError(f"run {i} holds no evaluations: give files that immunonet evaluate --protocol wrote")
+        rows, first = [first, first + len(record["results"])], first + len(record["results"])
+        runs.append({key: value for key, value in record.items() if key != "results"} | {"rows": rows})
     return {
         "results": [row for record in records for row in record["results"]],
         "environment": records[0]["environment"],
         "command": "; ".join(record["command"] for record in records),
-        "runs": [{key: value for key, value in record.items() if key != "results"} for record in records],
+        "runs": runs,
     }
 
 
 def cases(record: dict[str, Any]) -> list[Case]:
-    """Return one case per evaluation of a merged record: what stands in a line of the tables."""
-    found = []
+    """Return one case per evaluation of a merged record: what stands in a line of the tables, each once."""
+    found: list[Case] = []
     for run in record["runs"]:
+        rows = record["results"][slice(*run["rows"])]
         for one in run["evaluations"]:
             key = one["defence"], one["layers"], one["weights"]
-            by = {row["attack"]: row for row in record["results"] if _key(row) == key}
+            by = {row["attack"]: row for row in rows if _key(row) == key}
             clean, worst = by["none"], by["worst-case"]
             kinds = {name: attack["kind"] for name, attack in one["attacks"].items()}
             found.append(
                 {
                     "defence": one["defence"],
                     "layer": ", ".join(one["layers"]),
+                    "population": [m["population"] for m in worst["settings"].get("maturation", ())],
                     "dataset": worst["dataset"],
                     "net": worst["settings"]["net"],
                     "eps": worst["eps"],
@@ -62,7 +69,11 @@ def cases(record: dict[str, Any]) -> list[Case]:
                     "evaluation": one,
                 }
             )
-    return found
+    same = ("defence", "layer", "population", "dataset", "net", "eps", "norm", "n")
+    once: dict[str, Case] = {}
+    for case in found:
+        once.setdefault(json.dumps([case[key] for key in same]), case)
+    return list(once.values())
 
 
 def document(record: dict[str, Any], source: str) -> str:
@@ -132,7 +143,8 @@ def _groups(found: Sequence[Case]) -> list[list[Case]]:
 
 def _name(case: Case) -> str:
     name = NAMES.get(case["defence"], str(case["defence"]))
-    return f"{name}, {case['layer']}" if case["layer"] else name
+    cells = f", T {case['population'][0]}" if case["population"] else ""
+    return f"{name}, {case['layer']}{cells}" if case["layer"] else name
 
 
 def _share(row: dict[str, Any] | None, *, named: bool = False) -> str:

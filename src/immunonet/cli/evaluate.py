@@ -278,7 +278,9 @@ def _tell(found: list[Evaluation], out: Path, json: Path | None) -> None:
         if verdict.defence == "cnn":  # the base is the defence: its rows are there once
             own = list({row.attack: row for row in own}.values())
         right = {row.attack: row.accuracy for row in own}
-        transfer = [row.accuracy for row in own if row.knows == "base" and row.attack != "none"]
+        # Attacks that only ask cover fewer images, which would not compare.
+        on_base = [row for row in own if row.knows == "base" and row.attack not in ("none", "worst-case")]
+        transfer = [row.accuracy for row in on_base if row.n == max(row.n for row in on_base)]
         low, high = verdict.ci95
         cells = (f"{right['none']:.4f}", f"{min(transfer):.4f}", f"{verdict.accuracy:.4f}", f"{low:.3f} to {high:.3f}")
         table.add_row(layer, verdict.defence, *cells, "no" if one.unreliable else "yes")

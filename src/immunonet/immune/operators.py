@@ -49,7 +49,9 @@ def first_parent_share(d1: Tensor, d2: Tensor, crossover: str) -> Tensor:
     d2 / (d1 + d2) for "affinity", d1 / (d1 + d2) for "authors"; one half where both are 0.
     """
     total = d1 + d2
-    return torch.where(total > 0, (d2 if crossover == "affinity" else d1) / total, 0.5)
+    # Never 0 / 0: its gradient would be NaN even where its value is not taken.
+    ratio = (d2 if crossover == "affinity" else d1) / torch.where(total > 0, total, 1.0)
+    return torch.where(total > 0, ratio, 0.5)
 
 
 def cross(first: Tensor, second: Tensor, share: Tensor, u: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -136,8 +135,8 @@ def evaluate(
     populations = _populations(population or [], layers)
     make = PRESETS[_check.choice("--preset", preset, tuple(PRESETS))]
     maturations = {at: make(**({} if populations[at] is None else {"population": populations[at]})) for at in layers}
-    size = _number("--eps", eps)
-    step_size = size / 4 if step is None else _number("--step", step)
+    size = common.number("--eps", eps)
+    step_size = size / 4 if step is None else common.number("--step", step)
     pgd = PGD(eps=size, step=step_size, iterations=iterations or 20, norm=norm, random_start=False)
     common.prepare(out, json)
     images = common.resolve_dataset(dataset, "train", data_dir)
@@ -313,14 +312,6 @@ def _populations(values: list[str], layers: list[str]) -> dict[str, int | None]:
             )
         found |= {name: int(number) for name in ([layer] if layer else layers)}
     return found
-
-
-def _number(option: str, text: str) -> float:
-    """Read `0.1` or `60/255`."""
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{option} must be a number such as 0.1 or 60/255, got {text!r}") from error
 
 
 def _share(found: Outcome) -> float | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -15,7 +14,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 
 from immunonet import _store, data, zoo
 from immunonet.evaluation.records import envelope
@@ -151,14 +150,6 @@ def resolve_layer(name: str, net: nn.Module) -> Layer:
     if not callable(layer):
         raise TypeError(f"--layer {name} must return a feature map, got {type(layer).__name__}")
     return cast(Layer, layer)
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """Return the hexadecimal sha256 of tensors' values, such as a network's weights, to tell whether they changed."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def load_model(model: str, weights: Path | None, device: str | torch.device = "cpu", *, classes: int = 10) -> nn.Module:

@@ -159,7 +159,7 @@ def evaluate(
             "dataset": dataset,
             "model": name,
             "net": weights.stem if weights else name,
-            "weights": common.digest(net.state_dict().values()),
+            "weights": _store.digest(net.state_dict().values()),
             "repertoire": len(training),
             "calibration": len(held_out),
             "device": target.type,

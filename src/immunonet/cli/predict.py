@@ -43,7 +43,7 @@ def predict(
     target = common.resolve_device(device)
     record = _record(defence)
     net = common.load_model(model or record["model"], weights, target, classes=len(record["classes"]))
-    if common.digest(net.state_dict().values()) != record["weights"]:
+    if _store.digest(net.state_dict().values()) != record["weights"]:
         raise ValueError(f"--weights {weights} are not those that {defence} was fitted with")
     layers = [common.resolve_layer(name, net) for name in record["settings"]["layers"]]
     fitted = DEFENCES[record["defence"]].load(defence, net, layers)
@@ -51,7 +51,7 @@ def predict(
     common.prepare(out, json)
     settings = {
         "defence": _store.sha256(defence / DEFENCE_FILE),
-        "images": common.digest([x]),
+        "images": _store.digest([x]),
         "chunk": chunk,
         "seed": seed,
         "device": target.type,

@@ -191,7 +191,7 @@ def _network(
         "model": models[name],
         "training": base.training,
         "first": digest(net),
-        "images": common.digest([training.x, training.y]),
+        "images": _store.digest([training.x, training.y]),
     }
     path = out / "weights" / f"{name}-{_store.fingerprint(made_of)[:12]}.safetensors"
     if not path.with_suffix(".json").exists():

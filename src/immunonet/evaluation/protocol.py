@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -204,8 +203,8 @@ def evaluate(
         "protocol": protocol,
         "seed": seed,
         "minutes": minutes,
-        "images": _digest([x, y]),
-        "weights": [_digest(network.state_dict().values()) for network in (base, *transfer)],
+        "images": _store.digest([x, y]),
+        "weights": [_store.digest(network.state_dict().values()) for network in (base, *transfer)],
         "defence": {"type": type(defence).__name__} | describe(defence),
         "attacks": {attack.name: describe_planned(attack) for attack in planned},
     }
@@ -512,10 +511,3 @@ def _gallery(trials: Sequence[Trial], chosen: Tensor, report: slice, x: Tensor, 
 def _name(defence: Any) -> str:
     found = getattr(defence, "__name__", None) or type(defence).__name__
     return str(found).strip("<>").lower()
-
-
-def _digest(tensors: Any) -> str:
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()

@@ -148,6 +148,38 @@ def test_cells_never_leave_their_bounds_per_channel(rate, most, crossover, seed)
     assert ((r.plasma.x >= low) & (r.plasma.x <= high)).all()
 
 
+def test_deformed_clones_recognise_a_moved_image():
+    # The antigen is class 1's bar moved by one pixel; class 0's grey is nearer to it until clones may move.
+    bar = torch.zeros(1, 1, 10, 10)
+    bar[..., 3] = 1
+    grey = torch.full((1, 1, 10, 10), 0.25)
+    antigen = bar.roll(1, dims=3)
+    assert (antigen - grey).norm() < (antigen - bar).norm()
+    still = {**STILL, "population": 400, "neighbours": 1, "generations": 0}
+    images, y = torch.cat([grey, bar]), torch.tensor([0, 1])
+    assert respond(images, y, antigen, deformation=0.0, **still).labels.tolist() == [0]
+    assert respond(images, y, antigen, deformation=0.1, **still).labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("shared_noise", [True, False])
+def test_each_antigens_clones_are_deformed_alike_in_any_batch(shared_noise):
+    x, y = torch.rand(20, 1, 6, 6, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2
+    settings = Maturation(population=40, neighbours=2, generations=0, **STILL)
+    rails = RAILS(Columns(), "input", maturation=settings, shared_noise=shared_noise, seed=0)
+    rails.fit(x, y, calibration=(x[:1], y[:1]))
+    together, apart = rails.respond(x[:6]), rails.respond(x[:6], batch_size=1)
+    assert_close(together.plasma.x, apart.plasma.x)
+
+
+def test_only_images_are_deformed():
+    x, y = torch.rand(20, 7, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2
+    responses = [
+        respond(x, y, x[:5], deformation=reach, population=40, neighbours=2, generations=0, **STILL)
+        for reach in (0.0, 0.5)
+    ]
+    assert torch.equal(responses[0].plasma.x, responses[1].plasma.x)
+
+
 def test_plasma_and_memory_are_the_fittest_quarter():
     g = torch.Generator().manual_seed(0)
     x, y = torch.rand(60, 5, generator=g), torch.arange(60) % 3

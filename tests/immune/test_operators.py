@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import ndimage, stats
 from torch.testing import assert_close
 
 from immunonet.immune import backend, operators
@@ -14,6 +14,39 @@ LEVEL = 1e-4
 
 def rand(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_deformed_images_match_scipys_affine_transform():
+    reach, side = 0.1, 9
+    images, u = rand(4, 3, 2, side, side), rand(4, 6, seed=1)
+    found = operators.deform(images, 4, reach, u)
+    assert_close(found[0], images[0])
+    for image, numbers, result in zip(images[1:], u[1:], found[1:], strict=True):
+        change = (2 * numbers.view(2, 3) - 1).double().numpy() * 2 * reach
+        # Ours maps (x, y) in [-1, 1], scipy's (row, column) about the origin.
+        matrix = (np.eye(2) + change[:, :2])[::-1, ::-1]
+        centre = np.full(2, (side - 1) / 2)
+        offset = centre - matrix @ centre + change[::-1, 2] * side / 2
+        for family, goal in zip(image, result, strict=True):
+            for channel, expected in zip(family.numpy(), goal, strict=True):
+                moved = ndimage.affine_transform(channel, matrix, offset, order=1, mode="nearest")
+                assert_close(expected, torch.from_numpy(moved), atol=1e-5, rtol=0)
+
+
+def test_a_deformation_can_move_an_image_by_one_pixel():
+    image = rand(2, 1, 1, 5, 5)
+    u = torch.full((2, 6), 0.5)
+    u[1, 2] = 1.0  # the horizontal shift, whose most is a fifth of the side
+    found = operators.deform(image, 2, 0.2, u)[1, 0, 0]
+    assert_close(found, torch.cat([image[1, 0, 0, :, 1:], image[1, 0, 0, :, -1:]], dim=1))
+
+
+@given(seed=st.integers(0, 1000), reach=st.floats(0, 1))
+def test_a_deformed_image_has_no_new_extremes(seed, reach):
+    image = rand(3, 2, 1, 6, 4, seed=seed)
+    found = operators.deform(image, 3, reach, rand(3, 6, seed=seed + 1))
+    assert (found.amax((3, 4)) <= image.amax((3, 4)) + 1e-6).all()
+    assert (found.amin((3, 4)) >= image.amin((3, 4)) - 1e-6).all()
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 18.0])

@@ -26,7 +26,8 @@ class Unrolled(nn.Module):
     Going forward it is the immune response itself with fewer cells and generations, except for the vote. Going
     backward every step has the gradient of its expectation:
 
-    - flocking: the naive cells are constants, their distances to the antigen are not;
+    - flocking and expansion: the naive cells and their deformed clones are constants, their distances to the antigen
+      are not;
     - selection: a drawn parent moves as the mean parent under softmax(-d / tau) does (straight-through);
     - crossover: a child moves as the mixture share x first + (1 - share) x second does, and so does the share;
     - mutation: a child moves as it did before its pixels were changed and clipped;
@@ -45,7 +46,7 @@ class Unrolled(nn.Module):
     """
 
     def __init__(
-        self, rails: RAILS, *, generations: int = 2, population: int = 100, width: float = _WIDTH, seed: int = 0
+        self, rails: RAILS, *, generations: int = 2, population: int = 200, width: float = _WIDTH, seed: int = 0
     ) -> None:
         super().__init__()
         if not isinstance(rails, RAILS):
@@ -77,7 +78,8 @@ class Unrolled(nn.Module):
         features = feature_map(antigens)
         cells, naive_distances = self._naive(layer, features)
         size = settings.per_class(self.rails.classes)
-        cells = cells.repeat_interleave(size // cells.shape[2], dim=2)
+        copies = size // cells.shape[2]
+        cells = _deformed(cells.repeat_interleave(copies, dim=2), copies, settings.deformation, generator)
         mutation = _Mutation(settings, self.rails, antigens, generator)
         tau = temperatures(settings, naive_distances)
         cells = mutation(cells)
@@ -118,6 +120,16 @@ class _Mutation:
                 _uniform(cells, self._generator).flatten(0, 1),
             ).view_as(cells)
         return _straight_through(moved, cells)
+
+
+@torch.no_grad()
+def _deformed(cells: Tensor, copies: int, reach: float, generator: torch.Generator) -> Tensor:
+    """Return the clones `(B, C, P, *S)`, deformed if they are images: the same maps for each antigen."""
+    if reach == 0 or copies == 1 or cells.ndim != 6:
+        return cells
+    images = cells.flatten(1, 2).transpose(0, 1)
+    u = torch.rand(len(images), 6, generator=generator).to(cells)
+    return operators.deform(images, copies, reach, u).transpose(0, 1).reshape(cells.shape)
 
 
 def _children(

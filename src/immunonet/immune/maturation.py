@@ -88,6 +88,7 @@ def mature(
         antigen, label = evolving.nonzero(as_tuple=True)
         family = (antigen, label)
         if generation == 0:
+            _deform(population.cells, family, size // k, settings.deformation, noise)
             parents, share = _clones(population, family)
         else:
             u = noise.draw(generation, "select", family, 2 * size)
@@ -125,6 +126,24 @@ def _candidates(naive_distances: Tensor, settings: Maturation) -> Tensor:
     classes = naive_distances.shape[1]
     nearest = naive_distances.amin(2).topk(min(settings.candidates or classes, classes), dim=1, largest=False).indices
     return torch.zeros_like(naive_distances[:, :, 0], dtype=torch.bool).scatter(1, nearest, True)
+
+
+def _deform(cells: Tensor, family: Family, copies: int, reach: float, noise: Noise) -> None:
+    """Deform, in place, all but the first of each naive cell's clones in families of images `(B, C, P, *S)`."""
+    if reach == 0 or copies == 1 or cells.ndim != 6:
+        return
+    antigen, label = family
+    size = cells.shape[2]
+    u = noise.draw(0, "deform", family, 6 * size).unflatten(1, (size, 6))
+    # Antigens that share noise share a class's maps: resampled together they take a sixth of the time.
+    groups = (
+        [(label == c).nonzero()[:, 0] for c in label.unique()]
+        if noise.shared
+        else list(torch.arange(len(label)).split(1))
+    )
+    for group in groups:
+        rows = antigen[group], label[group]
+        cells[rows] = operators.deform(cells[rows].transpose(0, 1), copies, reach, u[group[0]]).transpose(0, 1)
 
 
 def _clones(population: _Population, family: Family) -> tuple[Tensor, Tensor]:

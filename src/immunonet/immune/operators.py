@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from immunonet.immune.noise import uniform
 
@@ -31,6 +32,23 @@ class Mutation:
     most: Tensor
     low: Tensor
     high: Tensor
+
+
+def deform(cells: Tensor, copies: int, reach: float, u: Tensor) -> Tensor:
+    """Return images `(P, F, c, h, w)` resampled under P affine maps, each the same for its F images; border repeated.
+
+    Each of the six numbers of a map differs from the identity's by a uniform amount, at most what moves the
+    border by `reach` times the image's side. Of every `copies` images in a row the first stays as it is.
+    `u` `(P, 6)`.
+    """
+    change = ((2 * u - 1) * 2 * reach).view(-1, 2, 3)
+    change[::copies] = 0
+    # Images under one map are channels of one image, whose places are worked out once.
+    images = cells.flatten(1, 2)
+    with torch.autocast(cells.device.type, enabled=False):
+        maps = torch.eye(2, 3, device=u.device) + change
+        grid = F.affine_grid(maps, list(images.shape), align_corners=False).to(cells.dtype)
+        return F.grid_sample(images, grid, padding_mode="border", align_corners=False).view_as(cells)
 
 
 def select(distances: Tensor, temperature: Tensor, u: Tensor) -> Tensor:

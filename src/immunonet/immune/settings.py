@@ -17,6 +17,9 @@ class Maturation:
         population: cells T in all, at least 1; rounded up to a multiple of classes times neighbours.
         neighbours: naive B cells K per class.
         generations: G, at least 0. Generation 0 is the expansion: mutated clones of the naive cells.
+        deformation: how far the expansion deforms clones that are images (channels, height, width), all but the
+            first of each naive cell: every number of an affine map changes by a uniform amount, at most what
+            moves the image's border by this share of its side, in [0, 1]. 0: no clone is deformed.
         temperature: of selection, positive, in units of feature distance; "auto": per antigen, the standard
             deviation of the affinities of its C K naive cells.
         mutation_rate: share of pixels that mutate, in [0, 1]; or (lower end, start), between which it decays.
@@ -35,6 +38,7 @@ class Maturation:
     population: int = 1000
     neighbours: int = 10
     generations: int = 10
+    deformation: float = 0.04
     temperature: float | Literal["auto"] = "auto"
     mutation_rate: float | tuple[float, float] = 0.15
     mutation_range: tuple[float, float] = (0.05, 0.15)
@@ -50,6 +54,7 @@ class Maturation:
         _check.integer("population", self.population)
         _check.integer("neighbours", self.neighbours)
         _check.integer("generations", self.generations, least=0)
+        _check.number("deformation", self.deformation, least=0, most=1)
         if not isinstance(self.temperature, str):
             _check.number("temperature", self.temperature, least=0, above=True)
         elif self.temperature != "auto":
@@ -94,9 +99,10 @@ class Maturation:
         """Return the papers' text as far as it could be reconstructed (arXiv 2107.02842, 2012.10485).
 
         A small share of pixels mutates by a two-sided band, the nearer parent's pixels are taken more often,
-        and nothing stops early.
+        clones are not deformed, and nothing stops early.
         """
-        return cls(**{"mutation_rate": (0.05, 0.15), "early_stop": None, "prune": None} | overrides)
+        text: dict[str, Any] = {"deformation": 0.0, "mutation_rate": (0.05, 0.15), "early_stop": None, "prune": None}
+        return cls(**text | overrides)
 
     @classmethod
     def authors(cls, dataset: Literal["mnist", "cifar10"], **overrides: Any) -> Any:
@@ -108,6 +114,7 @@ class Maturation:
         """
         _check.choice("dataset", dataset, ("mnist", "cifar10"))
         common: dict[str, Any] = {
+            "deformation": 0.0,
             "mutation_rate": 0.985,
             "mutation_range": (0.0, 0.15),
             "crossover": "authors",

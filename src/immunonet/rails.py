@@ -157,6 +157,7 @@ class RAILS(Defence):
             seeds = [derive(seed, i)] if names is None else [derive(seed, i, name) for name in names]
             matured, curve = mature(
                 naive,
+                cells,
                 functools.partial(_to_antigens, feature_map, cells, features),
                 settings,
                 Noise(seeds, antigens=len(x)),

@@ -56,7 +56,7 @@ def test_offspring_equal_the_operators_to_the_bit(seed, batch, classes, size, sh
     keys = [noise.keys(3, use, cells.device) for use in ("cross", "mutate")]
     mutation = Mutation(
         rate=torch.linspace(rate, min(1.0, 1.1 * rate), batch),
-        least=0.05,
+        least=torch.linspace(0.01, 0.05, batch),
         most=torch.linspace(0.05, 0.3, batch),
         low=low.expand(shape),
         high=high.expand(shape),
@@ -180,7 +180,7 @@ def drawn(seed, generation, use, batch=2, count=20_000):
     """The amounts `(batch, count)` by which pixels moved, uniform in (-1, 1): they tell the noise."""
     cells = torch.zeros(batch, 1, 1, count)
     ones = torch.ones(count)
-    mutation = Mutation(torch.ones(batch), 0.0, torch.full((batch,), 0.5), -ones, ones)
+    mutation = Mutation(torch.ones(batch), torch.zeros(batch), torch.full((batch,), 0.5), -ones, ones)
     noise = Noise(seed, antigens=batch)
     keys = noise.keys(generation, use, cells.device)
     family = (torch.arange(batch), torch.zeros(batch, dtype=torch.long))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from immunonet import RAILS, Maturation
-from immunonet.immune.maturation import Naive, mature, temperatures
+from immunonet.immune.maturation import Naive, mature, mutation_range, temperatures
 from immunonet.immune.noise import Noise
 
 LEVEL = 1e-4
@@ -148,8 +148,8 @@ def test_cells_never_leave_their_bounds_per_channel(rate, most, crossover, seed)
     assert ((r.plasma.x >= low) & (r.plasma.x <= high)).all()
 
 
-def test_deformed_clones_recognise_a_moved_image():
-    # The antigen is class 1's bar moved by one pixel; class 0's grey is nearer to it until clones may move.
+def test_aligned_clones_recognise_a_moved_image():
+    # The antigen is class 1's bar moved by one pixel; class 0's grey is nearer to it until clones are aligned.
     bar = torch.zeros(1, 1, 10, 10)
     bar[..., 3] = 1
     grey = torch.full((1, 1, 10, 10), 0.25)
@@ -157,27 +157,17 @@ def test_deformed_clones_recognise_a_moved_image():
     assert (antigen - grey).norm() < (antigen - bar).norm()
     still = {**STILL, "population": 400, "neighbours": 1, "generations": 0}
     images, y = torch.cat([grey, bar]), torch.tensor([0, 1])
-    assert respond(images, y, antigen, deformation=0.0, **still).labels.tolist() == [0]
-    assert respond(images, y, antigen, deformation=0.1, **still).labels.tolist() == [1]
+    assert respond(images, y, antigen, alignment=0.0, **still).labels.tolist() == [0]
+    assert respond(images, y, antigen, alignment=0.1, **still).labels.tolist() == [1]
 
 
-@pytest.mark.parametrize("shared_noise", [True, False])
-def test_each_antigens_clones_are_deformed_alike_in_any_batch(shared_noise):
-    x, y = torch.rand(20, 1, 6, 6, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2
-    settings = Maturation(population=40, neighbours=2, generations=0, **STILL)
-    rails = RAILS(Columns(), "input", maturation=settings, shared_noise=shared_noise, seed=0)
-    rails.fit(x, y, calibration=(x[:1], y[:1]))
-    together, apart = rails.respond(x[:6]), rails.respond(x[:6], batch_size=1)
-    assert_close(together.plasma.x, apart.plasma.x)
-
-
-def test_only_images_are_deformed():
-    x, y = torch.rand(20, 7, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2
-    responses = [
-        respond(x, y, x[:5], deformation=reach, population=40, neighbours=2, generations=0, **STILL)
-        for reach in (0.0, 0.5)
-    ]
-    assert torch.equal(responses[0].plasma.x, responses[1].plasma.x)
+@pytest.mark.parametrize(("x_scale", "spread"), [(1.0, 1.0), (1e-3, 1e-3)])
+def test_auto_mutation_follows_the_spread_of_the_naive_cells(x_scale, spread):
+    # Naive cells 0 and 1 (times the scale) in each value: a standard deviation of one half, bounds 2 wide.
+    naive = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 1, 3) * x_scale
+    least, most = mutation_range(Maturation(), naive, (torch.full((3,), -1.0), torch.full((3,), 1.0)))
+    assert_close(least, torch.tensor([0.25 * 0.5 * spread / 2]))
+    assert_close(most, torch.tensor([0.75 * 0.5 * spread / 2]))
 
 
 def test_plasma_and_memory_are_the_fittest_quarter():
@@ -253,14 +243,17 @@ class Play:
         settings = Maturation(
             **{
                 "population": 4, "neighbours": 1, "generations": generations - 1, "crossover": None,
-                "temperature": 1e-3, "plasma": 0.5, "memory": 0.5, "early_stop": None, "prune": None, **changes,
+                "temperature": 1e-3, "mutation_range": (0.05, 0.15),
+                "plasma": 0.5, "memory": 0.5, "early_stop": None, "prune": None, **changes,
             }
         )  # fmt: skip
         index = torch.tensor([[[0], [1]]]).expand(batch, -1, -1)
         naive = Naive(torch.zeros(batch, 2, 1, width), torch.ones(batch, 2, 1), index)
         bounds = (torch.tensor(-50.0), torch.tensor(50.0))
         noise = Noise([0], antigens=batch)
-        self.end, self.curve = mature(naive, self.distances, settings, noise, bounds=bounds, trace=True)
+        self.end, self.curve = mature(
+            naive, torch.zeros(batch, width), self.distances, settings, noise, bounds=bounds, trace=True
+        )
 
     def distances(self, cells, family):
         self.cells.append(cells.clone())
@@ -367,7 +360,7 @@ def test_two_gaussians():
     g = torch.Generator().manual_seed(0)
     y = torch.arange(400) % 2
     centre = torch.tensor([[-2.0, 0.0], [2.0, 0.0]])
-    x = centre[y] + torch.randn(400, 2, generator=g).clamp(-3, 3)
+    x = centre[y] + torch.randn(400, 2, generator=g).clamp(-1.5, 1.5)
     truth = torch.arange(100) % 2
     antigens = centre[truth] + 0.5 * torch.randn(100, 2, generator=g).clamp(-2, 2)
     r = respond(x, y, antigens, bounds=(-6.0, 6.0), population=200)

@@ -16,37 +16,79 @@ def rand(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_deformed_images_match_scipys_affine_transform():
-    reach, side = 0.1, 9
-    images, u = rand(4, 3, 2, side, side), rand(4, 6, seed=1)
-    found = operators.deform(images, 4, reach, u)
-    assert_close(found[0], images[0])
-    for image, numbers, result in zip(images[1:], u[1:], found[1:], strict=True):
-        change = (2 * numbers.view(2, 3) - 1).double().numpy() * 2 * reach
-        # Ours maps (x, y) in [-1, 1], scipy's (row, column) about the origin.
-        matrix = (np.eye(2) + change[:, :2])[::-1, ::-1]
-        centre = np.full(2, (side - 1) / 2)
-        offset = centre - matrix @ centre + change[::-1, 2] * side / 2
-        for family, goal in zip(image, result, strict=True):
-            for channel, expected in zip(family.numpy(), goal, strict=True):
-                moved = ndimage.affine_transform(channel, matrix, offset, order=1, mode="nearest")
-                assert_close(expected, torch.from_numpy(moved), atol=1e-5, rtol=0)
+def blobs(n, side=24, seed=0):
+    """Return n smooth images `(n, 1, side, side)` with a dark border."""
+    noise = rand(n, side, side, seed=seed).numpy()
+    noise[:, :4] = noise[:, -4:] = noise[:, :, :4] = noise[:, :, -4:] = 0
+    return torch.from_numpy(np.stack([ndimage.gaussian_filter(image, 2) for image in noise]))[:, None]
 
 
-def test_a_deformation_can_move_an_image_by_one_pixel():
-    image = rand(2, 1, 1, 5, 5)
-    u = torch.full((2, 6), 0.5)
-    u[1, 2] = 1.0  # the horizontal shift, whose most is a fifth of the side
-    found = operators.deform(image, 2, 0.2, u)[1, 0, 0]
-    assert_close(found, torch.cat([image[1, 0, 0, :, 1:], image[1, 0, 0, :, -1:]], dim=1))
+def moved(image, change):
+    """Return `image` `(side, side)` under the identity plus `change` `(2, 3)`, by scipy."""
+    # Ours maps (x, y) in [-1, 1], scipy's (row, column) about the origin.
+    side = len(image)
+    matrix = (np.eye(2) + change[:, :2])[::-1, ::-1]
+    centre = np.full(2, (side - 1) / 2)
+    offset = centre - matrix @ centre + change[::-1, 2] * side / 2
+    return torch.from_numpy(ndimage.affine_transform(image.numpy(), matrix, offset, order=1, mode="nearest"))
 
 
-@given(seed=st.integers(0, 1000), reach=st.floats(0, 1))
-def test_a_deformed_image_has_no_new_extremes(seed, reach):
-    image = rand(3, 2, 1, 6, 4, seed=seed)
-    found = operators.deform(image, 3, reach, rand(3, 6, seed=seed + 1))
-    assert (found.amax((3, 4)) <= image.amax((3, 4)) + 1e-6).all()
-    assert (found.amin((3, 4)) >= image.amin((3, 4)) - 1e-6).all()
+def test_registration_finds_the_map_that_moved_an_image():
+    images = blobs(8)
+    change = (2 * rand(8, 2, 3, seed=1).double().numpy() - 1) * 0.1
+    goals = torch.stack([moved(image[0], c) for image, c in zip(images, change, strict=True)])[:, None]
+    before = (images - goals).flatten(1).norm(dim=1)
+    after = (operators.register(images, goals, 0.06, steps=10) - goals).flatten(1).norm(dim=1)
+    assert (after < 0.05 * before).all()
+
+
+def test_a_registered_image_matches_scipys_affine_transform():
+    # A goal far to the side: the shift alone reaches its limit, a tenth of the side.
+    image = blobs(1)
+    goal = torch.from_numpy(ndimage.shift(image[0, 0].numpy(), (0, 6), order=1))[None, None]
+    found = operators.register(image, goal, 0.1, steps=50)
+    errors = []
+    for numbers in np.stack(np.meshgrid(*[[-0.2, 0.0, 0.2]] * 2), -1).reshape(-1, 2):
+        errors.append((moved(image[0, 0], np.array([[0, 0, numbers[0]], [0, 0, numbers[1]]])) - goal[0, 0]).norm())
+    assert (found - goal).norm() <= min(errors) + 1e-6
+
+
+def test_registration_reaches_no_farther_than_it_may():
+    image = blobs(1)
+    goal = image.roll(6, dims=3)
+    for reach, pixels in ((1 / 24, 1), (2 / 24, 2)):
+        # The mean place of the mass moves by no more than the shift, and what slant and size add at its distance.
+        found = operators.register(image, goal, reach, steps=20)
+        columns = torch.arange(24.0)
+        centres = [(part.sum((0, 1, 2)) * columns).sum() / part.sum() for part in (image, found)]
+        assert 0 < centres[1] - centres[0] < 2 * pixels
+
+
+@given(seed=st.integers(0, 1000), reach=st.floats(0.0, 1.0))
+def test_a_registered_image_has_no_new_extremes(seed, reach):
+    image, goal = rand(3, 2, 6, 4, seed=seed), rand(3, 2, 6, 4, seed=seed + 1)
+    found = operators.register(image, goal, reach)
+    assert (found.amax((2, 3)) <= image.amax((2, 3)) + 1e-6).all()
+    assert (found.amin((2, 3)) >= image.amin((2, 3)) - 1e-6).all()
+
+
+def test_an_image_without_edges_stays_as_it_is():
+    flat = torch.full((2, 1, 5, 5), 0.3)
+    assert_close(operators.register(flat, rand(2, 1, 5, 5), 0.1), flat)
+
+
+def test_half_of_the_clones_are_aligned():
+    naive, antigen = blobs(2), blobs(1, seed=3)
+    found = operators.align(naive.repeat_interleave(5, dim=0)[None], antigen, 5, 0.1)[0].unflatten(0, (2, 5))
+    goals = antigen.expand_as(naive)
+    for clones, cell, aligned in zip(found, naive, operators.register(naive, goals, 0.1), strict=True):
+        assert_close(clones, torch.cat([cell.expand(3, -1, -1, -1), aligned.expand(2, -1, -1, -1)]))
+
+
+@pytest.mark.parametrize(("shape", "copies", "reach"), [((6,), 4, 0.1), ((1, 6, 6), 1, 0.1), ((1, 6, 6), 4, 0.0)])
+def test_what_is_not_aligned(shape, copies, reach):
+    cells = rand(2, 4, *shape)
+    assert torch.equal(operators.align(cells, rand(2, *shape, seed=1), copies, reach), cells)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 18.0])
@@ -108,7 +150,7 @@ def mutated(rate, least, most, n=100_000, width=4.0):
     """Amounts, as a share of the width, of n pixels that start far from both bounds."""
     cells = torch.zeros(1, 1, n, dtype=torch.float64)
     low, high = torch.tensor(-width / 2), torch.tensor(width / 2)
-    args = (torch.tensor([rate]), least, torch.tensor([most]), low, high)
+    args = (torch.tensor([rate]), torch.tensor([least]), torch.tensor([most]), low, high)
     return operators.mutate(cells, *args, rand(1, 1, n)).flatten().numpy() / width
 
 
@@ -138,7 +180,7 @@ def test_a_range_of_one_amount():
 def test_families_mutate_at_their_own_rate_and_range():
     cells = torch.zeros(2, 3, 1000)
     rate, most = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.1])
-    found = operators.mutate(cells, rate, 0.0, most, torch.tensor(-1.0), torch.tensor(1.0), rand(2, 3, 1000))
+    found = operators.mutate(cells, rate, torch.zeros(2), most, torch.tensor(-1.0), torch.tensor(1.0), rand(2, 3, 1000))
     assert not found[0].any()
     assert 0.19 < found[1].abs().max() <= 0.2
 
@@ -155,7 +197,7 @@ def test_cells_never_leave_their_bounds(low, width, rate, band, seed):
     bounds = torch.tensor([[low, low + width], [0.0, 1.0]])
     low, high = bounds[:, 0, None], bounds[:, 1, None]
     start = low + (high - low) * rand(2, 3, 2, 8, seed=seed)
-    args = (torch.full((2,), rate), band[0], torch.full((2,), band[1]))
+    args = (torch.full((2,), rate), torch.full((2,), band[0]), torch.full((2,), band[1]))
     found = operators.mutate(start, *args, low, high, rand(2, 3, 2, 8, seed=seed + 1))
     assert ((found >= low) & (found <= high)).all()
 
@@ -168,7 +210,7 @@ def offspring(step, *, cells, share, rate=0.3, shared=True, family=None):
     keys = torch.randint(0, 2**32, (2, 1 if shared else batch, 2), generator=g).expand(2, batch, 2)
     mutation = Mutation(
         rate=torch.full((batch,), rate),
-        least=0.05,
+        least=torch.full((batch,), 0.05),
         most=torch.linspace(0.1, 0.3, batch),
         low=torch.zeros(cells.shape[3:]),
         high=torch.ones(cells.shape[3:]),

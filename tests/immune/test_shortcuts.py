@@ -84,7 +84,7 @@ def cells_of(shares, **changes):
 
     naive = Naive(x, distances, torch.arange(len(shares))[None, :, None])
     bounds = (torch.tensor(0.0), torch.tensor(1.0))
-    end, _ = mature(naive, distances_of, settings, Noise([0], antigens=1), bounds=bounds)
+    end, _ = mature(naive, torch.zeros(1, 1), distances_of, settings, Noise([0], antigens=1), bounds=bounds)
     return seen, end
 
 
@@ -224,7 +224,14 @@ def test_cells_without_features_never_vote(value):
     layer = broken(value)
     x, y = 0.9 + 0.099 * rand(60, 1, 2, 2), torch.arange(60) % 3
     maturation = Maturation(
-        population=60, neighbours=4, mutation_rate=0.5, early_stop=None, prune=None, plasma=0.1, memory=0.9
+        population=60,
+        neighbours=4,
+        mutation_rate=0.5,
+        mutation_range=(0.05, 0.15),
+        early_stop=None,
+        prune=None,
+        plasma=0.1,
+        memory=0.9,
     )
     r = RAILS(Columns(), layer, maturation=maturation, seed=0).fit(x, y).respond(x[:10], trace=True)
     lost = r.memory.x[:, :, 0, 0, 0] >= 1

@@ -12,7 +12,7 @@ from immunonet import _check
 from immunonet.attacks._surrogate import check_shape, fitted, probe_distances
 from immunonet.features import FeatureMap, space_map
 from immunonet.immune import operators
-from immunonet.immune.maturation import temperatures
+from immunonet.immune.maturation import mutation_range, temperatures
 from immunonet.immune.settings import Maturation
 from immunonet.rails import RAILS
 
@@ -26,7 +26,7 @@ class Unrolled(nn.Module):
     Going forward it is the immune response itself with fewer cells and generations, except for the vote. Going
     backward every step has the gradient of its expectation:
 
-    - flocking and expansion: the naive cells and their deformed clones are constants, their distances to the antigen
+    - flocking and expansion: the naive cells and their aligned clones are constants, their distances to the antigen
       are not;
     - selection: a drawn parent moves as the mean parent under softmax(-d / tau) does (straight-through);
     - crossover: a child moves as the mixture share x first + (1 - share) x second does, and so does the share;
@@ -79,8 +79,11 @@ class Unrolled(nn.Module):
         cells, naive_distances = self._naive(layer, features)
         size = settings.per_class(self.rails.classes)
         copies = size // cells.shape[2]
-        cells = _deformed(cells.repeat_interleave(copies, dim=2), copies, settings.deformation, generator)
-        mutation = _Mutation(settings, self.rails, antigens, generator)
+        cells = cells.repeat_interleave(copies, dim=2)
+        mutation = _Mutation(settings, cells, self.rails._cell_bounds(), generator)
+        with torch.no_grad():
+            goals = antigens.repeat_interleave(cells.shape[1], dim=0)
+            cells = operators.align(cells.flatten(0, 1), goals, copies, settings.alignment).view_as(cells)
         tau = temperatures(settings, naive_distances)
         cells = mutation(cells)
         distances = _distances(feature_map, cells, features)
@@ -102,34 +105,24 @@ class Unrolled(nn.Module):
 class _Mutation:
     """Mutates populations `(B, C, P, *S)`; backward, cells pass as they are."""
 
-    def __init__(self, settings: Maturation, rails: RAILS, antigens: Tensor, generator: torch.Generator) -> None:
-        self._low, self._high = rails._cell_bounds().tensors(antigens, antigens.shape[1:])
-        self._settings, self._generator = settings, generator
+    def __init__(self, settings: Maturation, cells: Tensor, bounds: _check.Bounds, generator: torch.Generator) -> None:
+        self._bounds = bounds.tensors(cells, cells.shape[3:])
+        self._rate, self._generator = settings.rates[1], generator
+        self._amounts = mutation_range(settings, cells, self._bounds)
 
     def __call__(self, cells: Tensor) -> Tensor:
         with torch.no_grad():
             families = cells.flatten(0, 1)
-            like = families.new_ones(len(families))
+            least, most = (amount.repeat_interleave(cells.shape[1]) for amount in self._amounts)
             moved = operators.mutate(
                 families,
-                like * self._settings.rates[1],
-                self._settings.mutation_range[0],
-                like * self._settings.mutation_range[1],
-                self._low,
-                self._high,
+                torch.full_like(least, self._rate),
+                least,
+                most,
+                *self._bounds,
                 _uniform(cells, self._generator).flatten(0, 1),
             ).view_as(cells)
         return _straight_through(moved, cells)
-
-
-@torch.no_grad()
-def _deformed(cells: Tensor, copies: int, reach: float, generator: torch.Generator) -> Tensor:
-    """Return the clones `(B, C, P, *S)`, deformed if they are images: the same maps for each antigen."""
-    if reach == 0 or copies == 1 or cells.ndim != 6:
-        return cells
-    images = cells.flatten(1, 2).transpose(0, 1)
-    u = torch.rand(len(images), 6, generator=generator).to(cells)
-    return operators.deform(images, copies, reach, u).transpose(0, 1).reshape(cells.shape)
 
 
 def _children(

@@ -43,7 +43,7 @@ def offspring(
         _contiguous(cross_keys).astype(np.uint32),
         _contiguous(mutate_keys).astype(np.uint32),
         _contiguous(mutation.rate),
-        np.float32(mutation.least),
+        _contiguous(mutation.least),
         _contiguous(mutation.most),
         _contiguous(mutation.low.flatten()),
         _contiguous(mutation.high.flatten()),
@@ -126,7 +126,7 @@ def _offspring(
             _child(
                 children[i], family[parents[f, i]], family[parents[f, size + i]], share[f, i],
                 np.uint32((c * size + i) * values), cross_keys[b], mutate_keys[b],
-                rate[b], least, most[b], low, high,
+                rate[b], least[b], most[b], low, high,
             )  # fmt: skip
         family[:] = children
 

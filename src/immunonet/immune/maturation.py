@@ -15,6 +15,9 @@ from immunonet.immune.operators import Family, Mutation
 from immunonet.immune.settings import Maturation
 from immunonet.response import Cells, Trace
 
+# Families whose naive cells are aligned at once: their tangents take six times their memory.
+ALIGNED_FAMILIES = 64
+
 
 @dataclass(frozen=True)
 class Naive:
@@ -50,6 +53,7 @@ class _Population:
 
 def mature(
     naive: Naive,
+    antigens: Tensor,
     distances_of: Callable[[Tensor, Family], Tensor],
     settings: Maturation,
     noise: Noise,
@@ -58,7 +62,7 @@ def mature(
     keep_cells: bool = True,
     trace: bool = False,
 ) -> tuple[Matured, Trace | None]:
-    """Evolve the naive cells of B antigens for up to G generations (design, section 5).
+    """Evolve the naive cells of B antigens, `(B, *S)`, for up to G generations (design, section 5).
 
     `distances_of(cells (B, C, P, *S), family)` gives the feature distances `(F, P)` of some families to their
     antigens. `bounds`, low and high, broadcast against `*S`. Families whose antigen has its answer, and those
@@ -71,10 +75,11 @@ def mature(
         *(part.repeat_interleave(size // k, dim=2) for part in (naive.x.clamp(*bounds), naive.index, naive.distances))
     )
     temperature = temperatures(settings, naive.distances)
+    least, most = mutation_range(settings, naive.x, bounds)
     mutation = Mutation(
         rate=torch.full_like(temperature, settings.rates[1]),
-        least=settings.mutation_range[0],
-        most=torch.full_like(temperature, settings.mutation_range[1]),
+        least=least,
+        most=most,
         low=bounds[0].expand(naive.x.shape[3:]),
         high=bounds[1].expand(naive.x.shape[3:]),
     )
@@ -88,7 +93,9 @@ def mature(
         antigen, label = evolving.nonzero(as_tuple=True)
         family = (antigen, label)
         if generation == 0:
-            _deform(population.cells, family, size // k, settings.deformation, noise)
+            for some in zip(*(part.split(ALIGNED_FAMILIES) for part in family), strict=True):
+                clones = population.cells[some]
+                population.cells[some] = operators.align(clones, antigens[some[0]], size // k, settings.alignment)
             parents, share = _clones(population, family)
         else:
             u = noise.draw(generation, "select", family, 2 * size)
@@ -121,29 +128,25 @@ def temperatures(settings: Maturation, naive_distances: Tensor) -> Tensor:
     return naive_distances.new_full((len(naive_distances),), settings.temperature)
 
 
+def mutation_range(settings: Maturation, naive: Tensor, bounds: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the least and most amount `(B,)` of a mutation, in widths of the bounds; `naive` `(B, C, K, *S)`.
+
+    "auto": a quarter and three quarters of the root mean square, over values, of the standard deviation over an
+    antigen's naive cells.
+    """
+    if settings.mutation_range == "auto":
+        width = (bounds[1] - bounds[0]).clamp(min=1e-12)
+        spread = (naive.flatten(1, 2).var(1, correction=0) / width**2).flatten(1).mean(1).sqrt()
+        return 0.25 * spread, 0.75 * spread
+    least, most = settings.mutation_range
+    return naive.new_full((len(naive),), least), naive.new_full((len(naive),), most)
+
+
 def _candidates(naive_distances: Tensor, settings: Maturation) -> Tensor:
     """Return whether each class `(B, C)` is one of the nearest few, whose cells evolve."""
     classes = naive_distances.shape[1]
     nearest = naive_distances.amin(2).topk(min(settings.candidates or classes, classes), dim=1, largest=False).indices
     return torch.zeros_like(naive_distances[:, :, 0], dtype=torch.bool).scatter(1, nearest, True)
-
-
-def _deform(cells: Tensor, family: Family, copies: int, reach: float, noise: Noise) -> None:
-    """Deform, in place, all but the first of each naive cell's clones in families of images `(B, C, P, *S)`."""
-    if reach == 0 or copies == 1 or cells.ndim != 6:
-        return
-    antigen, label = family
-    size = cells.shape[2]
-    u = noise.draw(0, "deform", family, 6 * size).unflatten(1, (size, 6))
-    # Antigens that share noise share a class's maps: resampled together they take a sixth of the time.
-    groups = (
-        [(label == c).nonzero()[:, 0] for c in label.unique()]
-        if noise.shared
-        else list(torch.arange(len(label)).split(1))
-    )
-    for group in groups:
-        rows = antigen[group], label[group]
-        cells[rows] = operators.deform(cells[rows].transpose(0, 1), copies, reach, u[group[0]]).transpose(0, 1)
 
 
 def _clones(population: _Population, family: Family) -> tuple[Tensor, Tensor]:
@@ -184,7 +187,7 @@ def _decay(mutation: Mutation, nearest_yet: Tensor, rows: Tensor, total: Tensor,
     """Shrink rate and range of antigens whose population's summed affinity fell below its best so far."""
     factor = torch.where(total > nearest_yet[rows], settings.decay, 1.0)
     mutation.rate[rows] = (mutation.rate[rows] * factor).clamp(min=settings.rates[0])
-    mutation.most[rows] = (mutation.most[rows] * factor).clamp(min=settings.mutation_range[0])
+    mutation.most[rows] = torch.maximum(mutation.most[rows] * factor, mutation.least[rows])
     nearest_yet[rows] = torch.minimum(nearest_yet[rows], total)
 
 

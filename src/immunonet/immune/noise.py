@@ -22,13 +22,13 @@ class Noise:
     """Keys of the uniform numbers that each antigen's maturation uses, one seed per antigen or one for all."""
 
     def __init__(self, seeds: list[int], *, antigens: int) -> None:
-        """Take one seed for all antigens of a batch (`shared` noise), or one for each."""
+        """Take one seed for all antigens of a batch (shared noise), or one for each."""
         self._seeds = seeds if len(seeds) == antigens else seeds * antigens
-        self.shared = len(seeds) == 1
+        self._shared = len(seeds) == 1
 
     def keys(self, generation: int, use: str, device: torch.device) -> Tensor:
         """Return keys `(B, 2)` int64 in [0, 2**32), independent for every generation and use."""
-        seeds = self._seeds[:1] if self.shared else self._seeds
+        seeds = self._seeds[:1] if self._shared else self._seeds
         found = np.array([derive(seed, generation, use) for seed in seeds], dtype=np.int64)
         keys = torch.from_numpy(np.stack([found & _MASK, found >> 32], 1))
         return keys.expand(len(self._seeds), 2).to(device)

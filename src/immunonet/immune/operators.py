@@ -22,33 +22,70 @@ Family = tuple[Tensor, Tensor]
 
 @dataclass
 class Mutation:
-    """Share `rate` `(B,)` of pixels that move, by `least` to `most` `(B,)` times `high - low`, within [low, high].
+    """Share `rate` of pixels that move, by `least` to `most` (each `(B,)`) times `high - low`, within [low, high].
 
     `low`, `high` have a cell's shape `(*S)`.
     """
 
     rate: Tensor
-    least: float
+    least: Tensor
     most: Tensor
     low: Tensor
     high: Tensor
 
 
-def deform(cells: Tensor, copies: int, reach: float, u: Tensor) -> Tensor:
-    """Return images `(P, F, c, h, w)` resampled under P affine maps, each the same for its F images; border repeated.
+def align(cells: Tensor, antigens: Tensor, copies: int, reach: float) -> Tensor:
+    """Return clones `(F, P, *S)` of which the second half of each naive cell's is aligned with its antigen `(F, *S)`.
 
-    Each of the six numbers of a map differs from the identity's by a uniform amount, at most what moves the
-    border by `reach` times the image's side. Of every `copies` images in a row the first stays as it is.
-    `u` `(P, 6)`.
+    Every `copies` cells in a row are clones of one. Only images `(c, h, w)` are aligned, see `register`.
     """
-    change = ((2 * u - 1) * 2 * reach).view(-1, 2, 3)
-    change[::copies] = 0
-    # Images under one map are channels of one image, whose places are worked out once.
-    images = cells.flatten(1, 2)
-    with torch.autocast(cells.device.type, enabled=False):
-        maps = torch.eye(2, 3, device=u.device) + change
-        grid = F.affine_grid(maps, list(images.shape), align_corners=False).to(cells.dtype)
-        return F.grid_sample(images, grid, padding_mode="border", align_corners=False).view_as(cells)
+    if reach == 0 or copies == 1 or cells.ndim != 5:
+        return cells
+    naive = cells[:, ::copies]
+    goals = antigens[:, None].expand_as(naive)
+    aligned = register(naive.flatten(0, 1), goals.flatten(0, 1), reach).unflatten(0, naive.shape[:2])
+    kept = copies - copies // 2
+    parts = [
+        naive[:, :, None].expand(-1, -1, kept, -1, -1, -1),
+        aligned[:, :, None].expand(-1, -1, copies // 2, -1, -1, -1),
+    ]
+    return torch.cat(parts, dim=2).flatten(1, 2)
+
+
+def register(images: Tensor, goals: Tensor, reach: float, steps: int = 2) -> Tensor:
+    """Return images `(n, c, h, w)`, each resampled under the affine map that brings it nearest to its goal.
+
+    Gauss-Newton on the squared difference to `goals` `(n, c, h, w)`, from the identity (Lucas and Kanade 1981; one
+    step is the one-sided tangent distance of Simard et al. 1993). No number of a map moves the border by more
+    than `reach` times the image's side. Outside an image its border is repeated.
+    """
+    size = list(images.shape)
+    with torch.autocast(images.device.type, enabled=False):
+        identity = torch.eye(2, 3, device=images.device)
+        x, y = F.affine_grid(identity[None], [1, 1, *size[2:]], align_corners=False)[0].unbind(2)
+        place = torch.stack([x, y, torch.ones_like(x)])
+        maps = images.new_zeros(len(images), 6)
+        moved = images
+        for _ in range(steps):
+            tangents = (_slopes(moved)[:, :, None] * place[:, None]).flatten(3).flatten(1, 2)
+            gram = tangents @ tangents.mT
+            # A little of the curvature keeps the step finite where an image has no edges.
+            ridge = 1e-2 * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
+            gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+            slope = tangents @ (goals - moved).flatten(1)[:, :, None]
+            maps = (maps + torch.linalg.solve(gram, slope)[:, :, 0]).clamp(min=-2 * reach, max=2 * reach)
+            grid = F.affine_grid(identity + maps.view(-1, 2, 3), size, align_corners=False)
+            moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return moved
+
+
+def _slopes(images: Tensor) -> Tensor:
+    """Return how images `(n, c, h, w)` change along x and y `(n, 2, c, h, w)`, in units of half their side."""
+    height, width = images.shape[2:]
+    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
+    along_x = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) * (width / 4)
+    along_y = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) * (height / 4)
+    return torch.stack([along_x, along_y], dim=1)
 
 
 def select(distances: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
@@ -80,14 +117,14 @@ def cross(first: Tensor, second: Tensor, share: Tensor, u: Tensor) -> Tensor:
     return torch.where(u < _spread(share, first), first, second)
 
 
-def mutate(cells: Tensor, rate: Tensor, least: float, most: Tensor, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
+def mutate(cells: Tensor, rate: Tensor, least: Tensor, most: Tensor, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
     """Return cells of which each pixel moved with probability `rate`, clipped to [low, high].
 
     The amount is uniform in [least, most] times (high - low), its sign random. `cells`, `u` `(F, P, *S)`;
-    `rate`, `most` `(F,)`; `low`, `high` broadcast against `*S`. Where u < rate, u / rate is uniform again
+    `rate`, `least`, `most` `(F,)`; `low`, `high` broadcast against `*S`. Where u < rate, u / rate is uniform again
     and gives sign and amount.
     """
-    rate, most = _spread(rate, cells), _spread(most, cells)
+    rate, least, most = (_spread(part, cells) for part in (rate, least, most))
     signed = 2 * u * (1 / rate.clamp(min=1e-30)) - 1
     amount = torch.where(signed >= 0, 1.0, -1.0) * (least + signed.abs() * (most - least)) * (high - low)
     return torch.where(u < rate, cells + amount, cells).clamp(min=low, max=high)
@@ -132,7 +169,7 @@ def _offspring(
     cells[family] = mutate(
         children,
         mutation.rate[antigen],
-        mutation.least,
+        mutation.least[antigen],
         mutation.most[antigen],
         mutation.low,
         mutation.high,

@@ -17,14 +17,15 @@ class Maturation:
         population: cells T in all, at least 1; rounded up to a multiple of classes times neighbours.
         neighbours: naive B cells K per class.
         generations: G, at least 0. Generation 0 is the expansion: mutated clones of the naive cells.
-        deformation: how far the expansion deforms clones that are images (channels, height, width), all but the
-            first of each naive cell: every number of an affine map changes by a uniform amount, at most what
-            moves the image's border by this share of its side, in [0, 1]. 0: no clone is deformed.
+        alignment: the expansion aligns half of the clones of every naive cell with the antigen, if cells are images
+            (channels, height, width), by an affine map. None of its numbers moves the image's border by more than this
+            share of its side, in [0, 1]. 0: no clone is aligned.
         temperature: of selection, positive, in units of feature distance; "auto": per antigen, the standard
             deviation of the affinities of its C K naive cells.
         mutation_rate: share of pixels that mutate, in [0, 1]; or (lower end, start), between which it decays.
             A single number has the lower end 0.
-        mutation_range: (least, most) amount of a mutation, as a fraction of the width of `cell_bounds`.
+        mutation_range: (least, most) amount of a mutation, as a fraction of the width of `cell_bounds`; "auto": per
+            antigen, a quarter and three quarters of the spread of its naive cells.
         decay: factor in (0, 1] on rate and range when the population's affinity falls below its best so far.
         crossover: "affinity" (the nearer parent's pixels more often), "authors" (the farther one's), or None.
         plasma: share of the population that votes; memory: the share after it that is kept.
@@ -38,10 +39,10 @@ class Maturation:
     population: int = 1000
     neighbours: int = 10
     generations: int = 10
-    deformation: float = 0.04
+    alignment: float = 0.06
     temperature: float | Literal["auto"] = "auto"
     mutation_rate: float | tuple[float, float] = 0.15
-    mutation_range: tuple[float, float] = (0.05, 0.15)
+    mutation_range: tuple[float, float] | Literal["auto"] = "auto"
     decay: float = 0.9
     crossover: Literal["affinity", "authors"] | None = "affinity"
     plasma: float = 0.05
@@ -54,7 +55,7 @@ class Maturation:
         _check.integer("population", self.population)
         _check.integer("neighbours", self.neighbours)
         _check.integer("generations", self.generations, least=0)
-        _check.number("deformation", self.deformation, least=0, most=1)
+        _check.number("alignment", self.alignment, least=0, most=1)
         if not isinstance(self.temperature, str):
             _check.number("temperature", self.temperature, least=0, above=True)
         elif self.temperature != "auto":
@@ -64,7 +65,8 @@ class Maturation:
             object.__setattr__(self, "mutation_rate", _pair("mutation_rate", rate))
         else:
             _check.number("mutation_rate", rate, least=0, most=1)
-        object.__setattr__(self, "mutation_range", _pair("mutation_range", self.mutation_range))
+        if self.mutation_range != "auto":
+            object.__setattr__(self, "mutation_range", _pair("mutation_range", self.mutation_range))
         _check.number("decay", self.decay, least=0, most=1, above=True)
         _check.choice("crossover", self.crossover, ("affinity", "authors", None))
         _check.number("plasma", self.plasma, least=0, most=1, above=True)
@@ -99,9 +101,15 @@ class Maturation:
         """Return the papers' text as far as it could be reconstructed (arXiv 2107.02842, 2012.10485).
 
         A small share of pixels mutates by a two-sided band, the nearer parent's pixels are taken more often,
-        clones are not deformed, and nothing stops early.
+        clones are not aligned, and nothing stops early.
         """
-        text: dict[str, Any] = {"deformation": 0.0, "mutation_rate": (0.05, 0.15), "early_stop": None, "prune": None}
+        text: dict[str, Any] = {
+            "alignment": 0.0,
+            "mutation_rate": (0.05, 0.15),
+            "mutation_range": (0.05, 0.15),
+            "early_stop": None,
+            "prune": None,
+        }
         return cls(**text | overrides)
 
     @classmethod
@@ -114,7 +122,7 @@ class Maturation:
         """
         _check.choice("dataset", dataset, ("mnist", "cifar10"))
         common: dict[str, Any] = {
-            "deformation": 0.0,
+            "alignment": 0.0,
             "mutation_rate": 0.985,
             "mutation_range": (0.0, 0.15),
             "crossover": "authors",

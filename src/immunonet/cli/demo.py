@@ -19,7 +19,7 @@ from immunonet.attacks import PGD, SoftNeighbours
 from immunonet.cli import common
 from immunonet.defence import Defence
 from immunonet.evaluation import Row, records
-from immunonet.evaluation.protocol import answers, describe, describe_attack, is_randomised
+from immunonet.evaluation.asking import answers, describe, describe_attack, is_randomised
 
 VALIDATION = 400
 TRAINING: dict[str, Any] = {"epochs": 20, "batch_size": 64}

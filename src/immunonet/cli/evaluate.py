@@ -21,9 +21,10 @@ from immunonet.defence import Defence
 from immunonet.evaluation import protocol as protocols
 from immunonet.evaluation.asking import LogProbabilities
 from immunonet.evaluation.benchmark import KNOWS, METRICS, NEIGHBOURS, Benchmark, Outcome
-from immunonet.evaluation.protocol import PROTOCOLS, Evaluation
+from immunonet.evaluation.outcome import Evaluation
 from immunonet.evaluation.records import envelope
 from immunonet.evaluation.statistics import mcnemar
+from immunonet.evaluation.suite import PROTOCOLS
 from immunonet.features import Layer
 
 PRESETS: dict[str, Callable[..., Maturation]] = {

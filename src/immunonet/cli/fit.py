@@ -11,7 +11,7 @@ from torch import nn
 from immunonet import RAILS, DkNN, Maturation, _check, _store, data
 from immunonet.cli import common
 from immunonet.defence import Defence
-from immunonet.evaluation.protocol import describe
+from immunonet.evaluation.asking import describe
 from immunonet.features import Layer
 
 RECORD = "fit.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from immunonet.evaluation.protocol import Evaluation
+    from immunonet.evaluation.outcome import Evaluation
 
 SOURCE = "https://arxiv.org/abs/1902.06705"
 

@@ -11,7 +11,7 @@ from immunonet.report import figures
 from immunonet.report.html import flat
 
 if TYPE_CHECKING:
-    from immunonet.evaluation.protocol import Evaluation
+    from immunonet.evaluation.outcome import Evaluation
 
 
 def page(found: Evaluation) -> str:

@@ -5,6 +5,7 @@ After Carlini et al. (2019), Athalye et al. (2018), Croce & Hein (2020, AutoAtta
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -19,11 +20,83 @@ from immunonet.evaluation import statistics
 from immunonet.evaluation.asking import Subject
 from immunonet.evaluation.records import Check, Flag
 from immunonet.evaluation.runner import Runner, Trial
-from immunonet.evaluation.suite import Model, Planned
+from immunonet.evaluation.suite import Budget, Model, Planned
+from immunonet.evaluation.verdict import choose, worst
 from immunonet.features import evaluating
 
+DOUBLED = " doubled"
 MULTIPLES = (0.0, 0.25, 0.5, 1.0, 2.0)
 _FEW = 5
+
+
+def checks(
+    runner: Runner,
+    planned: Sequence[Planned],
+    trials: Sequence[Trial],
+    strongest: Trial | None,
+    budget: Budget,
+    select: slice,
+    report: slice,
+    reach: float,
+) -> tuple[list[Check], dict[str, Any]]:
+    """Return every check of an evaluation, and the accuracy under growing eps of PGD and the strongest attack."""
+    seeds, n = runner.seeds[report], min(budget.checks, len(runner.x))
+    found, curves = [eps_zero(runner, planned, seeds[:1])], {}
+    if strongest is not None and strongest.attack.method.eps > 0:
+        name = strongest.attack.name
+        shown = {attack.name: attack for attack in planned if attack.name in ("pgd", name)}
+        curves = {key: curve(runner, attack, n, reach, seeds) for key, attack in shown.items()}
+        twice = next(trial for trial in trials if trial.attack.name == name + DOUBLED)
+        found += [
+            grows(curves[name], name, runner.subject.classes),
+            iterative(runner, strongest.attack, n, seeds),
+            doubled(strongest, twice, report),
+        ]
+
+    def case(kinds: tuple[str, ...], n: int) -> Tensor:
+        mine = [trial for trial in trials if trial.attack.kind in kinds]
+        return worst(mine, choose(mine, select))[report, :n]
+
+    asked = min((trial.n for trial in trials if trial.attack.standing), default=0)
+    if any(trial.attack.kind == "adaptive" for trial in trials):
+        alone = case(("none", "adaptive"), len(runner.x))
+        together = case(("none", "adaptive", "transfer"), len(runner.x))
+        found.append(compared("transfer is no stronger than attacks that know", "transfer", alone, together))
+    if asked:
+        alone = case(("none", "adaptive", "transfer"), asked)
+        together = case(("none", "adaptive", "transfer", "black box"), asked)
+        found.append(compared("asking alone is no stronger than gradients", "attacks that ask", alone, together))
+    full = {a.name: min(len(runner.x), budget.black_box if a.standing else len(runner.x)) for a in planned}
+    short = [f"{attack.name} {attack.n} of {full[attack.name]}" for attack in planned if attack.n < full[attack.name]]
+    found.append(Check("all planned images were attacked", not short, ", ".join(short) or f"{len(runner.x)} images"))
+    return found, curves
+
+
+def flags(
+    runner: Runner,
+    planned: Sequence[Planned],
+    trials: Sequence[Trial],
+    x: Tensor,
+    *,
+    randomised: bool,
+    repeatable: bool,
+) -> list[Flag]:
+    """Return every flag of an evaluation; `x`: the first of its inputs, on which gradients and logits are looked at."""
+    y = runner.y[: len(x)]
+    targets = {a.name: a.target for a in planned if not a.standing and a.target is not None}
+    distinct = {id(target): name for name, target in targets.items()}
+    faults = sum((trial.faults for trial in trials), Counter(runner.subject.faults if not runner.journal else {}))
+
+    def measure() -> list[dict[str, Any]]:
+        found = [
+            is_randomised(randomised),
+            probabilities(runner.network, x),
+            zero_gradients({name: targets[name] for name in distinct.values()}, x, y),
+            batch(runner.subject, runner.x, runner.seeds, repeatable),
+        ]
+        return [dataclasses.asdict(flag) for flag in found]
+
+    return [*(Flag(**flag) for flag in runner.once("flags", measure)), failed(faults), outside(trials)]
 
 
 def eps_zero(runner: Runner, planned: Sequence[Planned], seeds: Sequence[int]) -> Check:
@@ -120,7 +193,7 @@ def compared(name: str, weaker: str, alone: Tensor, together: Tensor) -> Check:
     return Check(name, mean <= high, detail)
 
 
-def randomised(found: bool) -> Flag:
+def is_randomised(found: bool) -> Flag:
     """Say whether answers are random."""
     return Flag("randomised", found, "answers depend on a seed" if found else "the same answers each time", False)
 

@@ -18,10 +18,11 @@ from immunonet import _store, data, studies, zoo
 from immunonet.cli import common
 from immunonet.evaluation.journal import Journal
 from immunonet.evaluation.records import envelope
-from immunonet.studies import experiments, runner
+from immunonet.studies import behaviour, experiments, runner
 from immunonet.studies.lab import Lab, digest
 from immunonet.studies.settings import Study
 from immunonet.studies.tables import Section, markdown, sections
+from immunonet.studies.tasks import Task, missing
 
 
 def reproduce(
@@ -102,7 +103,7 @@ def reproduce(
         for base in entry.bases:
             for layers in entry.layers:
                 _check_layers(lab, base, layers)
-    work = experiments.tasks(study, lab, seed)
+    work = experiments.tasks(study, lab, seed) + behaviour.tasks(study, lab, seed)
     if merge:
         lab.journal = runner.merge(out, settings, work)
     else:
@@ -132,11 +133,11 @@ def reproduce(
             _print(console, section)
 
 
-def _run(work: list[experiments.Task], journal: Journal, part: runner.Shard | None) -> None:
+def _run(work: list[Task], journal: Journal, part: runner.Shard | None) -> None:
     """Run the tasks with a bar of progress and time left; without a terminal, a line per finished experiment."""
     index, count = part or (0, 1)
     mine = work[index::count]
-    left = experiments.missing(mine, journal)
+    left = missing(mine, journal)
     if len(left) < len(mine):
         common.console.print(f"continuing: {len(mine) - len(left)} of {len(mine)} parts are done", highlight=False)
     with Progress(
@@ -154,7 +155,7 @@ def _run(work: list[experiments.Task], journal: Journal, part: runner.Shard | No
         keys = {task.key for task in left}
         done = 0
 
-        def advance(task: experiments.Task) -> None:
+        def advance(task: Task) -> None:
             nonlocal done
             if task.key not in keys:
                 return

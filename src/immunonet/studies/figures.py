@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from immunonet import _store
 from immunonet.report.figures import BLUE, GREY, INK, ORANGE, _figure
 from immunonet.studies import tables
-from immunonet.studies.experiments import show
+from immunonet.studies.tasks import show
 
 # Okabe and Ito's colours without the yellows that print too faint; each line has its own marker and dash as well.
 COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", INK, "#56B4E9", GREY)

@@ -12,7 +12,7 @@ import jinja2
 from immunonet import _store
 from immunonet.evaluation.records import envelope
 from immunonet.report.figures import svg_uri
-from immunonet.studies import experiments, figures, tables
+from immunonet.studies import behaviour, figures, tables
 from immunonet.studies.experiments import Measured
 from immunonet.studies.lab import Lab
 from immunonet.studies.settings import Study
@@ -36,9 +36,9 @@ def record(study: Study, name: str, lab: Lab, seed: int, found: Sequence[Measure
         },
         "pairs": tables.pairs(found),
         "targets": tables.targets(study, found),
-        "learning": experiments.learned(study, lab, seed),
-        "sensing": experiments.sensed(study, lab, seed),
-        "hardening": experiments.hardened(study, lab, seed),
+        "learning": behaviour.learned(study, lab, seed),
+        "sensing": behaviour.sensed(study, lab, seed),
+        "hardening": behaviour.hardened(study, lab, seed),
         "figures": drawn,
     }
 

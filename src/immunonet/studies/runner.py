@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from immunonet.evaluation.journal import Journal
-from immunonet.studies.experiments import Task, missing
+from immunonet.studies.tasks import Task, missing
 
 Shard = tuple[int, int]
 

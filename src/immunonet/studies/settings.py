@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 from immunonet import RAILS, Maturation, _check, zoo
 from immunonet.attacks import FGSM, PGD
 
-NAMES = ("mnist", "cifar10", "svhn")
 DEFENCES = ("cnn", "knn", "dknn", "dknn-tuned", "rails-authors", "rails-paper", "rails")
 PRESETS: dict[str, Callable[..., Any]] = {
     "default": Maturation,
@@ -36,7 +32,6 @@ _TRAINING = set(inspect.signature(zoo.train).parameters) - {
 }
 _OPTIONS = set(inspect.signature(RAILS.__init__).parameters) - {"self", "model", "layers", "maturation", "seed"}
 
-T = TypeVar("T")
 Table = Mapping[str, Any]
 
 
@@ -56,14 +51,14 @@ class Base:
     def __post_init__(self) -> None:
         for name, value in (("model", self.model), ("weights", self.weights), ("start", self.start)):
             _text(name, value, optional=True)
-        _keys("training", self.training, _TRAINING)
+        check_keys("training", self.training, _TRAINING)
         self.arguments()
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of `zoo.train`: "8/255" as a number, `adversarial` from its table."""
         found = {key: _fraction(key, value) for key, value in self.training.items()}
         if isinstance(adversarial := found.get("adversarial"), dict):
-            _keys("training.adversarial", adversarial, {f.name for f in dataclasses.fields(zoo.Adversarial)})
+            check_keys("training.adversarial", adversarial, {f.name for f in dataclasses.fields(zoo.Adversarial)})
             settings = {key: _fraction(key, value) for key, value in adversarial.items()}
             found["adversarial"] = zoo.Adversarial(**settings)
         return found
@@ -121,8 +116,8 @@ class Comparison:
         _check.integer("seeds", self.seeds)
         if self.repertoire is not None:
             _check.integer("repertoire", self.repertoire)
-        _keys("maturation", self.maturation, set(TESTED))
-        _keys("options", self.options, _OPTIONS)
+        check_keys("maturation", self.maturation, set(TESTED))
+        check_keys("options", self.options, _OPTIONS)
         _check.boolean("choose_layers", self.choose_layers)
         if self.choose_layers and self.defences != ("dknn-tuned",):
             raise ValueError(f"defences must be ['dknn-tuned'] with choose_layers, got {list(self.defences)}")
@@ -153,7 +148,7 @@ class Learning:
         _check.integer("images", self.images)
         _tuple(self, "eps", number)
         _check.choice("split", self.split, SPLITS)
-        _keys("maturation", self.maturation, set(TESTED))
+        check_keys("maturation", self.maturation, set(TESTED))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +197,7 @@ class Hardening:
         _check.integer("images", self.images, least=2)
         _check.integer("cells", self.cells)
         _tuple(self, "defences", lambda name, value: _check.choice(name, value, DEFENCES))
-        _keys("maturation", self.maturation, set(TESTED))
+        check_keys("maturation", self.maturation, set(TESTED))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +309,7 @@ class Study:
             return None
         method = _METHODS[_check.choice("attacks: the first part of a name", name.split("-")[0], tuple(_METHODS))]
         found = {k: number(k, v) if k in ("eps", "step") else v for k, v in self.attacks[name].items()}
-        _keys(f"attacks.{name}", found, {f.name for f in dataclasses.fields(method)})
+        check_keys(f"attacks.{name}", found, {f.name for f in dataclasses.fields(method)})
         whole: FGSM | PGD = method(**found)
         if eps is None:
             return whole
@@ -327,7 +322,7 @@ class Study:
         found = self.defences.get(kind, {}) | dict(overrides)
         default = {"rails-paper": "paper", "rails-authors": "authors-mnist"}.get(kind, "default")
         preset = _check.choice(f"defences.{kind}: preset", found.pop("preset", default), tuple(PRESETS))
-        _keys(f"defences.{kind}", found, set(TESTED))
+        check_keys(f"defences.{kind}", found, set(TESTED))
         made = PRESETS[preset](**{key: None if value == "none" else value for key, value in found.items()})
         several = list(made) if isinstance(made, list) else [made] * layers
         if len(several) != layers:
@@ -338,34 +333,6 @@ class Study:
         """Return what every result depends on, as JSON: all but the experiments and the words."""
         words = {"title", "remarks", "notes", "targets", "main", "curves", "learning", "sensing", "hardening"}
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in words}
-
-
-def load(source: str | Path) -> Study:
-    """Return the study of that name, one of `NAMES`, or in a TOML file.
-
-    FileNotFoundError or ValueError names the file; ValueError or TypeError names the table, and the key that is
-    unknown, missing or wrong.
-    """
-    text: str
-    if str(source) in NAMES:
-        path = Path(f"{source}.toml")
-        text = (resources.files("immunonet.studies") / path.name).read_text(encoding="utf-8")
-    else:
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is no study: give {', '.join(NAMES)}, or a TOML file that exists")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not TOML ({error})") from error
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not TOML ({error})") from error
-    try:
-        return _study(table)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{path}: {error}") from error
 
 
 def number(name: str, value: object) -> float:
@@ -382,55 +349,12 @@ def _fraction(name: str, value: Any) -> Any:
     return number(name, value) if isinstance(value, str) and "/" in value else value
 
 
-def _study(table: dict[str, Any]) -> Study:
-    parts: dict[str, Any] = dict(table)
-    if "bases" in table:
-        parts["bases"] = {name: _read(Base, f"bases.{name}", found) for name, found in _table("bases", table["bases"])}
-    if "tuning" in table:
-        parts["tuning"] = _read(Tuning, "tuning", table["tuning"])
-    for key in ("attacks", "defences"):
-        parts |= {key: dict(_table(key, table[key]))} if key in table else {}
-    kinds: dict[str, type[Any]] = {
-        "main": Comparison,
-        "curves": Comparison,
-        "learning": Learning,
-        "sensing": Sensing,
-        "hardening": Hardening,
-        "targets": Target,
-    }
-    for key in kinds.keys() & table.keys():
-        if not isinstance(table[key], list):
-            raise TypeError(f"{key} must be an array of tables ([[{key}]]), got {table[key]!r}")
-        parts[key] = tuple(_read(kinds[key], f"{key}[{i}]", found) for i, found in enumerate(table[key]))
-    return _read(Study, "the study", parts)
-
-
-def _read(kind: Callable[..., T], where: str, found: Any) -> T:
-    """Return `kind(**found)`; errors name the table `where` and the key."""
-    if not isinstance(found, dict):
-        raise TypeError(f"{where} must be a table, got {found!r}")
-    fields = dataclasses.fields(cast(Any, kind))
-    _keys(where, found, {f.name for f in fields})
-    required = [f for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    if missing := [f.name for f in required if f.name not in found]:
-        raise ValueError(f"{where} needs {', '.join(missing)}")
-    try:
-        return kind(**found)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{where}: {error}") from error
-
-
-def _keys(where: str, found: Any, known: set[str]) -> None:
+def check_keys(where: str, found: Any, known: set[str]) -> None:
+    """Raise TypeError unless `found` is a table, ValueError if it has a key that is not `known`."""
     if not isinstance(found, Mapping):
         raise TypeError(f"{where} must be a table, got {found!r}")
     if unknown := sorted(found.keys() - known):
         raise ValueError(f"{where} has no setting {unknown[0]!r}; it may have {', '.join(sorted(known))}")
-
-
-def _table(name: str, value: Any) -> list[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{name} must be a table, got {value!r}")
-    return list(value.items())
 
 
 def _text(name: str, value: object, *, optional: bool = False) -> object:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from immunonet.evaluation.statistics import mcnemar
-from immunonet.studies.experiments import Measured, show
+from immunonet.studies.experiments import Measured
 from immunonet.studies.settings import Study, Target
+from immunonet.studies.tasks import show
 
 TITLES = {
     "cnn": "CNN, undefended",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 # Read when numba is first imported. Threads that wait for each other cost more than these small tests take, and
 # many times more on a busy machine.
@@ -13,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from immunonet import zoo
+from immunonet import data, zoo
+from immunonet.cli import main
 
 
 def seeded(build: Callable[[], nn.Module]) -> nn.Module:
@@ -83,3 +87,30 @@ def images() -> tuple[Tensor, Tensor]:
 def examples() -> Callable[..., tuple[Tensor, Tensor]]:
     """The function that makes them: n examples of a shape."""
     return make
+
+
+@pytest.fixture(scope="session")
+def digits_net() -> nn.Module:
+    """A network trained a little on scikit-learn's digits."""
+    images = data.load("digits", "train")
+    net = zoo.build("digits")
+    zoo.train(net, images[:800], images[800:900], epochs=4, batch_size=64, lr=3e-3)
+    return net
+
+
+@pytest.fixture
+def command(capsys: Any, monkeypatch: Any, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """The function that runs `immunonet ...` in tmp_path and returns (code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("IMMUNONET_DATA", raising=False)
+    monkeypatch.delenv("IMMUNONET_DEBUG", raising=False)
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        words = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["immunonet", *words])
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call

@@ -1,108 +1,144 @@
-"""`immunonet evaluate --protocol` on digits, and the document about what it found."""
-
-import dataclasses
+import functools
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from immunonet import data, zoo
-from immunonet.cli import main
-from immunonet.evaluation import finding
-from immunonet.evaluation.suite import PROTOCOLS
+from immunonet import DkNN, data, zoo
+from immunonet.attacks import PGD
 
-COMMAND = [
-    "evaluate", "--protocol", "quick", "--dataset", "digits", "--weights", "digits.safetensors", "--eps", "0.2",
-    "--population", "50", "--n", "12",
+KEYS = {
+    "dataset", "defence", "attack", "knows", "eps", "norm", "n", "correct", "accuracy", "ci95",
+    "seconds_per_image", "seeds", "settings", "foreign",
+}  # fmt: skip
+SMALL = [
+    "--dataset", "digits", "--n", 20, "--eps", "1/8", "--iterations", 3, "--chunk", 15, "--seeds", 2,
+    "--population", 40, "--weights", "digits.safetensors",
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def net():
-    images = data.load("digits", "train")
-    net = zoo.build("digits")
-    zoo.train(net, images[:800], images[800:900], epochs=3, batch_size=64, lr=3e-3)
-    return net
-
-
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path, net):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("IMMUNONET_DEBUG", raising=False)
-    budget = {"iterations": 4, "black_box": 3, "queries": 5, "decisions": 1, "evaluations": 4, "seeds": 1, "checks": 8}
-    monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(PROTOCOLS["quick"], **budget))
-    zoo.save_weights(net, "digits.safetensors", half=False)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["immunonet", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main(list(arguments))
-        return stop.value.code, *capsys.readouterr()
-
-    return call
+def run(command, digits_net):
+    """Return a function that runs `immunonet evaluate` in tmp_path and returns (code, stdout, stderr)."""
+    zoo.save_weights(digits_net, "digits.safetensors", half=False)
+    return functools.partial(command, "evaluate")
 
 
-def test_three_defences_are_attacked_and_the_finding_is_written(run):
-    code, out, err = run(*COMMAND, "--tune-dknn", "--transfer", "digits=digits.safetensors", "--json", "r.json")
+def by_key(path):
+    record = json.loads(Path(path).read_text())
+    rows = record["results"]
+    return record, {(r["defence"], *r["settings"]["layers"], r["attack"]): r for r in rows}
+
+
+def test_every_defence_meets_every_attack(run, digits_net):
+    code, out, err = run(*SMALL, "--layer", "input", "--layer", "conv1", "--population", "conv1=20", "--json", "r.json")
     assert code == 0, err
-    record = json.loads(Path("r.json").read_text())
-    worst = {row["defence"]: row for row in record["results"] if row["attack"] == "worst-case"}
-    assert list(worst) == ["cnn", "dknn", "rails"]
-    assert worst["rails"]["settings"]["net"] == worst["rails"]["settings"]["model"] == "digits"
-    assert worst["rails"]["knows"] == "defence"
-    assert worst["rails"]["seeds"] == [1]
-    attacks = {row["attack"] for row in record["results"] if row["defence"] == "rails"}
-    assert {"transfer-1", "unrolled", "square", "hop-skip-jump"} <= attacks
-    assert len({(row["defence"], row["attack"]) for row in record["results"]}) == len(record["results"])
-    assert [one["defence"] for one in record["evaluations"]] == ["cnn", "dknn", "rails"]
-    assert "neighbours" in worst["dknn"]["settings"]["tuning"]
-    assert "plan for rails: about" in err
-    assert f"{worst['rails']['accuracy']:.4f}" in out
-    assert sorted(path.name for path in Path("evaluation").glob("*.html")) == [
-        "cnn.html",
-        "dknn-input.html",
-        "rails-input.html",
+    record, rows = by_key("r.json")
+    layers, attacks = ["input", "conv1"], ["none", "fgsm", "pgd", "soft-knn"]
+    assert list(rows) == [("cnn", a) for a in attacks[:3]] + [
+        (kind, at, a) for at in layers for kind in ("dknn", "rails") for a in attacks
     ]
+    assert set(record) == {"results", "environment", "command"}
+    assert all(set(row) == KEYS for row in rows.values())
+    assert all(row["n"] == 20 and row["settings"]["model"] == "digits" for row in rows.values())
+    assert rows["cnn", "none"]["foreign"] is None
+    pgd = rows["rails", "conv1", "pgd"]
+    assert (pgd["eps"], pgd["norm"], pgd["knows"], pgd["seeds"]) == (0.125, "linf", "base", [0, 1])
+    assert pgd["settings"]["maturation"][0]["population"] == 20
+    assert rows["rails", "input", "pgd"]["settings"]["maturation"][0]["population"] == 40
+    assert pgd["settings"]["attack"]["step"] == 0.03125
+    assert rows["dknn", "conv1", "none"]["settings"]["neighbours"] == 75
+    assert rows["rails", "conv1", "soft-knn"]["knows"] == "defence"
 
-    finding.main(["r.json", "--json", "all.json", "--doc", "docs/robustness.md"])
-    merged = json.loads(Path("all.json").read_text())
-    assert merged["results"] == record["results"]
-    document = Path("docs/robustness.md").read_text()
-    assert document.startswith("# How robust RAILS is")
-    for row in worst.values():
-        assert f"**{row['accuracy']:.3f} (" in document
-    assert "`immunonet evaluate --protocol quick --dataset digits" in document
-    assert "digits, linf eps 0.2, 12 images" in document
-    Path("docs/robustness.md").unlink()
-    finding.main(["--json", "all.json", "--doc", "again.md"])
-    assert Path("again.md").read_text().replace("all.json", "") == document.replace("all.json", "")
+    test, train = data.load("digits", "test")[:20], data.load("digits", "train")
+    moved = PGD(eps=1 / 8, step=1 / 32, iterations=3, random_start=False)(digits_net, test.x, test.y).adversarials
+    with torch.no_grad():
+        assert rows["cnn", "pgd"]["correct"] == int((digits_net(moved).argmax(1) == test.y).sum())
+    training, held = (train[part] for part in data.split(len(train)))
+    dknn = DkNN(digits_net, "conv1").fit(training.x, training.y, calibration=(held.x, held.y))
+    assert rows["dknn", "conv1", "pgd"]["correct"] == int((dknn.predict(moved) == test.y).sum())
+    assert rows["dknn", "conv1", "pgd"]["foreign"] == pytest.approx(float(dknn.foreign(moved).float().mean()))
+
+    table = Path("evaluation/table.md").read_text()
+    assert table.startswith("| layer | defence | attack | knows | accuracy | 95 % interval | ms/image | foreign |\n")
+    assert len(re.findall(r"^\| (input|conv1) \|", table, re.M)) == 16
+    assert "conv1" in out
+    assert f"{rows['rails', 'input', 'pgd']['accuracy']:.4f}" in out
+    assert re.search(r"input, pgd: rails alone is right on \d+, dknn alone on \d+ of 20 images, p = ", out)
+    assert "rails conv1 soft-knn: " in err
 
 
-def test_a_file_that_holds_no_evaluation_is_refused():
-    with pytest.raises(ValueError, match="run 0 holds no evaluations"):
-        finding.merge([{"results": []}])
+def test_the_same_command_continues_and_another_is_refused(run, monkeypatch):
+    assert run(*SMALL, "--attack", "none", "--json", "a.json")[0] == 0
+    before = Path("evaluation/parts.jsonl").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(DkNN, "fit", None)
+        assert run(*SMALL, "--attack", "none", "--json", "b.json")[0] == 0
+    assert Path("evaluation/parts.jsonl").read_text() == before
+    assert by_key("a.json")[0]["results"] == by_key("b.json")[0]["results"]
+    # More images and attacks are added to what is there.
+    assert run(*SMALL, "--attack", "none", "--attack", "pgd", "--n", 40, "--json", "c.json")[0] == 0
+    assert by_key("c.json")[1]["cnn", "pgd"]["n"] == 40
+    assert Path("evaluation/parts.jsonl").read_text().startswith(before)
+    for change, told in (
+        (["--eps", "0.2"], "pgd.eps was 0.125, now 0.2"),
+        (["--population", "80"], "settings of rails input maturation.0.population was 40, now 80"),
+        (["--preset", "paper"], "maturation.0.early_stop was 2, now None"),
+    ):
+        code, _, err = run(*SMALL, "--attack", "none", *change)
+        assert code == 2
+        assert told in err
+        assert "give another folder" in err
+
+
+def test_tuning_chooses_for_dknn_on_the_validation_split(run):
+    code, _, err = run(*SMALL, "--attack", "none", "--tune-dknn", "--json", "r.json")
+    assert code == 0, err
+    _, rows = by_key("r.json")
+    tuned = rows["dknn-tuned", "input", "none"]["settings"]
+    assert tuned["tuning"]["images"] == 129 + 14  # a tenth of the training set is fewer than 300
+    assert tuned["neighbours"] == tuned["tuning"]["neighbours"]
+    assert tuned["metric"] == tuned["tuning"]["metric"]
+    assert rows["dknn", "input", "none"]["settings"]["metric"] == "cosine"
+
+
+def test_a_feature_map_of_ones_own_and_the_authors_settings(run, tmp_path):
+    Path("mine.py").write_text("def halves(net):\n    return lambda x: x.flatten(1) / 2\n")
+    code, _, err = run(*SMALL, "--attack", "none", "--layer", "mine:halves", "--preset", "authors", "--json", "r.json")
+    sys.modules.pop("mine", None)
+    assert code == 0, err
+    _, rows = by_key("r.json")
+    assert rows["rails", "mine:halves", "none"]["settings"]["maturation"][0]["crossover"] == "authors"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("change", "told"),
     [
-        (["--attack", "pgd"], "--attack does not go with --protocol"),
-        (["--seeds", "3"], "--seeds does not go with --protocol"),
-        (["--protocol", "slow"], "--protocol must be one of 'quick', 'standard', 'full', got 'slow'"),
-        (["--defence", "wall"], "--defence must be one of 'cnn', 'dknn', 'rails', got 'wall'"),
-        (["--transfer", "digits=none.safetensors"], "none.safetensors"),
-        (["--minutes", "-1"], "minutes must be"),
+        (["--eps", "much"], "--eps must be a number such as 0.1 or 60/255, got 'much'"),
+        (["--eps", "1/0"], "--eps must be a number"),
+        (["--eps", "-0.1"], "eps must be a finite number in [0"),
+        (["--step", "x"], "--step must be a number"),
+        (["--norm", "l1"], "norm must be one of 'linf', 'l2'"),
+        (["--attack", "magic"], "--attack must be one of 'none', 'fgsm', 'pgd', 'soft-knn', got 'magic'"),
+        (["--preset", "best"], "--preset must be one of"),
+        (["--population", "many"], "--population must be a number, or LAYER=NUMBER for one of input, got 'many'"),
+        (["--population", "fc1=10"], "--population must be a number, or LAYER=NUMBER"),
+        (["--population", "0"], "population must be at least 1"),
+        (["--layer", "conv9"], "layers='conv9' is no submodule of the model; nearest names: conv"),
+        (["--layer", "mnist_affine"], "net must be a MnistNet"),
+        (["--dataset", "nothing"], "there is no 'nothing'"),
+        (["--weights", "none.safetensors"], "none.safetensors"),
+        (["--device", "tpu9"], "--device must be one of"),
+        (["--validation", "100000"], "validation must be at least 1 and at most"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(run, arguments, told):
-    code, out, err = run(*COMMAND, "--defence", "cnn", *arguments)
+def test_a_mistake_is_told_in_one_line_before_any_work(run, change, told):
+    code, out, err = run(*SMALL, *change)
     assert code == 2
     assert told in err
+    assert err.count("\n") == 1
     assert out == ""
-
-
-def test_options_of_the_protocol_need_it(run):
-    code, _, err = run("evaluate", "--dataset", "digits", "--weights", "digits.safetensors", "--defence", "cnn")
-    assert code == 2
-    assert "--defence needs --protocol" in err
+    assert not Path("evaluation/parts.jsonl").exists()

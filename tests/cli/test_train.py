@@ -30,30 +30,12 @@ def digits(tmp_path):
     return tmp_path / "tiny.parquet"
 
 
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Return a function that runs the command line in tmp_path and returns (code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("IMMUNONET_DATA", raising=False)
-    monkeypatch.delenv("IMMUNONET_DEBUG", raising=False)
-
-    def call(*arguments):
-        arguments = [str(argument) for argument in arguments]
-        monkeypatch.setattr(sys, "argv", ["immunonet", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main(arguments)
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return call
-
-
 def files(folder):
     return sorted(file.name for file in Path(folder).iterdir())
 
 
-def test_train_writes_weights_that_do_what_it_prints(run, digits):
-    code, out, err = run("train", digits, "--epochs", 3, "--lr", 0.01, "--json", "results/train.json")
+def test_train_writes_weights_that_do_what_it_prints(command, digits):
+    code, out, err = command("train", digits, "--epochs", 3, "--lr", 0.01, "--json", "results/train.json")
     assert code == 0
     assert "epoch 3 of 3" in err
     assert files("weights") == ["tiny.json", "tiny.safetensors"]
@@ -86,9 +68,9 @@ def test_train_writes_weights_that_do_what_it_prints(run, digits):
     }
 
 
-def test_adversarial_training_goes_on_from_weights(run, digits):
-    assert run("train", digits, "--epochs", 1)[0] == 0
-    command = (
+def test_adversarial_training_goes_on_from_weights(command, digits):
+    assert command("train", digits, "--epochs", 1)[0] == 0
+    words = (
         "train",
         digits,
         "--epochs",
@@ -112,7 +94,7 @@ def test_adversarial_training_goes_on_from_weights(run, digits):
         "--validation-eps",
         0.2,
     )
-    code, out, err = run(*command, *attack)
+    code, out, err = command(*words, *attack)
     assert code == 0
     assert re.search(r"epoch 2 of 2: .* under attack", err)
     assert files("weights") == ["hardened.json", "hardened.safetensors", "tiny.json", "tiny.safetensors"]
@@ -140,9 +122,9 @@ def test_adversarial_training_goes_on_from_weights(run, digits):
     assert recipe["results"][1]["robust_accuracy"] == zoo.robust_accuracy(hardened, images, eps=0.2)
 
 
-def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_continues(run, digits, monkeypatch):
-    command = ("train", digits, "--epochs", 3, "--batch-size", 16)
-    assert run(*command, "--out", "whole")[0] == 0
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_continues(command, digits, monkeypatch):
+    words = ("train", digits, "--epochs", 3, "--batch-size", 16)
+    assert command(*words, "--out", "whole")[0] == 0
     train = zoo.train
 
     def interrupted(*arguments, on_progress, **options):
@@ -154,31 +136,31 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_continues(run, d
         return train(*arguments, on_progress=stop, **options)
 
     monkeypatch.setattr(zoo, "train", interrupted)
-    code, out, err = run(*command, "--out", "parts")
+    code, out, err = command(*words, "--out", "parts")
     assert code == 130
     assert out == ""
     assert "Traceback" not in err
     assert files("parts") == ["tiny.checkpoint.safetensors"]
     monkeypatch.setattr(zoo, "train", train)
-    code, _, err = run(*command, "--out", "parts")
+    code, _, err = command(*words, "--out", "parts")
     assert code == 0
     assert "continuing from parts/tiny.checkpoint.safetensors" in err
     assert files("parts") == ["tiny.json", "tiny.safetensors"]
     assert Path("parts/tiny.safetensors").read_bytes() == Path("whole/tiny.safetensors").read_bytes()
 
 
-def test_a_full_disk_is_one_line_and_nothing_half_written(run, digits, monkeypatch):
+def test_a_full_disk_is_one_line_and_nothing_half_written(command, digits, monkeypatch):
     def full(*_, **__):
         raise SafetensorError("No space left on device (os error 28)")
 
     monkeypatch.setattr("immunonet._store.save_file", full)
-    code, out, err = run("train", digits, "--epochs", 1)
+    code, out, err = command("train", digits, "--epochs", 1)
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith("immunonet: weights/tiny.checkpoint.safetensors could not be written")
     assert files("weights") == []
 
 
-def test_a_small_dataset_gets_more_epochs(run, digits, monkeypatch):
+def test_a_small_dataset_gets_more_epochs(command, digits, monkeypatch):
     seen = {}
 
     def stop(*_, **options):
@@ -186,9 +168,9 @@ def test_a_small_dataset_gets_more_epochs(run, digits, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(zoo, "train", stop)
-    assert run("train", digits, "--batch-size", 2)[0] == 130
+    assert command("train", digits, "--batch-size", 2)[0] == 130
     assert seen["epochs"] == 35  # 58 images: 29 steps an epoch, 1,000 steps
-    assert run("train", digits, "--batch-size", 2, "--epochs", 1)[0] == 130
+    assert command("train", digits, "--batch-size", 2, "--epochs", 1)[0] == 130
     assert seen["epochs"] == 1
 
 
@@ -210,10 +192,10 @@ word = str
 """
 
 
-def test_a_users_own_model(run, digits, monkeypatch):
+def test_a_users_own_model(command, digits, monkeypatch):
     Path("my_networks.py").write_text(USER_MODULE)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert run("train", digits, "--model", "my_networks:linear", "--epochs", 1)[0] == 0
+    assert command("train", digits, "--model", "my_networks:linear", "--epochs", 1)[0] == 0
     net = common.load_model("my_networks:linear", Path("weights/tiny.safetensors"))
     assert isinstance(net[1], torch.nn.Linear)
     monkeypatch.delitem(sys.modules, "my_networks")
@@ -251,7 +233,7 @@ def test_a_users_own_model(run, digits, monkeypatch):
         (["empty"], "empty has no class folders"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_code_2(run, monkeypatch, arguments, message):
+def test_a_users_mistake_is_one_line_and_code_2(command, monkeypatch, arguments, message):
     Path("my_networks.py").write_text(USER_MODULE)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "my_networks", raising=False)
@@ -260,7 +242,7 @@ def test_a_users_mistake_is_one_line_and_code_2(run, monkeypatch, arguments, mes
     for name in ("wide/a/1.png", "wide/b/1.png", "wide/b/2.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.zeros((4, 5), np.uint8)).save(name)
-    code, out, err = run("train", *arguments)
+    code, out, err = command("train", *arguments)
     assert (code, out) == (2, "")
     assert "Traceback" not in err
     last = [line for line in err.splitlines() if line.startswith("immunonet: ")] or [err]
@@ -269,23 +251,23 @@ def test_a_users_mistake_is_one_line_and_code_2(run, monkeypatch, arguments, mes
     assert not list(Path().glob("**/*.safetensors"))
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(run, monkeypatch):
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(command, monkeypatch):
     monkeypatch.setattr("os.access", lambda *_: False)
-    code, _, err = run("train", "digits")
+    code, _, err = command("train", "digits")
     assert (code, err.strip()) == (2, "immunonet: --out: weights cannot be written to")
 
 
-def test_debugging_keeps_the_traceback(run, monkeypatch):
+def test_debugging_keeps_the_traceback(command, monkeypatch):
     monkeypatch.setenv("IMMUNONET_DEBUG", "1")
     with pytest.raises(FileNotFoundError, match="there is no 'nothing'"):
         main(["train", "nothing"])
 
 
-def test_help(run):
-    code, out, _ = run("--help")
+def test_help(command):
+    code, out, _ = command("--help")
     assert code == 0
     assert "train" in out
-    assert run()[0] == 2
+    assert command()[0] == 2
 
 
 @pytest.fixture

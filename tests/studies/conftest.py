@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import shutil
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from immunonet import data, zoo
-from immunonet.cli import main
 
 HERE = Path(__file__).parent
 
@@ -35,22 +34,11 @@ def tiny():
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path, tiny):
+def run(command, tiny):
     """Return a function that runs `immunonet reproduce` in tmp_path and returns (code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("IMMUNONET_DATA", raising=False)
-    monkeypatch.delenv("IMMUNONET_DEBUG", raising=False)
     Path("tiny.parquet").write_bytes(tiny[0])
     zoo.save_weights(tiny[1], "net.safetensors", half=False)
     for study in HERE.glob("*.toml"):
         shutil.copy(study, study.name)
 
-    def call(*arguments):
-        arguments = ["reproduce", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", ["immunonet", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main(arguments)
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return call
+    return functools.partial(command, "reproduce")

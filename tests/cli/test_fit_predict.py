@@ -14,28 +14,10 @@ import torch
 from PIL import Image
 
 from immunonet import RAILS, DkNN, data, zoo
-from immunonet.cli import common, main
+from immunonet.cli import common
 from immunonet.cli import predict as predict_module
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: Any, monkeypatch: Any, tmp_path: Path) -> Run:
-    """Return a function that runs the command line in tmp_path and returns (code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("IMMUNONET_DATA", raising=False)
-    monkeypatch.delenv("IMMUNONET_DEBUG", raising=False)
-
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        words = [str(argument) for argument in arguments]
-        monkeypatch.setattr(sys, "argv", ["immunonet", *words])
-        with pytest.raises(SystemExit) as stop:
-            main(words)
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture
@@ -48,8 +30,8 @@ def weights(tmp_path: Path) -> Path:
 FIT = ("fit", "--dataset", "digits", "--weights", "net.safetensors", "--population", 100, "--neighbours", 2)
 
 
-def test_fit_saves_what_predict_answers_with(run: Run, weights: Path) -> None:
-    code, out, err = run(*FIT, "--layer", "conv1", "--out", "fitted", "--json", "fit.json")
+def test_fit_saves_what_predict_answers_with(command: Run, weights: Path) -> None:
+    code, out, err = command(*FIT, "--layer", "conv1", "--out", "fitted", "--json", "fit.json")
     assert (code, err) == (0, "")
     assert out == "rails on 1,294 images, calibrated on 143: fitted\n"
     record = json.loads(Path("fit.json").read_text())["results"][0]
@@ -57,7 +39,7 @@ def test_fit_saves_what_predict_answers_with(run: Run, weights: Path) -> None:
     assert record["settings"]["layers"] == ["conv1"]
     assert record["settings"]["maturation"][0]["population"] == 100
 
-    code, out, err = run(
+    code, out, err = command(
         *("predict", "digits", "--defence", "fitted", "--weights", weights, "--chunk", 200, "--seed", 7),
         *("--json", "predicted.json"),
     )
@@ -84,9 +66,9 @@ def test_fit_saves_what_predict_answers_with(run: Run, weights: Path) -> None:
     assert lines[1].split("\t") == [*expected, "foreign" if first["foreign"] else ""]
 
 
-def test_dknn_of_several_layers(run: Run, weights: Path) -> None:
-    assert run(*FIT, "--defence", "dknn", "--layer", "input", "--layer", "conv1", "--metric", "euclidean")[0] == 0
-    assert run("predict", "digits", "--weights", weights, "--json", "predicted.json")[0] == 0
+def test_dknn_of_several_layers(command: Run, weights: Path) -> None:
+    assert command(*FIT, "--defence", "dknn", "--layer", "input", "--layer", "conv1", "--metric", "euclidean")[0] == 0
+    assert command("predict", "digits", "--weights", weights, "--json", "predicted.json")[0] == 0
     dknn = DkNN.load("defence", common.load_model("digits", weights))
     assert (dknn.layers, dknn.neighbours, dknn.metric) == (("input", "conv1"), 2, "euclidean")
     test = data.load("digits", "test")
@@ -97,24 +79,24 @@ def test_dknn_of_several_layers(run: Run, weights: Path) -> None:
     assert [row["credibility"] for row in rows] == pytest.approx(dknn.credibility(test.x).tolist(), abs=1e-6)
 
 
-def test_fit_does_not_repeat_itself(run: Run, weights: Path) -> None:
-    run(*FIT)
+def test_fit_does_not_repeat_itself(command: Run, weights: Path) -> None:
+    command(*FIT)
     before = {file.name: file.stat().st_mtime_ns for file in Path("defence").iterdir()}
-    code, out, _ = run(*FIT)
+    code, out, _ = command(*FIT)
     assert (code, out) == (0, "defence holds this defence already\n")
     assert {file.name: file.stat().st_mtime_ns for file in Path("defence").iterdir()} == before
     # Other settings, or a damaged file, are fitted anew.
-    assert "rails on 1,294" in run(*FIT, "--generations", 3)[1]
+    assert "rails on 1,294" in command(*FIT, "--generations", 3)[1]
     file = next(Path("defence").glob("repertoire-*.safetensors"))
     file.write_bytes(file.read_bytes()[:-9])
-    assert "rails on 1,294" in run(*FIT, "--generations", 3)[1]
-    assert "holds this defence already" in run(*FIT, "--generations", 3)[1]
+    assert "rails on 1,294" in command(*FIT, "--generations", 3)[1]
+    assert "holds this defence already" in command(*FIT, "--generations", 3)[1]
 
 
-def test_predict_continues_from_finished_parts(run: Run, weights: Path, monkeypatch: Any) -> None:
-    run(*FIT)
-    command = ("predict", "digits", "--weights", weights, "--chunk", 90, "--json", "predicted.json")
-    assert run(*command)[0] == 0
+def test_predict_continues_from_finished_parts(command: Run, weights: Path, monkeypatch: Any) -> None:
+    command(*FIT)
+    words = ("predict", "digits", "--weights", weights, "--chunk", 90, "--json", "predicted.json")
+    assert command(*words)[0] == 0
     whole = json.loads(Path("predicted.json").read_text())["results"]
     shutil.rmtree("predictions")
     Path("predicted.json").unlink()
@@ -129,25 +111,25 @@ def test_predict_continues_from_finished_parts(run: Run, weights: Path, monkeypa
         return answers(*arguments)
 
     monkeypatch.setattr(predict_module, "answers", interrupted)
-    assert run(*command)[0] == 130
+    assert command(*words)[0] == 130
     assert not Path("predicted.json").exists()
-    assert run(*command)[0] == 0
+    assert command(*words)[0] == 0
     assert asked == [90] * 5  # two parts, one interrupted, the remaining two
     assert json.loads(Path("predicted.json").read_text())["results"] == whole
     assert len(list(Path("predictions").iterdir())) == 1
-    assert run(*command, "--seed", 1)[0] == 0  # another seed is another answer, kept beside the first
+    assert command(*words, "--seed", 1)[0] == 0  # another seed is another answer, kept beside the first
     assert len(list(Path("predictions").iterdir())) == 2
 
 
-def test_predict_reads_files_and_folders(run: Run, weights: Path, tmp_path: Path) -> None:
-    run(*FIT, "--defence", "dknn")
+def test_predict_reads_files_and_folders(command: Run, weights: Path, tmp_path: Path) -> None:
+    command(*FIT, "--defence", "dknn")
     images = (data.load("digits", "test").x[:3, 0].numpy() * 255).astype(np.uint8)
     (tmp_path / "shots" / "deep").mkdir(parents=True)
     files = ["shots/a.png", "shots/deep/b.PNG", "one.png"]
     for file, image in zip(files, images, strict=True):
         Image.fromarray(image).save(file)
     Path("shots/notes.txt").write_text("not an image")
-    code, out, _ = run("predict", "shots", "one.png", "--weights", weights)
+    code, out, _ = command("predict", "shots", "one.png", "--weights", weights)
     assert code == 0
     assert [line.split("\t")[0] for line in out.splitlines()[1:]] == files
     dknn = DkNN.load("defence", common.load_model("digits", weights))
@@ -162,12 +144,12 @@ def test_grey_images_become_colour_for_a_colour_defence(tmp_path: Path) -> None:
     assert torch.equal(x[0, 2], torch.arange(16).reshape(4, 4) / 255)
 
 
-def test_a_feature_map_of_ones_own(run: Run, weights: Path) -> None:
+def test_a_feature_map_of_ones_own(command: Run, weights: Path) -> None:
     Path("mine.py").write_text("def halves(net):\n    return lambda x: x.flatten(1)[:, :32] + 0 * net(x)[:, :1]\n")
     sys.modules.pop("mine", None)
-    assert run(*FIT, "--layer", "mine:halves", "--defence", "dknn")[0] == 0
-    assert "already" in run(*FIT, "--layer", "mine:halves", "--defence", "dknn")[1]
-    assert run("predict", "digits", "--weights", weights)[0] == 0
+    assert command(*FIT, "--layer", "mine:halves", "--defence", "dknn")[0] == 0
+    assert "already" in command(*FIT, "--layer", "mine:halves", "--defence", "dknn")[1]
+    assert command("predict", "digits", "--weights", weights)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -185,23 +167,23 @@ def test_a_feature_map_of_ones_own(run: Run, weights: Path) -> None:
         (("--device", "abacus"), "--device must be one of cpu"),
     ],
 )
-def test_a_mistake_in_fit_is_one_line(run: Run, weights: Path, arguments: tuple[str, ...], message: str) -> None:
-    code, out, err = run(*FIT, *arguments)
+def test_a_mistake_in_fit_is_one_line(command: Run, weights: Path, arguments: tuple[str, ...], message: str) -> None:
+    code, out, err = command(*FIT, *arguments)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert re.search(message, err)
     assert not Path("defence/fit.json").exists()
 
 
-def test_a_mistake_in_predict_is_one_line(run: Run, weights: Path, tmp_path: Path) -> None:
+def test_a_mistake_in_predict_is_one_line(command: Run, weights: Path, tmp_path: Path) -> None:
     def said(*arguments: Any) -> str:
-        code, out, err = run("predict", *arguments)
+        code, out, err = command("predict", *arguments)
         assert (code, out) == (2, "")
         assert len(err.splitlines()) == 1
         return err
 
     assert "--defence defence has no fit.json: give the folder that immunonet fit wrote" in said("digits")
-    run(*FIT)
+    command(*FIT)
     good = ("--weights", weights)
     assert "needs --weights" in said("digits")
     assert "there is no 'nowhere'" in said("nowhere", *good)

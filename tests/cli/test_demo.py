@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import functools
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,13 @@ from torch import Tensor, nn
 from immunonet import RAILS, DkNN, Maturation, data, zoo
 from immunonet.attacks import PGD
 from immunonet.cli import demo as demo_module
-from immunonet.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: Any, monkeypatch: Any, tmp_path: Path) -> Run:
+def run(command: Run, monkeypatch: Any) -> Run:
     """Return a function that runs a small version of the demo in tmp_path and returns (code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("IMMUNONET_DEBUG", raising=False)
     monkeypatch.setattr(demo_module, "TRAINING", {"epochs": 2, "batch_size": 64})
     monkeypatch.setattr(demo_module, "DKNN_LAYERS", ("input",))
     monkeypatch.setattr(demo_module, "DKNN_NEIGHBOURS", (5, 75))
@@ -39,15 +36,7 @@ def run(capsys: Any, monkeypatch: Any, tmp_path: Path) -> Run:
         demo_module.common, "resolve_dataset", lambda name, split: data.load(name, split)[: 600 : SKIP[split]]
     )
 
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        words = ["demo", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", ["immunonet", *words])
-        with pytest.raises(SystemExit) as stop:
-            main(words)
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return call
+    return functools.partial(command, "demo")
 
 
 SKIP = {"train": 1, "test": 6}

@@ -1,0 +1,91 @@
+"""`immunonet evaluate --protocol` on digits, and the document about what it found."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import pytest
+
+from immunonet import zoo
+from immunonet.evaluation import finding
+from immunonet.evaluation.suite import PROTOCOLS
+
+COMMAND = [
+    "--protocol", "quick", "--dataset", "digits", "--weights", "digits.safetensors", "--eps", "0.2",
+    "--population", "50", "--n", "12",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(command, monkeypatch, digits_net):
+    """Return a function that runs `immunonet evaluate`, its quick protocol cut short, in tmp_path."""
+    budget = {"iterations": 4, "black_box": 3, "queries": 5, "decisions": 1, "evaluations": 4, "seeds": 1, "checks": 8}
+    monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(PROTOCOLS["quick"], **budget))
+    zoo.save_weights(digits_net, "digits.safetensors", half=False)
+    return functools.partial(command, "evaluate")
+
+
+def test_three_defences_are_attacked_and_the_finding_is_written(run):
+    code, out, err = run(*COMMAND, "--tune-dknn", "--transfer", "digits=digits.safetensors", "--json", "r.json")
+    assert code == 0, err
+    record = json.loads(Path("r.json").read_text())
+    worst = {row["defence"]: row for row in record["results"] if row["attack"] == "worst-case"}
+    assert list(worst) == ["cnn", "dknn", "rails"]
+    assert worst["rails"]["settings"]["net"] == worst["rails"]["settings"]["model"] == "digits"
+    assert worst["rails"]["knows"] == "defence"
+    assert worst["rails"]["seeds"] == [1]
+    attacks = {row["attack"] for row in record["results"] if row["defence"] == "rails"}
+    assert {"transfer-1", "unrolled", "square", "hop-skip-jump"} <= attacks
+    assert len({(row["defence"], row["attack"]) for row in record["results"]}) == len(record["results"])
+    assert [one["defence"] for one in record["evaluations"]] == ["cnn", "dknn", "rails"]
+    assert "neighbours" in worst["dknn"]["settings"]["tuning"]
+    assert "plan for rails: about" in err
+    assert f"{worst['rails']['accuracy']:.4f}" in out
+    assert sorted(path.name for path in Path("evaluation").glob("*.html")) == [
+        "cnn.html",
+        "dknn-input.html",
+        "rails-input.html",
+    ]
+
+    finding.main(["r.json", "--json", "all.json", "--doc", "docs/robustness.md"])
+    merged = json.loads(Path("all.json").read_text())
+    assert merged["results"] == record["results"]
+    document = Path("docs/robustness.md").read_text()
+    assert document.startswith("# How robust RAILS is")
+    for row in worst.values():
+        assert f"**{row['accuracy']:.3f} (" in document
+    assert "`immunonet evaluate --protocol quick --dataset digits" in document
+    assert "digits, linf eps 0.2, 12 images" in document
+    Path("docs/robustness.md").unlink()
+    finding.main(["--json", "all.json", "--doc", "again.md"])
+    assert Path("again.md").read_text().replace("all.json", "") == document.replace("all.json", "")
+
+
+def test_a_file_that_holds_no_evaluation_is_refused():
+    with pytest.raises(ValueError, match="run 0 holds no evaluations"):
+        finding.merge([{"results": []}])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--attack", "pgd"], "--attack does not go with --protocol"),
+        (["--seeds", "3"], "--seeds does not go with --protocol"),
+        (["--protocol", "slow"], "--protocol must be one of 'quick', 'standard', 'full', got 'slow'"),
+        (["--defence", "wall"], "--defence must be one of 'cnn', 'dknn', 'rails', got 'wall'"),
+        (["--transfer", "digits=none.safetensors"], "none.safetensors"),
+        (["--minutes", "-1"], "minutes must be"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(run, arguments, told):
+    code, out, err = run(*COMMAND, "--defence", "cnn", *arguments)
+    assert code == 2
+    assert told in err
+    assert out == ""
+
+
+def test_options_of_the_protocol_need_it(run):
+    code, _, err = run("--dataset", "digits", "--weights", "digits.safetensors", "--defence", "cnn")
+    assert code == 2
+    assert "--defence needs --protocol" in err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -32,6 +33,16 @@ def number(name: str, value: object, *, least: float = -math.inf, most: float = 
         left = "(" if above else "["
         raise ValueError(f"{name} must be a finite number in {left}{least:g}, {most:g}], got {value:g}")
     return value
+
+
+def fraction(name: str, value: object) -> float:
+    """Return a number, or what a text such as "60/255" says; ValueError or TypeError names it."""
+    if not isinstance(value, str):
+        return number(name, value)
+    try:
+        return float(Fraction(value))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{name} must be a number such as 0.1 or 60/255, got {value!r}") from error
 
 
 def choice(name: str, value: Any, options: Sequence[Any]) -> Any:

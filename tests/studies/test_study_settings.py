@@ -95,7 +95,7 @@ def test_words_may_change_and_settings_may_not(read):
         ),
         (("[attacks.pgd]", "[attacks.magic]"), "attacks: the first part of a name must be one of 'fgsm', 'pgd'"),
         (("step = 0.05", "stride = 0.05"), "attacks.pgd has no setting 'stride'"),
-        (("step = 0.05", 'step = "x"'), "step must be a number such as 0.1 or '60/255', got 'x'"),
+        (("step = 0.05", 'step = "x"'), "step must be a number such as 0.1 or 60/255, got 'x'"),
         (("[defences.rails]", "[defences.dknn]"), "defences must be one of 'rails-authors'"),
         (("population = 20", "cells = 20"), "defences.rails has no setting 'cells'; it may have"),
         (("population = 20", "population = 0"), "population must be at least 1"),

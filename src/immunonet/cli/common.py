@@ -6,7 +6,6 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -63,14 +62,6 @@ def progress() -> Progress:
         transient=True,
         disable=not console.is_terminal,
     )
-
-
-def number(option: str, text: str) -> float:
-    """Read `0.1` or `60/255`; ValueError names the option."""
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{option} must be a number such as 0.1 or 60/255, got {text!r}") from error
 
 
 def resolve_device(name: str) -> torch.device:

@@ -136,8 +136,8 @@ def evaluate(
     populations = _populations(population or [], layers)
     make = PRESETS[_check.choice("--preset", preset, tuple(PRESETS))]
     maturations = {at: make(**({} if populations[at] is None else {"population": populations[at]})) for at in layers}
-    size = common.number("--eps", eps)
-    step_size = size / 4 if step is None else common.number("--step", step)
+    size = _check.fraction("--eps", eps)
+    step_size = size / 4 if step is None else _check.fraction("--step", step)
     pgd = PGD(eps=size, step=step_size, iterations=iterations or 20, norm=norm, random_start=False)
     common.prepare(out, json)
     images = common.resolve_dataset(dataset, "train", data_dir)

@@ -182,7 +182,7 @@ def _hardening(adversarial: str | None, options: dict[str, Any]) -> zoo.Adversar
     _check.choice("--adversarial", adversarial, LOSSES)
     fields: dict[str, Any] = {
         option.removeprefix("--").removeprefix("attack-").replace("-", "_"): (
-            common.number(option, value) if isinstance(value, str) else value
+            _check.fraction(option, value) if isinstance(value, str) else value
         )
         for option, value in given.items()
     }

@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any, Literal
 
 from immunonet import RAILS, Maturation, _check, zoo
@@ -146,7 +145,7 @@ class Learning:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _layers("layers", self.layers))
         _check.integer("images", self.images)
-        _tuple(self, "eps", number)
+        _tuple(self, "eps", _size)
         _check.choice("split", self.split, SPLITS)
         check_keys("maturation", self.maturation, set(TESTED))
 
@@ -171,7 +170,7 @@ class Sensing:
         object.__setattr__(self, "layers", _layers("layers", self.layers))
         _check.integer("images", self.images)
         _tuple(self, "strangers", lambda name, value: _text(name, value))
-        object.__setattr__(self, "eps", number("eps", self.eps))
+        object.__setattr__(self, "eps", _size("eps", self.eps))
         _tuple(self, "defences", lambda name, value: _check.choice(name, value, ("dknn", "dknn-tuned", "knn", "rails")))
 
 
@@ -308,7 +307,7 @@ class Study:
         if name == "none":
             return None
         method = _METHODS[_check.choice("attacks: the first part of a name", name.split("-")[0], tuple(_METHODS))]
-        found = {k: number(k, v) if k in ("eps", "step") else v for k, v in self.attacks[name].items()}
+        found = {k: _size(k, v) if k in ("eps", "step") else v for k, v in self.attacks[name].items()}
         check_keys(f"attacks.{name}", found, {f.name for f in dataclasses.fields(method)})
         whole: FGSM | PGD = method(**found)
         if eps is None:
@@ -335,18 +334,12 @@ class Study:
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in words}
 
 
-def number(name: str, value: object) -> float:
-    """Return a number, or one written as "60/255"; ValueError or TypeError names it."""
-    if isinstance(value, str):
-        try:
-            return float(Fraction(value))
-        except (ValueError, ZeroDivisionError) as error:
-            raise ValueError(f"{name} must be a number such as 0.1 or '60/255', got {value!r}") from error
-    return _check.number(name, value, least=0)
+def _size(name: str, value: Any) -> float:
+    return _check.number(name, _check.fraction(name, value), least=0)
 
 
 def _fraction(name: str, value: Any) -> Any:
-    return number(name, value) if isinstance(value, str) and "/" in value else value
+    return _check.fraction(name, value) if isinstance(value, str) and "/" in value else value
 
 
 def check_keys(where: str, found: Any, known: set[str]) -> None:
@@ -384,7 +377,7 @@ def _layers(name: str, value: Any) -> tuple[str, ...]:
 def _value(vary: str, value: Any) -> Any:
     """Return one value of a curve."""
     if vary == "eps":
-        return number("values", value)
+        return _size("values", value)
     if vary == "repertoire":
         return _check.integer("values", value)
     return _layers("values", value) if vary == "layers" else value

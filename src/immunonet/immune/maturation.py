@@ -15,9 +15,6 @@ from immunonet.immune.operators import Family, Mutation
 from immunonet.immune.settings import Maturation
 from immunonet.response import Cells, Trace
 
-# Families whose naive cells are aligned at once: their tangents take six times their memory.
-ALIGNED_FAMILIES = 64
-
 
 @dataclass(frozen=True)
 class Naive:
@@ -75,7 +72,7 @@ def mature(
         *(part.repeat_interleave(size // k, dim=2) for part in (naive.x.clamp(*bounds), naive.index, naive.distances))
     )
     temperature = temperatures(settings, naive.distances)
-    least, most = mutation_range(settings, naive.x, bounds)
+    least, most = mutation_range(settings, naive.x.clamp(*bounds), bounds)
     mutation = Mutation(
         rate=torch.full_like(temperature, settings.rates[1]),
         least=least,
@@ -93,7 +90,9 @@ def mature(
         antigen, label = evolving.nonzero(as_tuple=True)
         family = (antigen, label)
         if generation == 0:
-            for some in zip(*(part.split(ALIGNED_FAMILIES) for part in family), strict=True):
+            # The tangents of naive cells take six times their memory.
+            few = max(1, operators.CHUNK_VALUES // naive.x[0, 0].numel())
+            for some in zip(*(part.split(few) for part in family), strict=True):
                 clones = population.cells[some]
                 population.cells[some] = operators.align(clones, antigens[some[0]], size // k, settings.alignment)
             parents, share = _clones(population, family)

@@ -29,6 +29,7 @@ def settings(options: argparse.Namespace) -> dict[str, Maturation]:
     sizes: dict[str, Any] = {"population": options.population, "generations": options.generations}
     return {
         "defaults (early stop, pruning)": Maturation(**sizes),
+        "defaults without alignment": Maturation(alignment=0.0, **sizes),
         "early_stop=None, prune=None": Maturation(early_stop=None, prune=None, **sizes),
         "authors' settings, as the loop": Maturation.authors("mnist", **sizes),
     }

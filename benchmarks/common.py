@@ -20,7 +20,7 @@ from torch import Tensor
 
 from immunonet import _store, data, zoo
 from immunonet.attacks import PGD
-from immunonet.cli.common import digest
+from immunonet._store import digest
 from immunonet.evaluation.records import environment
 
 Row = dict[str, Any]

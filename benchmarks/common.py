@@ -20,7 +20,6 @@ from torch import Tensor
 
 from immunonet import _store, data, zoo
 from immunonet.attacks import PGD
-from immunonet._store import digest
 from immunonet.evaluation.records import environment
 
 Row = dict[str, Any]
@@ -61,7 +60,7 @@ def mnist(options: argparse.Namespace, examples: int, n: int) -> Setting:
     train = data.load("mnist", "train", directory=options.data)
     test = data.load("mnist", "test", directory=options.data)
     clean, labels = test.x[:n], test.y[:n]
-    cached = options.out / f"pgd-{n}-{digest([*net.parameters(), clean])[:12]}.safetensors"
+    cached = options.out / f"pgd-{n}-{_store.digest([*net.parameters(), clean])[:12]}.safetensors"
     if not cached.exists():
         attack = PGD(eps=60 / 255, step=20 / 255, iterations=20, random_start=False)
         _store.write_tensors(cached, {"x": attack(net, clean, labels).adversarials})

@@ -37,7 +37,7 @@ def test_what_a_protocol_runs_on_each_defence(images, conv):
 
     rails = RAILS(conv, "input", maturation=Maturation(population=300)).fit(*images)
     found = names(rails, conv, images, "quick", True)
-    assert list(found) == [*on_base, *knn, "unrolled", *rest, "noise", "square", "square-known-seed", "hop-skip-jump"]
+    assert list(found) == [*on_base, *knn, "unrolled", "unrolled-pgd", *rest, *asks[:2], "square-known-seed", asks[2]]
     twin = found["square"].target.defence
     assert (twin.maturations[0].population, twin.maturations[0].generations) == (200, 3)
     assert not found["square"].method.early_stop

@@ -225,6 +225,8 @@ def suite(
         if isinstance(defence, RAILS):
             unrolled = attacks.Unrolled(defence)
             add("unrolled", "adaptive", apgds["ce"], unrolled)
+            # On RAILS with aligned clones plain steps went farther than APGD's.
+            add("unrolled-pgd", "adaptive", pgd, unrolled)
             for draws in budget.draws:
                 add(f"unrolled-eot-{draws}", "adaptive", pgd, attacks.Eot(unrolled, draws=draws))
         add("stealthy", "adaptive", pgd, attacks.Stealthy(soft, defence))

@@ -161,13 +161,13 @@ def test_aligned_clones_recognise_a_moved_image():
     assert respond(images, y, antigen, alignment=0.1, **still).labels.tolist() == [1]
 
 
-@pytest.mark.parametrize(("x_scale", "spread"), [(1.0, 1.0), (1e-3, 1e-3)])
-def test_auto_mutation_follows_the_spread_of_the_naive_cells(x_scale, spread):
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_auto_mutation_follows_the_spread_of_the_naive_cells(scale):
     # Naive cells 0 and 1 (times the scale) in each value: a standard deviation of one half, bounds 2 wide.
-    naive = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 1, 3) * x_scale
+    naive = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 1, 3) * scale
     least, most = mutation_range(Maturation(), naive, (torch.full((3,), -1.0), torch.full((3,), 1.0)))
-    assert_close(least, torch.tensor([0.25 * 0.5 * spread / 2]))
-    assert_close(most, torch.tensor([0.75 * 0.5 * spread / 2]))
+    assert_close(least, torch.tensor([0.25 * 0.5 * scale / 2]))
+    assert_close(most, torch.tensor([0.75 * 0.5 * scale / 2]))
 
 
 def test_plasma_and_memory_are_the_fittest_quarter():

@@ -56,6 +56,8 @@ def cases(record: dict[str, Any]) -> list[Case]:
                     "defence": one["defence"],
                     "layer": ", ".join(one["layers"]),
                     "population": [m["population"] for m in worst["settings"].get("maturation", ())],
+                    # Records older than the setting aligned nothing.
+                    "aligned": any(m.get("alignment", 0) for m in worst["settings"].get("maturation", ())),
                     "dataset": worst["dataset"],
                     "net": worst["settings"]["net"],
                     "eps": worst["eps"],
@@ -69,7 +71,7 @@ def cases(record: dict[str, Any]) -> list[Case]:
                     "evaluation": one,
                 }
             )
-    same = ("defence", "layer", "population", "dataset", "net", "eps", "norm", "n")
+    same = ("defence", "layer", "population", "aligned", "dataset", "net", "eps", "norm", "n")
     once: dict[str, Case] = {}
     for case in found:
         once.setdefault(json.dumps([case[key] for key in same]), case)
@@ -143,7 +145,7 @@ def _groups(found: Sequence[Case]) -> list[list[Case]]:
 
 def _name(case: Case) -> str:
     name = NAMES.get(case["defence"], str(case["defence"]))
-    cells = f", T {case['population'][0]}" if case["population"] else ""
+    cells = f", T {case['population'][0]}{'' if case['aligned'] else ', not aligned'}" if case["population"] else ""
     return f"{name}, {case['layer']}{cells}" if case["layer"] else name
 
 

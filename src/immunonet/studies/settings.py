@@ -1,4 +1,4 @@
-"""What a study consists of, read from TOML: every table is checked, and an unknown key is an error that names it."""
+"""What a study consists of, every value checked."""
 
 from __future__ import annotations
 

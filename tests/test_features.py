@@ -1,5 +1,6 @@
 import pytest
 import torch
+from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -51,6 +52,31 @@ def test_a_residual_net(residual):
     assert_close(rails.features(x)[0], block.flatten(1))
     assert rails.features(x)[1].shape == (5, 8 * 4 * 4)
     assert rails.respond(x).votes.shape == (5, 3)
+
+
+@pytest.mark.parametrize("space", [None, "block1:3"])
+def test_a_layer_averaged_over_a_grid(residual, space):
+    x = rand(5, 3, 8, 8, seed=1)
+    with torch.no_grad():
+        block = residual.block1(F.relu(residual.norm(residual.stem(x))))
+    expected = F.adaptive_avg_pool2d(block, 3).flatten(1)
+    rails = fitted(residual, "block1:3", (3, 8, 8), space=space)
+    assert_close(rails.features(x)[0], expected)
+    # The naive cells are those of the repertoire in that space, and their distances those of scikit-learn.
+    index, distances = rails.naive(x)
+    examples = rails.features(rails.repertoire.x)[0].numpy()
+    found = NearestNeighbors(n_neighbors=1).fit(examples).kneighbors(expected.numpy())[0]
+    assert_close(distances.amin((1, 2)), torch.tensor(found[:, 0], dtype=torch.float32), rtol=1e-4, atol=1e-4)
+    if space:
+        response = rails.respond(x)
+        assert response.plasma.x.shape[2:] == block.shape[1:2] + (3, 3)
+        assert_close(rails._members(0, index).flatten(3), torch.tensor(examples)[index])
+
+
+@pytest.mark.parametrize("layer", ["block1:0", "block1:9", "fc:2"])
+def test_a_grid_that_does_not_fit(residual, layer):
+    with pytest.raises(ValueError, match=f"layer '{layer}' must give images of at least"):
+        fitted(residual, layer, (3, 8, 8))
 
 
 def test_token_outputs_of_a_vision_transformer(vit):

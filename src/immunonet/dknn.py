@@ -25,7 +25,8 @@ class DkNN(Defence):
 
     Args:
         model: any classifier, inputs `(B, *S)` to logits `(B, C)`.
-        layers: a submodule's dotted name, "input", a callable that maps inputs to features, or a list of these.
+        layers: a submodule's dotted name ("block2", or "block2:4" for its output averaged over the fields of a 4 x 4
+            grid), "input", a callable that maps inputs to features, or a list of these.
         neighbours: k nearest examples per layer, over all classes.
         metric: "cosine" or "euclidean" distance of features.
         bounds: valid range of inputs, `(low, high)` or one pair per channel or feature; checked on every call.

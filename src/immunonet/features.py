@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from immunonet.immune.backend import fused_for
 from immunonet.immune.operators import Family
@@ -218,10 +219,10 @@ def check_names(model: nn.Module, layers: Sequence[Layer], space: str | None) ->
     """Raise ValueError, naming the nearest names, unless every named layer is a submodule of `model`."""
     names = [name for name, _ in model.named_modules() if name]
     for argument, layer in [*(("layers", layer) for layer in layers), ("space", space)]:
-        if layer is None or (argument == "layers" and (layer == "input" or not isinstance(layer, str))):
+        if not isinstance(layer, str) or (argument == "layers" and layer == "input"):
             continue
-        if layer not in names:
-            near = difflib.get_close_matches(str(layer), names, n=5, cutoff=0.4) or names[:8]
+        if (module := _parts(layer)[0]) not in names:
+            near = difflib.get_close_matches(module, names, n=5, cutoff=0.4) or names[:8]
             raise ValueError(f"{argument}={layer!r} is no submodule of the model; nearest names: {', '.join(near)}")
     if space is not None and any(layer == "input" or not isinstance(layer, str) for layer in layers):
         raise ValueError(
@@ -278,25 +279,40 @@ def _callable_name(layer: Callable[[Tensor], Tensor]) -> str:
     return str(getattr(layer, "__name__", type(layer).__name__))
 
 
+def _parts(name: str) -> tuple[str, int | None]:
+    """Return a layer's submodule and the side of the grid that its output is averaged over: "block2:4" is block2, 4."""
+    module, _, side = name.rpartition(":")
+    return (module, int(side)) if module and side.isdecimal() else (name, None)
+
+
 def _tap(model: nn.Module, name: str, x: Tensor) -> Any:
-    """Return what submodule `name` gives for inputs `x`; nothing after it runs, so nothing can change it."""
+    """Return what layer `name` gives for inputs `x`; nothing after it runs, so nothing can change it."""
 
     def stop(_module: nn.Module, _args: Any, output: Any) -> None:
         raise _Reached(output)
 
-    handle = model.get_submodule(name).register_forward_hook(stop)
+    module, side = _parts(name)
+    handle = model.get_submodule(module).register_forward_hook(stop)
     try:
         model(x)
     except _Reached as reached:
-        return reached.output
+        return reached.output if side is None else _averaged(reached.output, name, side)
     finally:
         handle.remove()
     raise ValueError(f"layer {name!r} is never called by the model")
 
 
+def _averaged(output: Any, name: str, side: int) -> Tensor:
+    """Return images `(n, c, h, w)` averaged over the fields of a grid of `side` x `side`: `(n, c, side, side)`."""
+    if not isinstance(output, Tensor) or output.ndim != 4 or not 1 <= side <= min(output.shape[2:]):
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"layer {name!r} must give images of at least {side} x {side}, side at least 1, got {shape}")
+    return F.adaptive_avg_pool2d(output, side)
+
+
 def _check_called_once(model: nn.Module, name: str, x: Tensor) -> None:
     calls = []
-    handle = model.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
+    handle = model.get_submodule(_parts(name)[0]).register_forward_hook(lambda *_: calls.append(1))
     try:
         with evaluating(model):
             model(own(model, x))

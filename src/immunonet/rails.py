@@ -34,10 +34,11 @@ class RAILS(Defence):
 
     Args:
         model: any classifier, inputs `(B, *S)` to logits `(B, C)`.
-        layers: where affinity is measured: a submodule's dotted name, "input", a callable that maps inputs to
-            features, or a list of these, over which votes are averaged.
+        layers: where affinity is measured: a submodule's dotted name ("block2", or "block2:4" for its output averaged
+            over the fields of a 4 x 4 grid), "input", a callable that maps inputs to features, or a list of these,
+            over which votes are averaged.
         maturation: one `Maturation`, or one per layer; None: the defaults.
-        space: None if cells are inputs, or the name of the submodule whose outputs they are.
+        space: None if cells are inputs, or the name of the layer whose outputs they are; it may be the layer itself.
         bounds: valid range of inputs, `(low, high)` or one pair per channel or feature; checked on every call.
         cell_bounds: the same for cells; None: `bounds`, or in another space the repertoire's range per channel.
         false_alarm: share of clean inputs that may be flagged foreign, in (0, 1].
@@ -116,6 +117,14 @@ class RAILS(Defence):
             flags.append(self._sense(flocks)[1])
         return torch.cat(flags)
 
+    def _members(self, layer: int, index: Tensor) -> Tensor:
+        """Return the cells `(*, *S)` of examples `index` `(*)`; the features of a layer that is the space are cells."""
+        if self.space is not None and self._layers[layer] == self.space:
+            shape = self._cells(self.repertoire.x[:1]).shape[1:]
+            return self.index(layer).rows(index).reshape(*index.shape, *shape)
+        examples, place = index.flatten().unique(return_inverse=True)
+        return self._cells(self.repertoire.x[examples])[place].unflatten(0, index.shape)
+
     def _flock(self, features: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         return self.index(layer).nearest(features, self.maturations[layer].neighbours)
 
@@ -153,7 +162,7 @@ class RAILS(Defence):
             features = feature_map.chunked(cells)
             distances, index = self._flock(features, i)
             flocks.append((distances, index))
-            naive = Naive(self._cells(self.repertoire.x[index.flatten()]).unflatten(0, index.shape), distances, index)
+            naive = Naive(self._members(i, index), distances, index)
             seeds = [derive(seed, i)] if names is None else [derive(seed, i, name) for name in names]
             matured, curve = mature(
                 naive,

@@ -79,7 +79,8 @@ def test_an_image_without_edges_stays_as_it_is():
 
 def test_half_of_the_clones_are_aligned():
     naive, antigen = blobs(2), blobs(1, seed=3)
-    found = operators.align(naive.repeat_interleave(5, dim=0)[None], antigen, 5, 0.1)[0].unflatten(0, (2, 5))
+    clones = naive.repeat_interleave(5, dim=0)[None]
+    found = operators.approach(clones, antigen, 5, 0.1, None)[0].unflatten(0, (2, 5))
     goals = antigen.expand_as(naive)
     for clones, cell, aligned in zip(found, naive, operators.register(naive, goals, 0.1), strict=True):
         assert_close(clones, torch.cat([cell.expand(3, -1, -1, -1), aligned.expand(2, -1, -1, -1)]))
@@ -88,7 +89,40 @@ def test_half_of_the_clones_are_aligned():
 @pytest.mark.parametrize(("shape", "copies", "reach"), [((6,), 4, 0.1), ((1, 6, 6), 1, 0.1), ((1, 6, 6), 4, 0.0)])
 def test_what_is_not_aligned(shape, copies, reach):
     cells = rand(2, 4, *shape)
-    assert torch.equal(operators.align(cells, rand(2, *shape, seed=1), copies, reach), cells)
+    assert torch.equal(operators.approach(cells, rand(2, *shape, seed=1), copies, reach, None), cells)
+
+
+@pytest.mark.parametrize("reach", [0.0, 0.1])
+def test_half_of_the_clones_are_recombined_after_alignment(reach):
+    naive, antigen = blobs(3), blobs(1, seed=3)
+    found = operators.approach(naive.repeat_interleave(2, dim=0)[None], antigen, 2, reach, 0.5)[0].unflatten(0, (3, 2))
+    aligned = operators.register(naive, antigen.expand_as(naive), reach) if reach else naive
+    assert_close(found[:, 0], naive)
+    assert_close(found[:, 1], operators.recombine(aligned[None], antigen, 0.5)[0])
+
+
+def test_recombined_cells_are_the_point_of_their_hyperplane_nearest_to_the_antigen():
+    cells, antigens = rand(2, 4, 3, 5), rand(2, 3, 5, seed=1)
+    found = operators.recombine(cells.double(), antigens.double(), 1e-9)
+    for family, goal, moved in zip(cells.flatten(2).double(), antigens.flatten(1).double(), found, strict=True):
+        edges = (family[1:] - family[0]).T
+        nearest = family[0] + edges @ torch.linalg.lstsq(edges, (goal - family[0])[:, None]).solution[:, 0]
+        assert_close(moved.flatten(1), nearest.expand(4, -1), rtol=0, atol=1e-6)
+
+
+@given(seed=st.integers(0, 1000), ridge=st.floats(1e-3, 10))
+def test_a_larger_ridge_holds_recombined_cells_back(seed, ridge):
+    cells, antigens = rand(2, 4, 6, seed=seed), rand(2, 6, seed=seed + 1)
+    near, far = (operators.recombine(cells, antigens, r) for r in (ridge, 4 * ridge))
+    moved = [(part - cells).flatten(2).norm(dim=2) for part in (near, far)]
+    left = [(part - antigens[:, None]).norm(dim=2) for part in (near, far)]
+    assert (moved[1] <= moved[0] + 1e-5).all()
+    assert (left[0] <= left[1] + 1e-5).all()
+
+
+@pytest.mark.parametrize("cells", [torch.ones(1, 3, 4), torch.rand(1, 1, 4)], ids=["all the same", "one cell"])
+def test_cells_without_differences_are_not_recombined(cells):
+    assert_close(operators.recombine(cells, torch.zeros(1, 4), 0.5), cells)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 18.0])

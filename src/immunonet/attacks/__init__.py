@@ -8,7 +8,7 @@ from immunonet.attacks._base import AttackResult
 from immunonet.attacks.apgd import APGD
 from immunonet.attacks.gradient import FGSM, PGD
 from immunonet.attacks.hopskipjump import HopSkipJump
-from immunonet.attacks.knn import ASK, AdvKnn, SoftNeighbours
+from immunonet.attacks.knn import ASK, AdvKnn, SoftClones, SoftNeighbours
 from immunonet.attacks.square import Square
 from immunonet.attacks.unrolled import Unrolled
 from immunonet.attacks.wrappers import Bpda, Eot, Stealthy
@@ -23,6 +23,7 @@ __all__ = [
     "Bpda",
     "Eot",
     "HopSkipJump",
+    "SoftClones",
     "SoftNeighbours",
     "Square",
     "Stealthy",

@@ -26,7 +26,7 @@ class Unrolled(nn.Module):
     Going forward it is the immune response itself with fewer cells and generations, except for the vote. Going
     backward every step has the gradient of its expectation:
 
-    - flocking and expansion: the naive cells and their aligned clones are constants, their distances to the antigen
+    - flocking and expansion: the naive cells and their aligned or recombined clones are constants, their distances to the antigen
       are not;
     - selection: a drawn parent moves as the mean parent under softmax(-d / tau) does (straight-through);
     - crossover: a child moves as the mixture share x first + (1 - share) x second does, and so does the share;
@@ -39,7 +39,7 @@ class Unrolled(nn.Module):
     Several layers: the mean of their log-probabilities. Early stop, pruning, decay and `candidates` are left out.
 
     `rails`: a fitted RAILS, whose other settings it takes. `generations` >= 0. `population`, rounded up to a multiple
-    of classes times its K. `seed`: of the noise, which is the same at every call, in every batch, and for every
+    of classes times its K, at least two for every naive cell. `seed`: of the noise, which is the same at every call, in every batch, and for every
     antigen; `unrolled(x, seed=...)` takes another, so that `Eot` can average over several. It takes about
     (4 `generations` + 2) x `population` cells of memory per antigen, and their activations: choose the attack's
     `batch_size` accordingly. Raises ValueError or TypeError that names the argument.
@@ -57,8 +57,12 @@ class Unrolled(nn.Module):
         self.population = _check.integer("population", population)
         self.width = _check.number("width", width, least=0, above=True)
         self.seed = _check.integer("seed", seed, least=0)
+        # Two clones of every naive cell: one of them is brought near the antigen.
         self._settings = [
-            dataclasses.replace(m, generations=generations, population=population) for m in rails.maturations
+            dataclasses.replace(
+                m, generations=generations, population=max(population, 2 * rails.classes * m.neighbours)
+            )
+            for m in rails.maturations
         ]
         near = probe_distances(rails, [m.neighbours for m in rails.maturations])
         self._widths = [max(width * float(d.flatten(1).std(1).mean()), 1e-12) for d in near]
@@ -83,7 +87,8 @@ class Unrolled(nn.Module):
         mutation = _Mutation(settings, cells, self.rails._cell_bounds(), generator)
         with torch.no_grad():
             goals = antigens.repeat_interleave(cells.shape[1], dim=0)
-            cells = operators.align(cells.flatten(0, 1), goals, copies, settings.alignment).view_as(cells)
+            nearer = operators.approach(cells.flatten(0, 1), goals, copies, settings.alignment, settings.recombination)
+            cells = nearer.view_as(cells)
         tau = temperatures(settings, naive_distances)
         cells = mutation(cells)
         distances = _distances(feature_map, cells, features)
@@ -97,9 +102,7 @@ class Unrolled(nn.Module):
         """Return naive cells `(B, C, K, *S)` and their distances `(B, C, K)`."""
         rails = self.rails
         distances, index = rails.index(layer).nearest(features, self._settings[layer].neighbours)
-        examples, place = index.flatten().unique(return_inverse=True)
-        cells = space_map(rails.model, rails.space)(rails.repertoire.x[examples])
-        return cells[place].unflatten(0, index.shape), distances
+        return rails._members(layer, index), distances
 
 
 class _Mutation:

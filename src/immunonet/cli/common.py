@@ -131,11 +131,11 @@ def resolve_layer(name: str, net: nn.Module) -> Layer:
     """Return a layer that a command line names.
 
     "mnist_affine" and `package.module:factory` (called with `net`) give the feature map that they make; "input" and
-    a submodule's name stay as they are.
+    a submodule's name, with or without the side of a grid, stay as they are.
     """
     if name == "mnist_affine":
         return zoo.mnist_affine(cast(zoo.MnistNet, net))
-    if ":" not in name:
+    if ":" not in name or name.rpartition(":")[2].isdecimal():
         return name
     layer = _imported("--layer", name)(net)
     if not callable(layer):

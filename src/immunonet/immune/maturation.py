@@ -94,7 +94,10 @@ def mature(
             few = max(1, operators.CHUNK_VALUES // naive.x[0, 0].numel())
             for some in zip(*(part.split(few) for part in family), strict=True):
                 clones = population.cells[some]
-                population.cells[some] = operators.align(clones, antigens[some[0]], size // k, settings.alignment)
+                goals = antigens[some[0]]
+                population.cells[some] = operators.approach(
+                    clones, goals, size // k, settings.alignment, settings.recombination
+                )
             parents, share = _clones(population, family)
         else:
             u = noise.draw(generation, "select", family, 2 * size)

@@ -34,22 +34,39 @@ class Mutation:
     high: Tensor
 
 
-def align(cells: Tensor, antigens: Tensor, copies: int, reach: float) -> Tensor:
-    """Return clones `(F, P, *S)` of which the second half of each naive cell's is aligned with its antigen `(F, *S)`.
+def approach(cells: Tensor, antigens: Tensor, copies: int, reach: float, ridge: float | None) -> Tensor:
+    """Return clones `(F, P, *S)` of which the second half of each naive cell's is brought near its antigen `(F, *S)`.
 
-    Every `copies` cells in a row are clones of one. Only images `(c, h, w)` are aligned, see `register`.
+    Every `copies` cells in a row are clones of one. Images `(c, h, w)` are aligned, unless `reach` is 0, see `register`;
+    then cells are recombined, unless `ridge` is None, see `recombine`.
     """
-    if reach == 0 or copies == 1 or cells.ndim != 5:
+    aligned = reach > 0 and cells.ndim == 5
+    if copies == 1 or not (aligned or ridge is not None):
         return cells
-    naive = cells[:, ::copies]
-    goals = antigens[:, None].expand_as(naive)
-    aligned = register(naive.flatten(0, 1), goals.flatten(0, 1), reach).unflatten(0, naive.shape[:2])
+    naive = near = cells[:, ::copies]
+    if aligned:
+        goals = antigens[:, None].expand_as(naive)
+        near = register(naive.flatten(0, 1), goals.flatten(0, 1), reach).unflatten(0, naive.shape[:2])
+    if ridge is not None:
+        near = recombine(near, antigens, ridge)
     kept = copies - copies // 2
-    parts = [
-        naive[:, :, None].expand(-1, -1, kept, -1, -1, -1),
-        aligned[:, :, None].expand(-1, -1, copies // 2, -1, -1, -1),
-    ]
-    return torch.cat(parts, dim=2).flatten(1, 2)
+    return torch.cat([naive.unsqueeze(2)] * kept + [near.unsqueeze(2)] * (copies // 2), dim=2).flatten(1, 2)
+
+
+def recombine(cells: Tensor, antigens: Tensor, ridge: float) -> Tensor:
+    """Return families of cells `(F, K, *S)`, each cell moved towards its antigen `(F, *S)` along their differences.
+
+    The local hyperplane of Vincent and Bengio (2001): the least squared distance to the antigen plus `ridge`, in mean
+    squared lengths of the differences from the family's mean, times the squared weights of those differences.
+    """
+    with torch.autocast(cells.device.type, enabled=False):
+        flat = cells.flatten(2)
+        spread = flat - flat.mean(1, keepdim=True)
+        gram = spread @ spread.mT
+        # Cells that are all the same have no differences, and stay.
+        gram.diagonal(dim1=1, dim2=2).add_(ridge * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)[:, None])
+        weights = torch.linalg.solve(gram, spread @ (antigens.flatten(1)[:, None] - flat).mT)
+        return (flat + weights.mT @ spread).view(cells.shape)
 
 
 def register(images: Tensor, goals: Tensor, reach: float, steps: int = 2) -> Tensor:

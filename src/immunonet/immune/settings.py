@@ -20,6 +20,9 @@ class Maturation:
         alignment: the expansion aligns half of the clones of every naive cell with the antigen, if cells are images
             (channels, height, width), by an affine map. None of its numbers moves the image's border by more than this
             share of its side, in [0, 1]. 0: no clone is aligned.
+        recombination: the same clones (after alignment) move towards the antigen along the differences between their
+            class's naive cells: the ridge, positive, that holds them back, in mean squared lengths of the differences
+            from the mean of those cells. None: no clone is recombined.
         temperature: of selection, positive, in units of feature distance; "auto": per antigen, the standard
             deviation of the affinities of its C K naive cells.
         mutation_rate: share of pixels that mutate, in [0, 1]; or (lower end, start), between which it decays.
@@ -40,6 +43,7 @@ class Maturation:
     neighbours: int = 10
     generations: int = 10
     alignment: float = 0.06
+    recombination: float | None = None
     temperature: float | Literal["auto"] = "auto"
     mutation_rate: float | tuple[float, float] = 0.15
     mutation_range: tuple[float, float] | Literal["auto"] = "auto"
@@ -56,6 +60,8 @@ class Maturation:
         _check.integer("neighbours", self.neighbours)
         _check.integer("generations", self.generations, least=0)
         _check.number("alignment", self.alignment, least=0, most=1)
+        if self.recombination is not None:
+            _check.number("recombination", self.recombination, least=0, above=True)
         if not isinstance(self.temperature, str):
             _check.number("temperature", self.temperature, least=0, above=True)
         elif self.temperature != "auto":

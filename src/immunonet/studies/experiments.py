@@ -118,8 +118,13 @@ def _expand(study: Study, entry: Comparison, seed: int, sizes: dict[str, int]) -
                             if kind == "cnn"
                             else (value if entry.vary == "repertoire" else entry.repertoire),
                             maturations=tuple(study.maturations(kind, overrides, len(candidates[0]))) if rails else (),
-                            options=entry.options if rails else {},
+                            options=_options(entry, candidates) if rails else {},
                         )
+
+
+def _options(entry: Comparison, candidates: tuple[tuple[str, ...], ...]) -> dict[str, Any]:
+    space = candidates[0][0]
+    return entry.options | ({"space": space} if entry.hidden and space != "input" else {})
 
 
 def tasks(study: Study, lab: Lab, seed: int) -> list[Task]:

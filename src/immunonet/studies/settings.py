@@ -85,9 +85,10 @@ class Comparison:
 
     `layers`: names, or lists of names for defences with several layers at once. `seeds`: runs of a randomised
     defence. `repertoire`: the first so many training examples (None: all). `maturation`: settings of RAILS that
-    replace those of the study's defences; `options`: those of RAILS itself, such as `space`. `choose_layers`: tuned
-    DkNN alone, once, with `layers` to choose from. A curve has a `name`, and varies `vary`: "eps", "repertoire",
-    "layers", or a setting of `Maturation`, over `values` ("none" stands for None).
+    replace those of the study's defences; `options`: those of RAILS itself, such as `space`. `hidden`: cells of RAILS
+    live in the layer itself (those of "input" are images anyway). `choose_layers`: tuned DkNN alone, once, with
+    `layers` to choose from. A curve has a `name`, and varies `vary`: "eps", "repertoire", "layers", or a setting of
+    `Maturation`, over `values` ("none" stands for None).
     """
 
     images: int
@@ -100,6 +101,7 @@ class Comparison:
     repertoire: int | None = None
     maturation: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    hidden: bool = False
     choose_layers: bool = False
     name: str = "main"
     title: str = ""
@@ -126,6 +128,10 @@ class Comparison:
             if self.vary == "layers":
                 object.__setattr__(self, "layers", self.values)
         _tuple(self, "layers", _layers)
+        if _check.boolean("hidden", self.hidden) and ("space" in self.options or any(len(s) > 1 for s in self.layers)):
+            raise ValueError(
+                "hidden must be false with a space in options or several layers at once: cells live in one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

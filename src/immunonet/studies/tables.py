@@ -230,7 +230,10 @@ def _main(rows: Sequence[Record]) -> tuple[tuple[str, ...], ...]:
         if "maturation" in settings:
             title += f", T {settings['maturation'][0]['population']}"
         size = f"{settings['repertoire']:,}" if "repertoire" in settings else ""
-        place = _place(settings["layers"]) + (f" (cells at {settings['space']})" if "space" in settings else "")
+        space = settings.get("space")
+        place = _place(settings["layers"])
+        place += f" (cells at {space})" if space not in (None, *settings["layers"]) else ""
+        title += ", cells there" if space in settings["layers"] else ""
         key = (settings["base"], place, title, size, f"{row['n']:,}", str(len(row["seeds"]) or ""))
         lines.setdefault(key, {})[row["attack"]] = row
     # Layers stay together, in the order of their first appearance.

@@ -69,8 +69,8 @@ def test_a_layer_averaged_over_a_grid(residual, space):
     assert_close(distances.amin((1, 2)), torch.tensor(found[:, 0], dtype=torch.float32), rtol=1e-4, atol=1e-4)
     if space:
         response = rails.respond(x)
-        assert response.plasma.x.shape[2:] == block.shape[1:2] + (3, 3)
-        assert_close(rails._members(0, index).flatten(3), torch.tensor(examples)[index])
+        assert response.plasma.x.shape[2:] == (*block.shape[1:2], 3, 3)
+        assert_close(rails.members(0, index).flatten(3), torch.tensor(examples)[index])
 
 
 @pytest.mark.parametrize("layer", ["block1:0", "block1:9", "fc:2"])

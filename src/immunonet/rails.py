@@ -108,6 +108,19 @@ class RAILS(Defence):
         return found, distances
 
     @torch.no_grad()
+    def members(self, layer: int, index: Tensor) -> Tensor:
+        """Return the cells `(*, *S')` of repertoire examples `index` `(*)`, as one layer's maturation begins with them.
+
+        Where the layer is itself the space, its stored features are the cells, and nothing is computed.
+        """
+        if self.space is not None and self._layers[layer] == self.space:
+            shape = self._cells(self.repertoire.x[:1]).shape[1:]
+            return self.index(layer).rows(index).reshape(*index.shape, *shape)
+        examples, place = index.flatten().unique(return_inverse=True)
+        cells: Tensor = self._cells(self.repertoire.x[examples])[place].unflatten(0, index.shape)
+        return cells
+
+    @torch.no_grad()
     def foreign(self, x: Any) -> Tensor:
         """Return the response's `foreign` flags `(B,)` of inputs `(B, *S)`, by sensing alone."""
         flags = []
@@ -116,14 +129,6 @@ class RAILS(Defence):
             flocks = [self._flock(f.chunked(cells), i) for i, f in enumerate(self.feature_maps)]
             flags.append(self._sense(flocks)[1])
         return torch.cat(flags)
-
-    def _members(self, layer: int, index: Tensor) -> Tensor:
-        """Return the cells `(*, *S)` of examples `index` `(*)`; the features of a layer that is the space are cells."""
-        if self.space is not None and self._layers[layer] == self.space:
-            shape = self._cells(self.repertoire.x[:1]).shape[1:]
-            return self.index(layer).rows(index).reshape(*index.shape, *shape)
-        examples, place = index.flatten().unique(return_inverse=True)
-        return self._cells(self.repertoire.x[examples])[place].unflatten(0, index.shape)
 
     def _flock(self, features: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         return self.index(layer).nearest(features, self.maturations[layer].neighbours)
@@ -162,7 +167,7 @@ class RAILS(Defence):
             features = feature_map.chunked(cells)
             distances, index = self._flock(features, i)
             flocks.append((distances, index))
-            naive = Naive(self._members(i, index), distances, index)
+            naive = Naive(self.members(i, index), distances, index)
             seeds = [derive(seed, i)] if names is None else [derive(seed, i, name) for name in names]
             matured, curve = mature(
                 naive,

@@ -37,7 +37,8 @@ def test_what_a_protocol_runs_on_each_defence(images, conv):
 
     rails = RAILS(conv, "input", maturation=Maturation(population=300)).fit(*images)
     found = names(rails, conv, images, "quick", True)
-    assert list(found) == [*on_base, *knn, "unrolled", "unrolled-pgd", *rest, *asks[:2], "square-known-seed", asks[2]]
+    clones = ["soft-clones", "apgd-ce-soft-clones", "apgd-dlr-soft-clones", "unrolled"]
+    assert list(found) == [*on_base, *knn, *clones, *rest, *asks[:2], "square-known-seed", asks[2]]
     twin = found["square"].target.defence
     assert (twin.maturations[0].population, twin.maturations[0].generations) == (200, 3)
     assert not found["square"].method.early_stop

@@ -161,6 +161,15 @@ def test_aligned_clones_recognise_a_moved_image():
     assert respond(images, y, antigen, alignment=0.1, **still).labels.tolist() == [1]
 
 
+def test_recombined_clones_recognise_what_lies_between_the_naive_cells():
+    # The antigen is halfway between two cells of class 1; one of class 0 is nearer than either.
+    cells = torch.tensor([[0.5, 0.7], [0.6, 0.7], [0.1, 0.5], [0.9, 0.5]])
+    still = {**STILL, "population": 40, "neighbours": 2, "generations": 0}
+    antigen, y = torch.tensor([[0.5, 0.5]]), torch.tensor([0, 0, 1, 1])
+    assert respond(cells, y, antigen, recombination=None, **still).labels.tolist() == [0]
+    assert respond(cells, y, antigen, recombination=0.1, **still).labels.tolist() == [1]
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_auto_mutation_follows_the_spread_of_the_naive_cells(scale):
     # Naive cells 0 and 1 (times the scale) in each value: a standard deviation of one half, bounds 2 wide.

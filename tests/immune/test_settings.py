@@ -16,6 +16,7 @@ from immunonet import Maturation
         ({"neighbours": True}, TypeError, "neighbours must be an integer"),
         ({"generations": -1}, ValueError, "generations must be at least 0, got -1"),
         ({"generations": None}, TypeError, "generations must be an integer, got None"),
+        ({"recombination": 0}, ValueError, r"recombination must be a finite number in \(0, inf\], got 0"),
         ({"temperature": 0}, ValueError, r"temperature must be a finite number in \(0, inf\], got 0"),
         ({"temperature": math.nan}, ValueError, "temperature must be a finite number"),
         ({"temperature": "Auto"}, TypeError, "temperature must be .*'auto'.*, got 'Auto'"),

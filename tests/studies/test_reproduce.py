@@ -55,6 +55,8 @@ def test_a_study_from_raw_data_to_tables_and_figures(run, tiny):
     assert rows["rails-authors", "input", "pgd"]["settings"]["maturation"][0]["crossover"] == "authors"
 
     assert rows["rails-authors", "conv2 pool", "pgd"]["settings"]["space"] == "conv1"
+    assert rows["rails", "conv2:2", "none"]["settings"]["space"] == "conv2:2"
+    assert "RAILS, T 40, cells there" in out
 
     # The same answers as by hand.
     images, test = (resolve_dataset("tiny.parquet", split) for split in ("train", "test"))

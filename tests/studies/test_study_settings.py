@@ -115,6 +115,8 @@ def test_words_may_change_and_settings_may_not(read):
         (("seeds = 2", 'seeds = 2\nname = "x"'), "a curve has a name, vary and values"),
         (("seeds = 2", "seeds = 2\nchoose_layers = true"), r"defences must be \['dknn-tuned'\] with choose_layers"),
         (("seeds = 2", "seeds = 2\noptions = { model = 1 }"), "options has no setting 'model'"),
+        (("seeds = 2", "seeds = 2\nhidden = true\noptions = { space = 'conv1' }"), "hidden must be false with a space"),
+        (("seeds = 2", "seeds = 2\nhidden = 1"), "hidden must be True or False"),
         (("seeds = 2", "seeds = 2\nmaturation = { cells = 1 }"), "maturation has no setting 'cells'"),
         (("seeds = 2", "seeds = 2\nmaturation = 3"), "maturation must be a table, got 3"),
         (("seeds = 2", "seeds = 2\nrepertoire = 0"), "repertoire must be at least 1"),

@@ -6,9 +6,10 @@ was made on may still fool a defence. Surrogates and wrappers are models that at
 
 from immunonet.attacks._base import AttackResult
 from immunonet.attacks.apgd import APGD
+from immunonet.attacks.clones import SoftClones
 from immunonet.attacks.gradient import FGSM, PGD
 from immunonet.attacks.hopskipjump import HopSkipJump
-from immunonet.attacks.knn import ASK, AdvKnn, SoftClones, SoftNeighbours
+from immunonet.attacks.knn import ASK, AdvKnn, SoftNeighbours
 from immunonet.attacks.square import Square
 from immunonet.attacks.unrolled import Unrolled
 from immunonet.attacks.wrappers import Bpda, Eot, Stealthy

@@ -9,12 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from immunonet import _check
-from immunonet.attacks._surrogate import Surrogate, check_shape, fewest_examples, probe_distances
+from immunonet.attacks._surrogate import Surrogate, fewest_examples, probe_distances
 from immunonet.defence import Defence
 from immunonet.dknn import DkNN
-from immunonet.features import space_map
-from immunonet.immune import operators
-from immunonet.rails import RAILS
 
 # A softer vote leaves the defence's own, harder one standing; a harder one gives gradients of few neighbours.
 _SHARPNESS = 0.3
@@ -59,49 +56,6 @@ class SoftNeighbours(Surrogate):
         # value, carries the gradient.
         slope = -(features[:, None] - means).square().sum(2) / temperature
         return closeness.logsumexp(2) + slope - slope.detach()
-
-
-class SoftClones(Surrogate):
-    """A soft vote of the naive cells of RAILS and of their clones brought near the antigen, for attacks that know it.
-
-    As `SoftNeighbours`, over the K naive cells of every class and, where the defence aligns or recombines clones, as
-    many clones that were: the population of the expansion before it mutates. Cells are constants at every call. The
-    temperature is `sharpness` times the mean, over a batch of antigens, of the standard deviation of d^2 over their
-    cells. What an attack on it finds must be tested again on the defence itself.
-
-    `rails`: a fitted RAILS. `sharpness` > 0. Raises ValueError or TypeError that names the argument.
-    """
-
-    def __init__(self, rails: RAILS, *, sharpness: float = _SHARPNESS) -> None:
-        super().__init__(rails)
-        if not isinstance(rails, RAILS):
-            raise TypeError(f"rails must be a RAILS, got {type(rails).__name__}")
-        self.rails = rails
-        self.sharpness = _check.number("sharpness", sharpness, least=0, above=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return log-probabilities `(B, C)`, differentiable in inputs `x` `(B, *S)`; ValueError for another shape."""
-        check_shape(self.rails, x)
-        antigens = space_map(self.rails.model, self.rails.space)(x)
-        votes = [self._respond(layer, antigens) for layer in range(len(self.rails.feature_maps))]
-        return torch.stack(votes).mean(0).log_softmax(1)
-
-    def _respond(self, layer: int, antigens: Tensor) -> Tensor:
-        rails, settings = self.rails, self.rails.maturations[layer]
-        feature_map = rails.feature_maps[layer]
-        features = feature_map(antigens)
-        with torch.no_grad():
-            cells = rails._members(layer, rails.index(layer).nearest(features, settings.neighbours)[1])
-            families = cells.flatten(0, 1).repeat_interleave(2, dim=1)
-            goals = antigens.repeat_interleave(rails.classes, dim=0)
-            near = operators.approach(families, goals, 2, settings.alignment, settings.recombination)
-            known = feature_map.chunked(near.flatten(0, 1)).view(len(antigens), -1, features.shape[1])
-        squares = (features[:, None] - known).square().sum(2).unflatten(1, (rails.classes, -1))
-        temperature = self.sharpness * squares.detach().flatten(1).std(1).mean().clamp(min=1e-12)
-        return (-squares / temperature).logsumexp(2).log_softmax(1)
-
-    def _vote(self, layer: int, features: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 class ASK(Surrogate):

@@ -26,8 +26,8 @@ class Unrolled(nn.Module):
     Going forward it is the immune response itself with fewer cells and generations, except for the vote. Going
     backward every step has the gradient of its expectation:
 
-    - flocking and expansion: the naive cells and their aligned or recombined clones are constants, their distances to the antigen
-      are not;
+    - flocking and expansion: the naive cells and their aligned or recombined clones are constants, their distances to
+      the antigen are not;
     - selection: a drawn parent moves as the mean parent under softmax(-d / tau) does (straight-through);
     - crossover: a child moves as the mixture share x first + (1 - share) x second does, and so does the share;
     - mutation: a child moves as it did before its pixels were changed and clipped;
@@ -39,10 +39,10 @@ class Unrolled(nn.Module):
     Several layers: the mean of their log-probabilities. Early stop, pruning, decay and `candidates` are left out.
 
     `rails`: a fitted RAILS, whose other settings it takes. `generations` >= 0. `population`, rounded up to a multiple
-    of classes times its K, at least two for every naive cell. `seed`: of the noise, which is the same at every call, in every batch, and for every
-    antigen; `unrolled(x, seed=...)` takes another, so that `Eot` can average over several. It takes about
-    (4 `generations` + 2) x `population` cells of memory per antigen, and their activations: choose the attack's
-    `batch_size` accordingly. Raises ValueError or TypeError that names the argument.
+    of classes times its K, at least two for every naive cell. `seed`: of the noise, which is the same at every call, in
+    every batch, and for every antigen; `unrolled(x, seed=...)` takes another, so that `Eot` can average over several.
+    It takes about (4 `generations` + 2) x `population` cells of memory per antigen, and their activations: choose the
+    attack's `batch_size` accordingly. Raises ValueError or TypeError that names the argument.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Unrolled(nn.Module):
         """Return naive cells `(B, C, K, *S)` and their distances `(B, C, K)`."""
         rails = self.rails
         distances, index = rails.index(layer).nearest(features, self._settings[layer].neighbours)
-        return rails._members(layer, index), distances
+        return rails.members(layer, index), distances
 
 
 class _Mutation:

@@ -223,10 +223,12 @@ def suite(
         add("ask", "adaptive", pgd, attacks.ASK(defence))
         add("adv-knn", "adaptive", pgd, attacks.AdvKnn(defence))
         if isinstance(defence, RAILS):
+            clones = attacks.SoftClones(defence)
+            add("soft-clones", "adaptive", pgd, clones)
+            for loss in losses:
+                add(f"apgd-{loss}-soft-clones", "adaptive", apgds[loss], clones)
             unrolled = attacks.Unrolled(defence)
             add("unrolled", "adaptive", apgds["ce"], unrolled)
-            # On RAILS with aligned clones plain steps went farther than APGD's.
-            add("unrolled-pgd", "adaptive", pgd, unrolled)
             for draws in budget.draws:
                 add(f"unrolled-eot-{draws}", "adaptive", pgd, attacks.Eot(unrolled, draws=draws))
         add("stealthy", "adaptive", pgd, attacks.Stealthy(soft, defence))

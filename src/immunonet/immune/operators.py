@@ -37,8 +37,8 @@ class Mutation:
 def approach(cells: Tensor, antigens: Tensor, copies: int, reach: float, ridge: float | None) -> Tensor:
     """Return clones `(F, P, *S)` of which the second half of each naive cell's is brought near its antigen `(F, *S)`.
 
-    Every `copies` cells in a row are clones of one. Images `(c, h, w)` are aligned, unless `reach` is 0, see `register`;
-    then cells are recombined, unless `ridge` is None, see `recombine`.
+    Every `copies` cells in a row are clones of one. Images `(c, h, w)` are aligned, unless `reach` is 0, see
+    `register`; then cells are recombined, unless `ridge` is None, see `recombine`.
     """
     aligned = reach > 0 and cells.ndim == 5
     if copies == 1 or not (aligned or ridge is not None):
@@ -65,7 +65,7 @@ def recombine(cells: Tensor, antigens: Tensor, ridge: float) -> Tensor:
         gram = spread @ spread.mT
         # Cells that are all the same have no differences, and stay.
         gram.diagonal(dim1=1, dim2=2).add_(ridge * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)[:, None])
-        weights = torch.linalg.solve(gram, spread @ (antigens.flatten(1)[:, None] - flat).mT)
+        weights: Tensor = torch.linalg.solve(gram, spread @ (antigens.flatten(1)[:, None] - flat).mT)
         return (flat + weights.mT @ spread).view(cells.shape)
 
 

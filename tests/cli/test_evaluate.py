@@ -114,9 +114,23 @@ def test_a_feature_map_of_ones_own_and_the_authors_settings(run, tmp_path):
     assert rows["rails", "mine:halves", "none"]["settings"]["maturation"][0]["crossover"] == "authors"
 
 
+def test_cells_in_the_layer_itself_with_settings_of_ones_own(run):
+    given = ["--maturation", "neighbours=4", "--maturation", "recombination=0.5", "--maturation", "crossover=none"]
+    code, _, err = run(*SMALL, "--attack", "none", "--layer", "conv2:2", "--hidden", *given, "--json", "r.json")
+    assert code == 0, err
+    _, rows = by_key("r.json")
+    settings = rows["rails", "conv2:2", "none"]["settings"]
+    assert settings["space"] == "conv2:2"
+    found = settings["maturation"][0]
+    assert (found["neighbours"], found["recombination"], found["crossover"]) == (4, 0.5, None)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        (["--maturation", "cells=3"], "--maturation must be KEY=VALUE with a KEY of population,"),
+        (["--maturation", "neighbours=few"], "neighbours must be an integer, got 'few'"),
+        (["--hidden", "--layer", "mine:halves"], "mine"),
         (["--eps", "much"], "--eps must be a number such as 0.1 or 60/255, got 'much'"),
         (["--eps", "1/0"], "--eps must be a number"),
         (["--eps", "-0.1"], "eps must be a finite number in [0"),

@@ -21,7 +21,8 @@ class SoftClones(nn.Module):
     Per layer and class, the logit is the logsumexp of -d^2 / temperature over the K naive cells and, where the defence
     aligns or recombines clones, as many that were: the population of the expansion before it mutates. d is the
     feature distance to the antigen. Cells are found and brought near anew at every call, and are constants for the
-    gradient. The temperature is `sharpness` times the standard deviation of d^2 over the antigen's cells. Log-softmax over classes, mean over layers, log-softmax again.
+    gradient. The temperature is `sharpness` times the standard deviation of d^2 over the antigen's cells. Log-softmax
+    over classes, mean over layers, log-softmax again.
 
     It knows nothing of generations: `Unrolled` does, at several times the cost. What an attack on it finds must be
     tested again on the defence itself.

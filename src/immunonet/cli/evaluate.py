@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -96,6 +98,15 @@ def evaluate(
             "--population", help="Cells of RAILS, as 1000, or at one layer, as pool1=200; repeat it. Default: 1000."
         ),
     ] = None,
+    maturation: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--maturation", metavar="KEY=VALUE", help="Another setting of RAILS, as neighbours=50; repeat it."
+        ),
+    ] = None,
+    hidden: Annotated[
+        bool, typer.Option("--hidden", help="Cells of RAILS live in the layer itself. Default: they are images.")
+    ] = False,
     seeds: Annotated[
         int | None, typer.Option("--seeds", min=1, help="Runs of RAILS, from --seed on. Default: 5.")
     ] = None,
@@ -135,7 +146,10 @@ def evaluate(
     attacks = [_check.choice("--attack", name, tuple(KNOWS)) for name in dict.fromkeys(attack or KNOWS)]
     populations = _populations(population or [], layers)
     make = PRESETS[_check.choice("--preset", preset, tuple(PRESETS))]
-    maturations = {at: make(**({} if populations[at] is None else {"population": populations[at]})) for at in layers}
+    changed = dict(_setting(text) for text in maturation or ())
+    maturations = {
+        at: make(**changed | ({} if populations[at] is None else {"population": populations[at]})) for at in layers
+    }
     size = _check.fraction("--eps", eps)
     step_size = size / 4 if step is None else _check.fraction("--step", step)
     pgd = PGD(eps=size, step=step_size, iterations=iterations or 20, norm=norm, random_start=False)
@@ -149,6 +163,9 @@ def evaluate(
     maps = {at: common.resolve_layer(at, net) for at in layers}
     for at in layers:
         DkNN(net, maps[at])  # a wrong name is told before any work
+    spaces = {at: at if hidden and at != "input" else None for at in layers}
+    if wrong := [at for at, space in spaces.items() if space and not isinstance(maps[at], str)]:
+        raise ValueError(f"--hidden needs submodules as layers, got --layer {wrong[0]}")
     others = [_other(text, name, target, len(images.classes)) for text in transfer or ()]
     on_base = [attack for attack in attacks if KNOWS[attack] != "defence"]
     steps = len(test) * (len(on_base) + (3 if tune_dknn else 2) * len(layers) * len(attacks))
@@ -181,7 +198,7 @@ def evaluate(
         if protocol is not None:
             bar.update(task, visible=False)
             found = _by_protocol(
-                bench, shared, maps, maturations, kinds, tune_dknn,
+                bench, shared, maps, maturations, spaces, kinds, tune_dknn,
                 defend={"minutes": minutes, "protocol": protocol, "eps": size, "norm": norm, "seed": seed},
                 transfer=others,
                 say=lambda text: bar.console.print(text, markup=False, highlight=False),
@@ -202,7 +219,7 @@ def evaluate(
                 best = bench.tune_dknn(at, maps[at])
                 chosen = {key: best[key] for key in ("neighbours", "metric")}
                 measure("dknn-tuned", at, DkNN(net, maps[at], **chosen), tuning=best)
-            measure("rails", at, RAILS(net, maps[at], maturation=maturations[at]))
+            measure("rails", at, RAILS(net, maps[at], maturation=maturations[at], space=spaces[at]))
 
     rows = [_cells(found) for found in outcomes]
     table = Table(*(Column(name, no_wrap=True) for name in COLUMNS))
@@ -221,6 +238,7 @@ def _by_protocol(
     shared: dict[str, Any],
     maps: dict[str, Layer],
     maturations: dict[str, Maturation],
+    spaces: dict[str, str | None],
     kinds: list[str],
     tune_dknn: bool,
     *,
@@ -241,7 +259,8 @@ def _by_protocol(
             settings = chosen or {"neighbours": min(75, len(bench.repertoire[1]))}
             work.append(("dknn", at, partial(DkNN, net, maps[at], **settings), {"tuning": tuned} if tuned else {}))
         if "rails" in kinds:
-            work.append(("rails", at, partial(RAILS, net, maps[at], maturation=maturations[at]), {}))
+            of_rails: dict[str, Any] = {"maturation": maturations[at], "space": spaces[at]}
+            work.append(("rails", at, partial(RAILS, net, maps[at], **of_rails), {}))
     found = []
     for kind, layer, make, extra in work:
         defence = make()
@@ -285,7 +304,8 @@ def _tell(found: list[Evaluation], out: Path, json: Path | None) -> None:
         cells = (f"{right['none']:.4f}", f"{min(transfer):.4f}", f"{verdict.accuracy:.4f}", f"{low:.3f} to {high:.3f}")
         table.add_row(layer, verdict.defence, *cells, "no" if one.unreliable else "yes")
         results += [row.to_json() for row in (*own, verdict)]
-        one.to_html(out / ("-".join(filter(None, (verdict.defence, layer))).replace("/", "-") + ".html"))
+        page = "-".join(filter(None, (verdict.defence, layer))).replace("/", "-").replace(":", "-")
+        one.to_html(out / f"{page}.html")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if json is not None:
         records = [{k: v for k, v in one.to_dict().items() if k not in OUTER} for one in found]
@@ -300,6 +320,20 @@ def _other(text: str, model: str, device: torch.device, classes: int) -> nn.Modu
     """Return the network of `FILE` (weights of `model`) or `MODEL=FILE`."""
     named, _, file = text.rpartition("=")
     return common.load_model(named or model, Path(file), device, classes=classes)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Read a setting of `Maturation`: a number, "none", or a word."""
+    key, found, value = text.partition("=")
+    known = [field.name for field in dataclasses.fields(Maturation)]
+    if not found or key not in known:
+        raise ValueError(f"--maturation must be KEY=VALUE with a KEY of {', '.join(known)}, got {text!r}")
+    if value == "none":
+        return key, None
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return key, kind(value)
+    return key, value
 
 
 def _populations(values: list[str], layers: list[str]) -> dict[str, int | None]:

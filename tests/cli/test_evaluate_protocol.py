@@ -58,6 +58,13 @@ def test_three_defences_are_attacked_and_the_finding_is_written(run):
     assert "`immunonet evaluate --protocol quick --dataset digits" in document
     assert "digits, linf eps 0.2, 12 images" in document
     Path("docs/robustness.md").unlink()
+    finding.main(["all.json", "r.json", "--json", "twice.json", "--doc", "twice.md"])
+    twice = json.loads(Path("twice.json").read_text())
+    assert twice["results"] == 2 * record["results"]
+    assert [run["rows"] for run in twice["runs"]] == [
+        [0, len(record["results"])],
+        [len(record["results"]), 2 * len(record["results"])],
+    ]
     finding.main(["--json", "all.json", "--doc", "again.md"])
     assert Path("again.md").read_text().replace("all.json", "") == document.replace("all.json", "")
 

@@ -24,10 +24,12 @@ Case = dict[str, Any]
 def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the records of several runs as one: all rows under `results`, the rest of each run under `runs`.
 
-    A run's `rows` tells which of the results are its own, by their places. ValueError for a record without evaluations.
+    A run's `rows` tells which of the results are its own, by their places. A record may itself be of several runs.
+    ValueError for one without evaluations.
     """
     runs: list[dict[str, Any]] = []
     first = 0
+    records = [run for record in records for run in _apart(record)]
     for i, record in enumerate(records):
         if not record.get("evaluations"):
             raise ValueError(f"run {i} holds no evaluations: give files that immunonet evaluate --protocol wrote")
@@ -39,6 +41,16 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "command": "; ".join(record["command"] for record in records),
         "runs": runs,
     }
+
+
+def _apart(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the runs of a merged record, each as it was written; any other record as it is."""
+    if "runs" not in record:
+        return [record]
+    return [
+        {"results": record["results"][slice(*run["rows"])]} | {key: run[key] for key in run.keys() - {"rows"}}
+        for run in record["runs"]
+    ]
 
 
 def cases(record: dict[str, Any]) -> list[Case]:
@@ -56,8 +68,7 @@ def cases(record: dict[str, Any]) -> list[Case]:
                     "defence": one["defence"],
                     "layer": ", ".join(one["layers"]),
                     "population": [m["population"] for m in worst["settings"].get("maturation", ())],
-                    # Records older than the setting aligned nothing.
-                    "aligned": any(m.get("alignment", 0) for m in worst["settings"].get("maturation", ())),
+                    "clones": _clones(worst["settings"].get("maturation", ())),
                     "dataset": worst["dataset"],
                     "net": worst["settings"]["net"],
                     "eps": worst["eps"],
@@ -71,7 +82,7 @@ def cases(record: dict[str, Any]) -> list[Case]:
                     "evaluation": one,
                 }
             )
-    same = ("defence", "layer", "population", "aligned", "dataset", "net", "eps", "norm", "n")
+    same = ("defence", "layer", "population", "clones", "dataset", "net", "eps", "norm", "n")
     once: dict[str, Case] = {}
     for case in found:
         once.setdefault(json.dumps([case[key] for key in same]), case)
@@ -117,7 +128,8 @@ def document(record: dict[str, Any], source: str) -> str:
         "## How it was measured",
         "The protocol (`immunonet evaluate --protocol`): FGSM, PGD, momentum PGD and APGD (cross-entropy and DLR) on "
         "the network; PGD and APGD on a soft vote of the defence's own neighbours (after Sitawarin & Wagner), ASK, "
-        "AdvKnn, RAILS unrolled with its generations, a stealthy variant that also avoids looking foreign, BPDA with "
+        "AdvKnn, the same on a soft vote of the clones that RAILS brings near the antigen, RAILS unrolled with its "
+        "generations, a stealthy variant that also avoids looking foreign, BPDA with "
         "the network and with the soft vote; noise, Square and HopSkipJump on a light twin of RAILS (T 200, G 3). What "
         "is found is tested on the defence itself. Attacks that only ask take fewer images (their number stands in the "
         "record) and pass over those that are broken already. Carlini et al.'s checklist (2019) is answered "
@@ -145,8 +157,15 @@ def _groups(found: Sequence[Case]) -> list[list[Case]]:
 
 def _name(case: Case) -> str:
     name = NAMES.get(case["defence"], str(case["defence"]))
-    cells = f", T {case['population'][0]}{'' if case['aligned'] else ', not aligned'}" if case["population"] else ""
+    cells = f", T {case['population'][0]}{case['clones']}" if case["population"] else ""
     return f"{name}, {case['layer']}{cells}" if case["layer"] else name
+
+
+def _clones(maturations: Sequence[dict[str, Any]]) -> str:
+    """Return what was done to clones where it is not the default; records older than a setting did nothing."""
+    if any(m.get("recombination") for m in maturations):
+        return ", recombined"
+    return "" if any(m.get("alignment", 0) for m in maturations) else ", not aligned"
 
 
 def _share(row: dict[str, Any] | None, *, named: bool = False) -> str:
@@ -302,6 +321,16 @@ def _limits(found: Sequence[Case]) -> str:
         "draws that are customary; light twins stood in for RAILS there. "
     )
     text += f"Missing here: {', '.join(missing)}. " if missing else ""
+    older = [
+        f"{_name(case)} on {case['net']}"
+        for case in found
+        if case["defence"] == "rails" and "soft-clones" not in case["evaluation"]["attacks"]
+    ]
+    if older:
+        text += (
+            "The vote of clones, the strongest attack on RAILS where it was run, is younger than some rows, which are "
+            f"therefore likely too high: {'; '.join(older)}. "
+        )
     return text + "`--protocol standard` and `full` spend more."
 
 

@@ -159,6 +159,7 @@ def test_a_space_that_is_called_twice(layers):
         (["block1", "blok2"], None, "layers='blok2' is no submodule.*block2"),
         ("block2", "stm", "space='stm' is no submodule of the model; nearest names: stem"),
         ("input", "stem", r"layers=\['input'\] must be names of submodules when space='stem'"),
+        ("block2", "block1:2", r"layers=\['block2'\] must be the space itself when space='block1:2' is averaged"),
         ([torch.flatten], "stem", r"layers=\['flatten'\] must be names of submodules"),
     ],
 )

@@ -9,10 +9,8 @@ from immunonet import RAILS, DkNN, Maturation
 from immunonet.attacks import PGD, SoftClones, SoftNeighbours
 from immunonet.immune import operators
 
-PLAIN = {"alignment": 0.0, "recombination": None}
 
-
-def fitted(layers="input", space=None, model=None, **settings):
+def fitted(layers="input", space=None, **settings):
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(30, 1, 6, 6, generator=generator), torch.arange(30) % 3
     with torch.random.fork_rng(devices=[]):

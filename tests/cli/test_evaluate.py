@@ -108,8 +108,11 @@ def test_tuning_chooses_for_dknn_on_the_validation_split(run):
 def test_a_feature_map_of_ones_own_and_the_authors_settings(run, tmp_path):
     Path("mine.py").write_text("def halves(net):\n    return lambda x: x.flatten(1) / 2\n")
     code, _, err = run(*SMALL, "--attack", "none", "--layer", "mine:halves", "--preset", "authors", "--json", "r.json")
+    refused = run(*SMALL, "--layer", "mine:halves", "--hidden")
     sys.modules.pop("mine", None)
     assert code == 0, err
+    assert refused[0] == 2
+    assert "--hidden needs submodules as layers, got --layer mine:halves" in refused[2]
     _, rows = by_key("r.json")
     assert rows["rails", "mine:halves", "none"]["settings"]["maturation"][0]["crossover"] == "authors"
 
@@ -130,7 +133,6 @@ def test_cells_in_the_layer_itself_with_settings_of_ones_own(run):
     [
         (["--maturation", "cells=3"], "--maturation must be KEY=VALUE with a KEY of population,"),
         (["--maturation", "neighbours=few"], "neighbours must be an integer, got 'few'"),
-        (["--hidden", "--layer", "mine:halves"], "mine"),
         (["--eps", "much"], "--eps must be a number such as 0.1 or 60/255, got 'much'"),
         (["--eps", "1/0"], "--eps must be a number"),
         (["--eps", "-0.1"], "eps must be a finite number in [0"),

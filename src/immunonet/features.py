@@ -226,7 +226,7 @@ def check_names(model: nn.Module, layers: Sequence[Layer], space: str | None) ->
             raise ValueError(f"{argument}={layer!r} is no submodule of the model; nearest names: {', '.join(near)}")
     if space is not None and _parts(space)[1] is not None and any(layer != space for layer in layers):
         raise ValueError(
-            f"layers={list(layer_names(layers))} must be the space itself when space={space!r} is averaged over a grid: "
+            f"layers={list(layer_names(layers))} must be the space itself when space={space!r} is averaged: "
             "the model cannot go on from there"
         )
     if space is not None and any(layer == "input" or not isinstance(layer, str) for layer in layers):

@@ -221,10 +221,10 @@ def check_names(model: nn.Module, layers: Sequence[Layer], space: str | None) ->
     for argument, layer in [*(("layers", layer) for layer in layers), ("space", space)]:
         if not isinstance(layer, str) or (argument == "layers" and layer == "input"):
             continue
-        if (module := _parts(layer)[0]) not in names:
+        if (module := layer_parts(layer)[0]) not in names:
             near = difflib.get_close_matches(module, names, n=5, cutoff=0.4) or names[:8]
             raise ValueError(f"{argument}={layer!r} is no submodule of the model; nearest names: {', '.join(near)}")
-    if space is not None and _parts(space)[1] is not None and any(layer != space for layer in layers):
+    if space is not None and layer_parts(space)[1] is not None and any(layer != space for layer in layers):
         raise ValueError(
             f"layers={list(layer_names(layers))} must be the space itself when space={space!r} is averaged: "
             "the model cannot go on from there"
@@ -284,7 +284,7 @@ def _callable_name(layer: Callable[[Tensor], Tensor]) -> str:
     return str(getattr(layer, "__name__", type(layer).__name__))
 
 
-def _parts(name: str) -> tuple[str, int | None]:
+def layer_parts(name: str) -> tuple[str, int | None]:
     """Return a layer's submodule and the side of the grid that its output is averaged over: "block2:4" is block2, 4."""
     module, _, side = name.rpartition(":")
     return (module, int(side)) if module and side.isdecimal() else (name, None)
@@ -296,7 +296,7 @@ def _tap(model: nn.Module, name: str, x: Tensor) -> Any:
     def stop(_module: nn.Module, _args: Any, output: Any) -> None:
         raise _Reached(output)
 
-    module, side = _parts(name)
+    module, side = layer_parts(name)
     handle = model.get_submodule(module).register_forward_hook(stop)
     try:
         model(x)
@@ -317,7 +317,7 @@ def _averaged(output: Any, name: str, side: int) -> Tensor:
 
 def _check_called_once(model: nn.Module, name: str, x: Tensor) -> None:
     calls = []
-    handle = model.get_submodule(_parts(name)[0]).register_forward_hook(lambda *_: calls.append(1))
+    handle = model.get_submodule(layer_parts(name)[0]).register_forward_hook(lambda *_: calls.append(1))
     try:
         with evaluating(model):
             model(own(model, x))

@@ -17,7 +17,7 @@ from torch import nn
 
 from immunonet import _store, data, zoo
 from immunonet.evaluation.records import envelope
-from immunonet.features import Layer
+from immunonet.features import Layer, layer_parts
 
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file.")]
 OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that the files are written to.")]
@@ -135,7 +135,7 @@ def resolve_layer(name: str, net: nn.Module) -> Layer:
     """
     if name == "mnist_affine":
         return zoo.mnist_affine(cast(zoo.MnistNet, net))
-    if ":" not in name or name.rpartition(":")[2].isdecimal():
+    if ":" not in name or layer_parts(name)[1] is not None:
         return name
     layer = _imported("--layer", name)(net)
     if not callable(layer):

@@ -98,6 +98,29 @@ def test_the_seed_of_a_call_comes_before_the_instances(rails):
     assert not same(rails.respond(ANTIGENS), rails.respond(ANTIGENS, seed=1))
 
 
+@pytest.mark.parametrize("shared_noise", [True, False])
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_draws_are_the_answers_under_each_seed(functional_conv, images, shared_noise, batch_size):
+    rails = RAILS(functional_conv, ["2", "input"], maturation=SMALL, shared_noise=shared_noise).fit(*images)
+    seeds = [4, 0, 9, 1, 2, 3, 5]
+    found = rails.draws(ANTIGENS, seeds, batch_size)
+    assert torch.equal(found, torch.stack([rails.predict(ANTIGENS, seed, batch_size) for seed in seeds]))
+    assert len(found.unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize(
+    ("seeds", "error", "match"),
+    [
+        ([], ValueError, "seeds must hold at least one seed, got none"),
+        ([-1], ValueError, "seeds must be at least 0"),
+        ([0.5], TypeError, "seeds must be an integer, got 0.5"),
+    ],
+)
+def test_seeds_of_draws_are_checked(rails, seeds, error, match):
+    with pytest.raises(error, match=match):
+        rails.draws(ANTIGENS, seeds)
+
+
 def test_the_global_generator_is_neither_used_nor_moved(rails):
     torch.manual_seed(1)
     first, state = rails.respond(ANTIGENS), torch.get_rng_state()

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import secrets
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,7 +18,7 @@ from immunonet.defence import Defence
 from immunonet.features import FeatureMap, Layer
 from immunonet.immune import sensing
 from immunonet.immune.consensus import winner
-from immunonet.immune.maturation import Matured, Naive, mature
+from immunonet.immune.maturation import Matured, Naive, flocked, mature
 from immunonet.immune.noise import Noise, derive, identities
 from immunonet.immune.operators import Family
 from immunonet.immune.settings import Maturation
@@ -27,6 +28,21 @@ from immunonet.search import Progress
 
 # Values of the populations that mature at once: enough antigens to share a generation's random numbers.
 BATCH_VALUES = 2**24
+
+
+@dataclass(frozen=True)
+class _Antigens:
+    """A batch of antigens before maturation: all of the response to them that no random number enters.
+
+    Their `cells` `(B, *S')`, the `bounds` of cells, per layer their `features` `(B, D)` and naive cells, and what
+    tells their noise apart, if they do not share it.
+    """
+
+    cells: Tensor
+    bounds: tuple[Tensor, Tensor]
+    features: list[Tensor]
+    naive: list[Naive]
+    names: list[str] | None
 
 
 class RAILS(Defence):
@@ -93,6 +109,23 @@ class RAILS(Defence):
         """Return the consensus `(B, C)` float32, which sums to 1."""
         return torch.cat([part.votes for part in self._answers(x, seed, batch_size)])
 
+    @torch.no_grad()
+    def draws(self, x: Any, seeds: Sequence[int], batch_size: int | None = None) -> Tensor:
+        """Return labels `(R, B)` int64 of inputs `(B, *S)` under R seeds: the rows are those of `predict(x, seed)`.
+
+        What does not depend on a seed is done once for all of them: flocking, and bringing clones near.
+        """
+        seeds = [_check.integer("seeds", seed, least=0, most=2**63 - 1) for seed in seeds]
+        if not seeds:
+            raise ValueError("seeds must hold at least one seed, got none")
+        return torch.cat(
+            [
+                torch.stack([self._mature(antigens, seed).labels for seed in seeds])
+                for antigens in self._flocked(x, batch_size)
+            ],
+            dim=1,
+        )
+
     def forward(self, x: Any, seed: int | None = None) -> Tensor:
         """Return finite log-probabilities `(B, C)`: log((n v + 1) / (n + C)) for n plasma cells and votes v."""
         votes = self.predict_proba(x, seed)
@@ -137,17 +170,11 @@ class RAILS(Defence):
     def _answers(
         self, x: Any, seed: int | None, batch_size: int | None, keep_cells: bool = False, trace: bool = False
     ) -> Iterator[ImmuneResponse]:
-        x = self._inputs(x)
         seed = _check.seed("seed", seed)
         seed = self.seed if seed is None else seed
         seed = secrets.randbits(63) if seed is None else seed
-        if batch_size is not None:
-            _check.integer("batch_size", batch_size)
-        names = None if self.shared_noise else identities(x)
-        size = batch_size or self._batch_size(x)
-        for start in range(0, len(x), size):
-            part = slice(start, start + size)
-            yield self._answer(x[part], seed, None if names is None else names[part], keep_cells, trace)
+        for antigens in self._flocked(x, batch_size):
+            yield self._mature(antigens, seed, keep_cells, trace)
 
     def _batch_size(self, x: Tensor) -> int:
         values = self._population_values(x)
@@ -157,25 +184,34 @@ class RAILS(Defence):
         population = max(m.per_class(self.classes) for m in self.maturations) * self.classes
         return self._cells(x[:1]).numel() * population
 
-    def _answer(self, x: Tensor, seed: int, names: list[str] | None, keep_cells: bool, trace: bool) -> ImmuneResponse:
-        cells = self._cells(x)
-        low, high = self._cell_bounds().tensors(cells, cells.shape[1:])
-        flocks: list[tuple[Tensor, Tensor]] = []
+    def _flocked(self, x: Any, batch_size: int | None) -> Iterator[_Antigens]:
+        """Yield inputs `(B, *S)` in batches that mature at once, with their naive cells."""
+        x = self._inputs(x)
+        size = self._batch_size(x) if batch_size is None else _check.integer("batch_size", batch_size)
+        names = None if self.shared_noise else identities(x)
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            cells = self._cells(x[part])
+            bounds = self._cell_bounds().tensors(cells, cells.shape[1:])
+            features, naive = [], []
+            for i, (feature_map, settings) in enumerate(zip(self.feature_maps, self.maturations, strict=True)):
+                features.append(feature_map.chunked(cells))
+                distances, index = self._flock(features[i], i)
+                naive.append(flocked(self.members(i, index), distances, index, cells, settings, bounds))
+            yield _Antigens(cells, bounds, features, naive, None if names is None else names[part])
+
+    def _mature(self, antigens: _Antigens, seed: int, keep_cells: bool = False, trace: bool = False) -> ImmuneResponse:
+        cells, names = antigens.cells, antigens.names
         ends: list[Matured] = []
         traces: list[Trace] = []
         for i, (feature_map, settings) in enumerate(zip(self.feature_maps, self.maturations, strict=True)):
-            features = feature_map.chunked(cells)
-            distances, index = self._flock(features, i)
-            flocks.append((distances, index))
-            naive = Naive(self.members(i, index), distances, index)
             seeds = [derive(seed, i)] if names is None else [derive(seed, i, name) for name in names]
             matured, curve = mature(
-                naive,
-                cells,
-                functools.partial(_to_antigens, feature_map, cells, features),
+                antigens.naive[i],
+                functools.partial(_to_antigens, feature_map, cells, antigens.features[i]),
                 settings,
-                Noise(seeds, antigens=len(x)),
-                bounds=(low, high),
+                Noise(seeds, antigens=len(cells)),
+                bounds=antigens.bounds,
                 keep_cells=keep_cells,
                 trace=trace,
             )
@@ -183,6 +219,7 @@ class RAILS(Defence):
             if curve is not None:
                 traces.append(curve)
         votes = torch.stack([matured.votes for matured in ends]).mean(0)
+        flocks = [(naive.distances, naive.index) for naive in antigens.naive]
         credibility, foreign = self._sense(flocks)
         return ImmuneResponse(
             labels=winner(votes, _fitness(ends, flocks)),

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from immunonet import RAILS, Maturation
-from immunonet.evaluation.asking import NO_ANSWER, LogProbabilities, Subject, describe, light_twin
+from immunonet.evaluation.asking import NO_ANSWER, LogProbabilities, Subject, answers, describe, light_twin
 
 X = torch.linspace(0, 1, 12).reshape(6, 2)
 
@@ -85,6 +85,28 @@ def test_the_global_generator_is_seeded_for_a_call_and_left_as_found():
     assert first.equal(second)
     assert not first[0].equal(first[1])
     assert subject.varies(X)
+
+
+def test_further_draws_are_the_answers_under_their_seeds(images, conv):
+    rails = RAILS(conv, "input", maturation=Maturation(population=60, neighbours=3)).fit(*images)
+    x = torch.rand(20, *images[0].shape[1:], generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([rails.predict(x, seed) for seed in (3, 1, 2)])
+    assert Subject(rails, classes=3).labels(x, (3, 1, 2))[0].equal(expected)
+    assert answers(rails, x, (3, 1, 2))[0].equal(expected)
+
+
+def test_further_draws_of_inputs_without_an_answer_count_as_wrong():
+    class Drawn:
+        def predict(self, x, seed):
+            return self.draws(x, [seed])[0]
+
+        def draws(self, x, seeds):
+            if (x[:, 0] > 0.5).any():
+                raise RuntimeError("too bright")
+            return torch.ones(len(seeds), len(x), dtype=torch.int64)
+
+    labels, _ = Subject(Drawn(), classes=3).labels(X, (0, 1, 2))
+    assert labels.tolist() == [[1, 1, 1, NO_ANSWER, NO_ANSWER, NO_ANSWER]] * 3
 
 
 def test_every_call_has_fresh_noise_unless_its_seed_is_fixed_and_can_be_repeated():

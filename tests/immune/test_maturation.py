@@ -257,12 +257,11 @@ class Play:
             }
         )  # fmt: skip
         index = torch.tensor([[[0], [1]]]).expand(batch, -1, -1)
-        naive = Naive(torch.zeros(batch, 2, 1, width), torch.ones(batch, 2, 1), index)
+        x = torch.zeros(batch, 2, 1, width)
+        naive = Naive(x, x, torch.ones(batch, 2, 1), index)
         bounds = (torch.tensor(-50.0), torch.tensor(50.0))
         noise = Noise([0], antigens=batch)
-        self.end, self.curve = mature(
-            naive, torch.zeros(batch, width), self.distances, settings, noise, bounds=bounds, trace=True
-        )
+        self.end, self.curve = mature(naive, self.distances, settings, noise, bounds=bounds, trace=True)
 
     def distances(self, cells, family):
         self.cells.append(cells.clone())

@@ -79,26 +79,30 @@ def test_an_image_without_edges_stays_as_it_is():
 
 def test_half_of_the_clones_are_aligned():
     naive, antigen = blobs(2), blobs(1, seed=3)
-    clones = naive.repeat_interleave(5, dim=0)[None]
-    found = operators.approach(clones, antigen, 5, 0.1, None)[0].unflatten(0, (2, 5))
+    near = operators.approach(naive[None], antigen, 0.1, None)
+    found = operators.clones(naive[None], near, 5)[0].unflatten(0, (2, 5))
     goals = antigen.expand_as(naive)
     for clones, cell, aligned in zip(found, naive, operators.register(naive, goals, 0.1), strict=True):
         assert_close(clones, torch.cat([cell.expand(3, -1, -1, -1), aligned.expand(2, -1, -1, -1)]))
 
 
-@pytest.mark.parametrize(("shape", "copies", "reach"), [((6,), 4, 0.1), ((1, 6, 6), 1, 0.1), ((1, 6, 6), 4, 0.0)])
-def test_what_is_not_aligned(shape, copies, reach):
+@pytest.mark.parametrize(("shape", "reach"), [((6,), 0.1), ((1, 6, 6), 0.0)])
+def test_what_is_not_aligned(shape, reach):
     cells = rand(2, 4, *shape)
-    assert torch.equal(operators.approach(cells, rand(2, *shape, seed=1), copies, reach, None), cells)
+    assert torch.equal(operators.approach(cells, rand(2, *shape, seed=1), reach, None), cells)
+
+
+def test_one_clone_is_the_cell_itself():
+    cells = rand(2, 4, 1, 6, 6)
+    assert torch.equal(operators.clones(cells, cells + 1, 1), cells)
 
 
 @pytest.mark.parametrize("reach", [0.0, 0.1])
-def test_half_of_the_clones_are_recombined_after_alignment(reach):
+def test_cells_are_recombined_after_alignment(reach):
     naive, antigen = blobs(3), blobs(1, seed=3)
-    found = operators.approach(naive.repeat_interleave(2, dim=0)[None], antigen, 2, reach, 0.5)[0].unflatten(0, (3, 2))
+    found = operators.approach(naive[None], antigen, reach, 0.5)
     aligned = operators.register(naive, antigen.expand_as(naive), reach) if reach else naive
-    assert_close(found[:, 0], naive)
-    assert_close(found[:, 1], operators.recombine(aligned[None], antigen, 0.5)[0])
+    assert_close(found, operators.recombine(aligned[None], antigen, 0.5))
 
 
 def test_recombined_cells_are_the_point_of_their_hyperplane_nearest_to_the_antigen():

@@ -82,9 +82,9 @@ def cells_of(shares, **changes):
         seen.append(cells.clone())
         return cells[family].norm(dim=2) / 50**0.5
 
-    naive = Naive(x, distances, torch.arange(len(shares))[None, :, None])
+    naive = Naive(x, x, distances, torch.arange(len(shares))[None, :, None])
     bounds = (torch.tensor(0.0), torch.tensor(1.0))
-    end, _ = mature(naive, torch.zeros(1, 1), distances_of, settings, Noise([0], antigens=1), bounds=bounds)
+    end, _ = mature(naive, distances_of, settings, Noise([0], antigens=1), bounds=bounds)
     return seen, end
 
 
@@ -128,8 +128,8 @@ def test_a_population_larger_than_a_batch(deep, images, monkeypatch):
     expected = deep.respond(images[0][:6])
     monkeypatch.setattr(rails, "BATCH_VALUES", 1)
     sizes = []
-    answer = RAILS._answer
-    monkeypatch.setattr(RAILS, "_answer", lambda self, x, *rest: sizes.append(len(x)) or answer(self, x, *rest))
+    answer = RAILS._mature
+    monkeypatch.setattr(RAILS, "_mature", lambda self, a, *rest: sizes.append(len(a.cells)) or answer(self, a, *rest))
     alike(deep.respond(images[0][:6]), expected)
     assert sizes == [1] * 6
 

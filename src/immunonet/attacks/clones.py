@@ -60,8 +60,8 @@ class SoftClones(nn.Module):
         rails, settings = self.rails, self.rails.maturations[layer]
         cells = rails.members(layer, rails.index(layer).nearest(features, settings.neighbours)[1])
         goals = antigens.repeat_interleave(rails.classes, dim=0)
-        clones = operators.approach(
-            cells.flatten(0, 1).repeat_interleave(2, dim=1), goals, 2, settings.alignment, settings.recombination
-        )
+        naive = cells.flatten(0, 1)
+        near = operators.approach(naive, goals, settings.alignment, settings.recombination)
+        clones = operators.clones(naive, near, 2)
         found = rails.feature_maps[layer].chunked(clones.flatten(0, 1))
         return found.view(len(antigens), rails.classes, -1, features.shape[1])

@@ -83,12 +83,11 @@ class Unrolled(nn.Module):
         cells, naive_distances = self._naive(layer, features)
         size = settings.per_class(self.rails.classes)
         copies = size // cells.shape[2]
-        cells = cells.repeat_interleave(copies, dim=2)
         mutation = _Mutation(settings, cells, self.rails._cell_bounds(), generator)
         with torch.no_grad():
-            goals = antigens.repeat_interleave(cells.shape[1], dim=0)
-            nearer = operators.approach(cells.flatten(0, 1), goals, copies, settings.alignment, settings.recombination)
-            cells = nearer.view_as(cells)
+            naive, goals = cells.flatten(0, 1), antigens.repeat_interleave(cells.shape[1], dim=0)
+            near = operators.approach(naive, goals, settings.alignment, settings.recombination)
+            cells = operators.clones(naive, near, copies).unflatten(0, cells.shape[:2])
         tau = temperatures(settings, naive_distances)
         cells = mutation(cells)
         distances = _distances(feature_map, cells, features)

@@ -18,9 +18,13 @@ from immunonet.response import Cells, Trace
 
 @dataclass(frozen=True)
 class Naive:
-    """Naive B cells of B antigens: `x` `(B, C, K, *S)`; `distances`, `index` `(B, C, K)`, index in the repertoire."""
+    """Naive B cells of B antigens: `x` `(B, C, K, *S)`; `distances`, `index` `(B, C, K)`, index in the repertoire.
+
+    `near` `(B, C, K, *S)`: the same cells brought near the antigen, as half of their clones will be.
+    """
 
     x: Tensor
+    near: Tensor
     distances: Tensor
     index: Tensor
 
@@ -48,9 +52,31 @@ class _Population:
     distances: Tensor
 
 
+def flocked(
+    x: Tensor, distances: Tensor, index: Tensor, antigens: Tensor, settings: Maturation, bounds: tuple[Tensor, Tensor]
+) -> Naive:
+    """Return the naive cells `x`, within `bounds`, of antigens `(B, *S)`, and bring near the antigen those that evolve.
+
+    No random number enters: what comes out serves every maturation of the same antigens.
+    """
+    x = x.clamp(*bounds)
+    classes, k = distances.shape[1:]
+    clones = settings.per_class(classes) // k
+    images = x.ndim == 6
+    if clones == 1 or not (settings.recombination is not None or (settings.alignment > 0 and images)):
+        return Naive(x, x, distances, index)
+    near = x.clone()
+    # The tangents of naive cells take six times their memory.
+    few = max(1, operators.CHUNK_VALUES // (clones * x[0, 0].numel()))
+    for some in zip(
+        *(part.split(few) for part in _candidates(distances, settings).nonzero(as_tuple=True)), strict=True
+    ):
+        near[some] = operators.approach(x[some], antigens[some[0]], settings.alignment, settings.recombination)
+    return Naive(x, near, distances, index)
+
+
 def mature(
     naive: Naive,
-    antigens: Tensor,
     distances_of: Callable[[Tensor, Family], Tensor],
     settings: Maturation,
     noise: Noise,
@@ -59,7 +85,7 @@ def mature(
     keep_cells: bool = True,
     trace: bool = False,
 ) -> tuple[Matured, Trace | None]:
-    """Evolve the naive cells of B antigens, `(B, *S)`, for up to G generations (design, section 5).
+    """Evolve the naive cells of B antigens for up to G generations (design, section 5).
 
     `distances_of(cells (B, C, P, *S), family)` gives the feature distances `(F, P)` of some families to their
     antigens. `bounds`, low and high, broadcast against `*S`. Families whose antigen has its answer, and those
@@ -69,10 +95,11 @@ def mature(
     size = settings.per_class(classes)
     n_plasma, _ = settings.sizes(classes)
     population = _Population(
-        *(part.repeat_interleave(size // k, dim=2) for part in (naive.x.clamp(*bounds), naive.index, naive.distances))
+        operators.clones(naive.x.flatten(0, 1), naive.near.flatten(0, 1), size // k).unflatten(0, (-1, classes)),
+        *(part.repeat_interleave(size // k, dim=2) for part in (naive.index, naive.distances)),
     )
     temperature = temperatures(settings, naive.distances)
-    least, most = mutation_range(settings, naive.x.clamp(*bounds), bounds)
+    least, most = mutation_range(settings, naive.x, bounds)
     mutation = Mutation(
         rate=torch.full_like(temperature, settings.rates[1]),
         least=least,
@@ -90,14 +117,6 @@ def mature(
         antigen, label = evolving.nonzero(as_tuple=True)
         family = (antigen, label)
         if generation == 0:
-            # The tangents of naive cells take six times their memory.
-            few = max(1, operators.CHUNK_VALUES // naive.x[0, 0].numel())
-            for some in zip(*(part.split(few) for part in family), strict=True):
-                clones = population.cells[some]
-                goals = antigens[some[0]]
-                population.cells[some] = operators.approach(
-                    clones, goals, size // k, settings.alignment, settings.recombination
-                )
             parents, share = _clones(population, family)
         else:
             u = noise.draw(generation, "select", family, 2 * size)

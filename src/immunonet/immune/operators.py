@@ -34,23 +34,27 @@ class Mutation:
     high: Tensor
 
 
-def approach(cells: Tensor, antigens: Tensor, copies: int, reach: float, ridge: float | None) -> Tensor:
-    """Return clones `(F, P, *S)` of which the second half of each naive cell's is brought near its antigen `(F, *S)`.
+def approach(cells: Tensor, antigens: Tensor, reach: float, ridge: float | None) -> Tensor:
+    """Return families of naive cells `(F, K, *S)`, each cell brought near its antigen `(F, *S)`.
 
-    Every `copies` cells in a row are clones of one. Images `(c, h, w)` are aligned, unless `reach` is 0, see
-    `register`; then cells are recombined, unless `ridge` is None, see `recombine`.
+    Images `(c, h, w)` are aligned, unless `reach` is 0, see `register`; then cells are recombined, unless `ridge` is
+    None, see `recombine`.
     """
-    aligned = reach > 0 and cells.ndim == 5
-    if copies == 1 or not (aligned or ridge is not None):
-        return cells
-    naive = near = cells[:, ::copies]
-    if aligned:
-        goals = antigens[:, None].expand_as(naive)
-        near = register(naive.flatten(0, 1), goals.flatten(0, 1), reach).unflatten(0, naive.shape[:2])
-    if ridge is not None:
-        near = recombine(near, antigens, ridge)
+    if reach > 0 and cells.ndim == 5:
+        goals = antigens[:, None].expand_as(cells)
+        cells = register(cells.flatten(0, 1), goals.flatten(0, 1), reach).unflatten(0, cells.shape[:2])
+    return cells if ridge is None else recombine(cells, antigens, ridge)
+
+
+def clones(cells: Tensor, near: Tensor, copies: int) -> Tensor:
+    """Return clones `(F, K * copies, *S)` of naive cells `(F, K, *S)`, half of each as it is in `near` `(F, K, *S)`.
+
+    Every `copies` cells in a row are clones of one, first those of the cell itself, which has the odd one.
+    """
+    found = cells.new_empty(*cells.shape[:2], copies, *cells.shape[2:])
     kept = copies - copies // 2
-    return torch.cat([naive.unsqueeze(2)] * kept + [near.unsqueeze(2)] * (copies // 2), dim=2).flatten(1, 2)
+    found[:, :, :kept], found[:, :, kept:] = cells[:, :, None], near[:, :, None]
+    return found.flatten(1, 2)
 
 
 def recombine(cells: Tensor, antigens: Tensor, ridge: float) -> Tensor:

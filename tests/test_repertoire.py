@@ -118,14 +118,14 @@ def test_strangeness_counts_layers_in_their_own_units():
     assert_close(calibration.strangeness, torch.tensor([1.0, 2.5, 2.5]))
     # p-values (how many of the 3 are at least as strange, plus 1) / 4: 1/4, 3/4, 1.
     queries = torch.tensor([[3.0, 300.0], [2.0, 200.0], [0.0, 0.0]])
-    assert calibration.is_foreign(queries, 0.25).tolist() == [True, False, False]
-    assert calibration.is_foreign(queries, 0.75).tolist() == [True, True, False]
+    assert calibration.familiarity(queries).le(0.25).tolist() == [True, False, False]
+    assert calibration.familiarity(queries).le(0.75).tolist() == [True, True, False]
 
 
 def test_identical_calibration_examples_have_no_scale():
     calibration = Calibration.of(torch.zeros(2), torch.zeros(2, 1))
     assert torch.isfinite(calibration.strangeness).all()
-    assert calibration.is_foreign(torch.tensor([[0.0], [1e-3]]), 0.4).tolist() == [False, True]
+    assert calibration.familiarity(torch.tensor([[0.0], [1e-3]])).le(0.4).tolist() == [False, True]
 
 
 def test_arrays(mlp):

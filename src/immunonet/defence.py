@@ -139,6 +139,14 @@ class Defence(nn.Module, abc.ABC):
             cells = self._cells(self._inputs(x))
             return [feature_map.chunked(cells) for feature_map in self.feature_maps]
 
+    @abc.abstractmethod
+    def familiarity(self, x: Any) -> Tensor:
+        """Return the p-value `(B,)` of each input's distance to its nearest examples: foreign ones have a small one."""
+
+    def foreign(self, x: Any) -> Tensor:
+        """Return whether `(B,)` inputs are farther from the examples than all but `false_alarm` of calibration data."""
+        return self.familiarity(x).le(self.false_alarm)
+
     def save(self, folder: str | Path) -> None:
         """Write the repertoire, calibration and settings to `folder` (safetensors and JSON); the model stays outside.
 

@@ -71,10 +71,10 @@ class DkNN(Defence):
         """Return 1 minus the second largest p-value `(B,)`: how little they support any other."""
         return 1 - self.p_values(x).topk(2, dim=1).values[:, 1]
 
-    def foreign(self, x: Any) -> Tensor:
-        """Return whether `(B,)` inputs are farther from the examples than all but `false_alarm` of calibration data."""
+    def familiarity(self, x: Any) -> Tensor:
+        """Return the p-value `(B,)` of each input's distance to its nearest examples: foreign ones have a small one."""
         _, _, far = self._neighbourhood(self._inputs(x))
-        return self.calibration.is_foreign(far, self.false_alarm)
+        return self.calibration.familiarity(far)
 
     def forward(self, x: Any) -> Tensor:
         """Return finite log-probabilities `(B, C)`: log((m + 1) / (n + C)) for m of n neighbours with the label."""

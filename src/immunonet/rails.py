@@ -154,14 +154,14 @@ class RAILS(Defence):
         return cells
 
     @torch.no_grad()
-    def foreign(self, x: Any) -> Tensor:
-        """Return the response's `foreign` flags `(B,)` of inputs `(B, *S)`, by sensing alone."""
-        flags = []
+    def familiarity(self, x: Any) -> Tensor:
+        """Return the p-value `(B,)` of each input's distance to its nearest examples: foreign ones have a small one."""
+        found = []
         for part in self._inputs(x).split(256):
             cells = self._cells(part)
             flocks = [self._flock(f.chunked(cells), i) for i, f in enumerate(self.feature_maps)]
-            flags.append(self._sense(flocks)[1])
-        return torch.cat(flags)
+            found.append(self.calibration.familiarity(self._neighbourhood(flocks)[1]))
+        return torch.cat(found)
 
     def _flock(self, features: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         return self.index(layer).nearest(features, self.maturations[layer].neighbours)
@@ -241,7 +241,7 @@ class RAILS(Defence):
     def _sense(self, flocks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         counts, far = self._neighbourhood(flocks)
         credibility = sensing.p_values(self.calibration.label_scores, counts.float()).amax(1)
-        return credibility, self.calibration.is_foreign(far, self.false_alarm)
+        return credibility, self.calibration.familiarity(far).le(self.false_alarm)
 
     def _calibrate(self, x: Tensor, y: Tensor) -> Calibration:
         counts, far = [], []

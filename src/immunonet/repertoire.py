@@ -50,9 +50,9 @@ class Calibration(Kept):
         scales = far.mean(0).clamp(min=1e-12)
         return cls(scores.float().sort().values, (far / scales).sum(1).sort().values, scales)
 
-    def is_foreign(self, far: Tensor, false_alarm: float) -> Tensor:
-        """Return whether `(B,)` mean distances `(B, L)` are stranger than all but `false_alarm` of calibration."""
-        return sensing.p_values(self.strangeness, (far / self.scales).sum(1)).le(false_alarm)
+    def familiarity(self, far: Tensor) -> Tensor:
+        """Return the p-values `(B,)` of mean distances `(B, L)` among those of the calibration examples."""
+        return sensing.p_values(self.strangeness, (far / self.scales).sum(1))
 
 
 def gather(x: Any, y: Any = None) -> tuple[Any, Any]:

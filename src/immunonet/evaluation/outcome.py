@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from immunonet import _check, _store
+from immunonet.evaluation.abstention import abstention
 from immunonet.evaluation.asking import Subject, describe
 from immunonet.evaluation.cost import without
 from immunonet.evaluation.records import Check, Flag, Row, envelope
 from immunonet.evaluation.runner import Runner, Trial
 from immunonet.evaluation.runner import describe as describe_planned
-from immunonet.evaluation.verdict import candidates, choose, per_example, summary, worst
+from immunonet.evaluation.verdict import WorstCase, choose, per_example, picked, summary, worst
 from immunonet.rails import RAILS
 
 # Images of the gallery.
@@ -102,6 +103,7 @@ def outcome(
     claim: Claim,
     runner: Runner,
     trials: Sequence[Trial],
+    found: WorstCase,
     *,
     checks: Sequence[Check],
     flags: Sequence[Flag],
@@ -110,13 +112,11 @@ def outcome(
     ablations: bool,
     record: dict[str, Any],
 ) -> Evaluation:
-    """Return the evaluation: worst cases chosen on the draws `select`, everything counted on the draws `report`.
+    """Return the evaluation: the worst case `found`, and the rows of trials, counted on their draws `report`.
 
-    `record`: what the JSON holds besides, among it the `cost`. `ablations`: whether parts of RAILS are left out.
+    `select`: those that worst cases by abstention are chosen on. `record`: what the JSON holds besides, among it
+    the `cost`. `ablations`: whether parts of RAILS are left out.
     """
-    seeds = runner.seeds
-    chosen = choose(trials, select)
-    right = worst(trials, chosen)[report]
     on_base = [trial.of_base() for trial in trials if trial.attack.knows == "base"]
     base_right = worst(on_base, choose(on_base, slice(0, 1)))
     fields = {"dataset": claim.dataset, "norm": claim.norm}
@@ -128,11 +128,11 @@ def outcome(
         "slice": [0, len(runner.x)],
     }
     of_base = fields | {"defence": claim.base_name, "seeds": ()}
-    of_defence = fields | {"defence": claim.name, "seeds": seeds[report]}
+    of_defence = fields | {"defence": claim.name}
     own = whole | describe(runner.subject.defence) | claim.told
     whole |= {key: value for key, value in claim.told.items() if key != "layers"}
     rows = [_row(trial, slice(0, 1), whole, of_base) for trial in on_base]
-    rows += [_row(trial, report, own, of_defence) for trial in trials]
+    rows += [_row(trial, report, own, of_defence | {"seeds": runner.seeds[report]}) for trial in trials]
     final: dict[str, Any] = {"attack": "worst-case", "eps": claim.eps}
     base_verdict = Row.of(
         base_right,
@@ -143,18 +143,20 @@ def outcome(
     )
     names = [trial.attack.name for trial in trials]
     verdict = Row.of(
-        right,
+        found.correct,
         **of_defence | final,
+        seeds=found.seeds,
         knows="defence" if any(trial.attack.knows == "defence" for trial in trials) else "base",
         seconds_per_image=trials[0].seconds,
-        foreign=_flagged(trials, chosen),
-        settings=own | {"attacks": names, "selected_on": list(seeds[select]), "draws": summary(right)},
+        foreign=_flagged(trials, found.chosen),
+        settings=own | {"attacks": names, "selected_on": list(found.selected_on), "draws": summary(found.correct)},
     )
     record = record | {
         "model_info": _model_info(claim, runner, record["cost"], trials[0].correct[report], verdict),
         # RAILS searches at trial time; of another defence that is not known.
         "optimization_loop": True if isinstance(runner.subject.defence, RAILS) else None,
-        "seeds": {"selection": list(seeds[select]), "report": list(seeds[report])},
+        "seeds": {"selection": list(found.selected_on), "report": list(found.seeds)},
+        "row_seeds": {"selection": list(runner.seeds[select]), "report": list(runner.seeds[report])},
         "threat_model": {"eps": claim.eps, "norm": claim.norm, "bounds": claim.bounds.pairs()},
         "attacks": {
             trial.attack.name: {
@@ -167,7 +169,12 @@ def outcome(
             }
             for trial in trials
         },
-        "per_example": per_example(trials, chosen, runner.y, report),
+        "per_example": per_example(trials[0], found, names, runner.y, report),
+        "abstention": abstention(trials, select, report),
+        "disagreement": {
+            "none": _differing(trials[0].labels[report], trials[0].base_labels),
+            "worst-case": _differing(found.labels, picked([trial.base_labels for trial in trials], found.chosen)),
+        },
     }
     return Evaluation(
         rows=tuple(rows),
@@ -175,11 +182,9 @@ def outcome(
         base_verdict=base_verdict,
         checks=tuple(checks),
         flags=tuple(flags),
-        ablations=tuple(_ablations(runner, trials, chosen, seeds[report], own, of_defence | final))
-        if ablations
-        else (),
+        ablations=tuple(_ablations(runner, trials[0], found, own, of_defence | final)) if ablations else (),
         record=record,
-        gallery=_gallery(trials, chosen, report, runner.x, runner.y),
+        gallery=_gallery(trials, found, report, runner.x, runner.y),
     )
 
 
@@ -218,6 +223,11 @@ def _row(trial: Trial, runs: slice, settings: dict[str, Any], fields: dict[str, 
     )
 
 
+def _differing(labels: Tensor, of_base: Tensor) -> float:
+    """Return the share of answers `(R, n)` that differ from the undefended network's `(1, n)`."""
+    return float((labels != of_base).double().mean())
+
+
 def _flagged(trials: Sequence[Trial], chosen: Tensor) -> float | None:
     """Return the share of worst cases that looked foreign; None for a defence that flags nothing."""
     if trials[0].foreign is None:
@@ -228,9 +238,8 @@ def _flagged(trials: Sequence[Trial], chosen: Tensor) -> float | None:
 
 def _ablations(
     runner: Runner,
-    trials: Sequence[Trial],
-    chosen: Tensor,
-    seeds: tuple[int, ...],
+    clean: Trial,
+    found: WorstCase,
     settings: dict[str, Any],
     fields: dict[str, Any],
 ) -> list[Row]:
@@ -239,15 +248,16 @@ def _ablations(
     if not isinstance(rails, RAILS):
         return []
     rows = []
-    attacked = {"none": trials[0].adversarials, "worst-case": candidates(trials, chosen)}
+    attacked = {"none": clean.adversarials, "worst-case": found.adversarials}
     for part, variant in without(rails).items():
         subject = Subject(variant, classes=runner.subject.classes)
         for attack, x in attacked.items():
             labels, seconds = runner.once(
                 f"without {part} / {attack}",
-                functools.partial(_asked, subject, x, seeds),
+                functools.partial(_asked, subject, x, found.seeds),
             )
-            row = fields | {"defence": f"{fields['defence']} without {part}", "attack": attack}
+            who = f"{fields['defence']} without {part}"
+            row = fields | {"defence": who, "attack": attack, "seeds": found.seeds}
             rows.append(
                 Row.of(
                     torch.tensor(labels) == runner.y.cpu(),
@@ -265,20 +275,19 @@ def _asked(subject: Subject, x: Tensor, seeds: tuple[int, ...]) -> list[Any]:
     return [labels.tolist(), seconds]
 
 
-def _gallery(trials: Sequence[Trial], chosen: Tensor, report: slice, x: Tensor, y: Tensor) -> tuple[Specimen, ...]:
+def _gallery(trials: Sequence[Trial], found: WorstCase, report: slice, x: Tensor, y: Tensor) -> tuple[Specimen, ...]:
     """Return images that were right without an attack and wrong in most runs of their worst case, the first ones."""
     clean = trials[0].correct[report].double().mean(0) > 0.5
-    broken = worst(trials, chosen)[report].double().mean(0) <= 0.5
-    found = []
+    broken = found.correct.double().mean(0) <= 0.5
+    shown = []
     for i in (clean & broken).nonzero()[:_SHOWN, 0].tolist():
-        trial = trials[int(chosen[i])]
-        found.append(
+        shown.append(
             Specimen(
                 clean=x[i].cpu(),
-                adversarial=trial.adversarials[i].cpu(),
+                adversarial=found.adversarials[i].cpu(),
                 truth=int(y[i]),
-                answer=int(trial.labels[report, i].mode().values),
-                attack=trial.attack.name,
+                answer=int(found.labels[:, i].mode().values),
+                attack=trials[int(found.chosen[i])].attack.name,
             )
         )
-    return tuple(found)
+    return tuple(shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import _check, _store
+from immunonet.defence import Defence
 from immunonet.evaluation.asking import LogProbabilities, Subject
 from immunonet.evaluation.journal import Journal
 from immunonet.evaluation.suite import Planned
@@ -27,9 +29,10 @@ class Trial:
 
     `adversarials` `(n, *S)`: the candidates; an image that was not `attempted` `(n,)` keeps itself. `correct`
     `(R, n)`: whether the defence was right, one run per seed (selection first, then report; one run in all without
-    randomness). `base_correct` `(1, n)`: the same of the undefended network. `foreign` `(n,)` or None. `outside`: how
-    many candidates were left out because they broke the threat model. `losses`: the mean loss curve of the first
-    part. `faults`: what went wrong with answers, and how often. `seconds`, `base_seconds`: of one answer.
+    randomness). `base_labels`, `base_correct` `(1, n)`: the same of the undefended network. `familiarity` `(n,)`: the
+    p-value of the candidate's distance to its neighbours, or None; `foreign` `(n,)`: whether it is too small, or None.
+    `outside`: how many candidates were left out because they broke the threat model. `losses`: the mean loss curve of
+    the first part. `faults`: what went wrong with answers, and how often. `seconds`, `base_seconds`: of one answer.
     """
 
     attack: Planned
@@ -37,7 +40,9 @@ class Trial:
     attempted: Tensor
     labels: Tensor
     correct: Tensor
+    base_labels: Tensor
     base_correct: Tensor
+    familiarity: Tensor | None
     foreign: Tensor | None
     outside: int
     losses: list[float]
@@ -52,7 +57,14 @@ class Trial:
 
     def of_base(self) -> Trial:
         """Return what came of it at the undefended network."""
-        return dataclasses.replace(self, correct=self.base_correct, seconds=self.base_seconds, foreign=None)
+        return dataclasses.replace(
+            self,
+            labels=self.base_labels,
+            correct=self.base_correct,
+            seconds=self.base_seconds,
+            familiarity=None,
+            foreign=None,
+        )
 
 
 class Runner:
@@ -99,15 +111,21 @@ class Runner:
         labels = torch.cat([torch.tensor(kept["labels"]) for kept, _ in parts], 1)
         base_labels = torch.cat([torch.tensor(kept["base"]) for kept, _ in parts], 1)
         y = self.y[: attack.n].cpu()
-        flags = [flag for kept, _ in parts for flag in kept["foreign"] or ()]
+        defence = self.subject.defence
+        familiarity = foreign = None
+        if isinstance(defence, Defence):
+            familiarity = torch.tensor([p for kept, _ in parts for p in kept["familiarity"]])
+            foreign = familiarity.le(defence.false_alarm)
         tested = Trial(
             attack=attack,
             adversarials=torch.cat([found for _, found in parts]),
             attempted=torch.tensor([flag for kept, _ in parts for flag in kept["attempted"]]),
             labels=labels,
             correct=labels == y,
+            base_labels=base_labels,
             base_correct=base_labels == y,
-            foreign=torch.tensor(flags) if flags else None,
+            familiarity=familiarity,
+            foreign=foreign,
             outside=sum(kept["outside"] for kept, _ in parts),
             losses=parts[0][0]["losses"],
             faults=sum((Counter(kept["faults"]) for kept, _ in parts), Counter()),
@@ -118,6 +136,17 @@ class Runner:
         share = f"{float(mine.mean()):.3f} right of {mine.shape[1]}" if mine.numel() else "no image still stands"
         self.told(f"{attack.name}: {share}")
         return tested
+
+    def labels(self, key: str, x: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Return the defence's answers `(R, n)` to other inputs under other seeds, part by part kept under `key`."""
+        parts = [
+            torch.tensor(self.once(f"{key} / {i * CHUNK}", functools.partial(self._asked, part, seeds)))
+            for i, part in enumerate(x.split(CHUNK))
+        ]
+        return torch.cat(parts, 1)
+
+    def _asked(self, x: Tensor, seeds: Sequence[int]) -> Any:
+        return self.subject.labels(x, seeds)[0].tolist()
 
     def correct(self, x: Tensor, y: Tensor, seeds: Sequence[int]) -> Tensor:
         """Return whether the defence is right about other inputs, `(R, n)`."""
@@ -133,11 +162,11 @@ class Runner:
             before = self.subject.faults.copy()
             labels, seconds = self.subject.labels(found, self.seeds)
             base_labels, base_seconds = self.base.labels(found)
-            foreign = getattr(self.subject.defence, "foreign", None)
+            defence = self.subject.defence
             return {
                 "labels": labels.tolist(),
                 "base": base_labels.tolist(),
-                "foreign": foreign(found).tolist() if foreign else None,
+                "familiarity": defence.familiarity(found).tolist() if isinstance(defence, Defence) else None,
                 "attempted": chosen.tolist(),
                 "outside": outside,
                 "losses": losses,

@@ -28,9 +28,10 @@ class Budget:
 
     `images`: how many the command takes unless told. `iterations` of APGD, with `restarts`; `black_box` images for
     attacks that only ask, with `queries` (Square, each `averaged` over draws of a randomised defence), `decisions`
-    and `evaluations` (HopSkipJump) and `noise` draws; `draws` of EOT, one attack each; `seeds`: draws of a
-    randomised defence to select candidates on, and as many others to report on; `checks`: images of a sanity check;
-    `targeted`, `ablations`: whether to run them.
+    and `evaluations` (HopSkipJump) and `noise` draws; `draws` of EOT, one attack each, on `checks` images, which are
+    also those of a sanity check. `row_seeds`: draws of a randomised defence that every candidate is looked at on, and
+    as many others for its row; `seeds`: draws on which an image's `finalists` are compared, and as many others for the
+    worst case. `targets`: labels that a targeted attack tries, the likeliest; `ablations`: whether to run them.
     """
 
     images: int
@@ -43,24 +44,27 @@ class Budget:
     evaluations: int
     noise: int
     draws: tuple[int, ...]
+    row_seeds: int
     seeds: int
+    finalists: int
     checks: int
-    targeted: bool
+    targets: int
     ablations: bool
 
 
 PROTOCOLS: Mapping[str, Budget] = {
     "quick": Budget(
         images=100, iterations=20, restarts=1, black_box=20, queries=200, averaged=2, decisions=5, evaluations=20,
-        noise=20, draws=(), seeds=5, checks=25, targeted=False, ablations=False,
+        noise=20, draws=(), row_seeds=3, seeds=10, finalists=2, checks=25, targets=0, ablations=False,
     ),
     "standard": Budget(
         images=500, iterations=50, restarts=1, black_box=50, queries=1000, averaged=5, decisions=15, evaluations=100,
-        noise=200, draws=(5,), seeds=20, checks=100, targeted=True, ablations=True,
+        noise=200, draws=(5,), row_seeds=5, seeds=20, finalists=3, checks=100, targets=3, ablations=True,
     ),
     "full": Budget(
         images=1000, iterations=100, restarts=5, black_box=1000, queries=5000, averaged=20, decisions=40,
-        evaluations=100, noise=10_000, draws=(1, 5, 20, 50), seeds=20, checks=100, targeted=True, ablations=True,
+        evaluations=100, noise=10_000, draws=(1, 5, 20, 50), row_seeds=20, seeds=20, finalists=3, checks=100,
+        targets=9, ablations=True,
     ),
 }  # fmt: skip
 
@@ -197,9 +201,10 @@ def suite(
     common: dict[str, Any] = {"eps": eps, "norm": norm, "bounds": bounds}
     pgd = attacks.PGD(step=eps / 4, iterations=20, random_start=False, **common)
     momentum = dataclasses.replace(pgd, momentum=1.0)
-    losses = ["ce", *(["dlr"] if classes > 2 else []), *(["targeted-dlr"] if budget.targeted and classes > 3 else [])]
+    losses = ["ce", *(["dlr"] if classes > 2 else []), *(["targeted-dlr"] if budget.targets and classes > 3 else [])]
     strong: dict[str, Any] = common | {"iterations": budget.iterations, "restarts": budget.restarts, "seed": seed}
-    apgds = {loss: attacks.APGD(loss=loss, **strong | _targets(loss, classes)) for loss in losses}
+    targets = {"targeted-dlr": {"targets": min(budget.targets, classes - 1)}}
+    apgds = {loss: attacks.APGD(loss=loss, **strong | targets.get(loss, {})) for loss in losses}
     found = [Planned(name="none", knows="base", kind="none", n=n)]
 
     def add(name: str, kind: str, method: Any, target: Model, knows: str = "defence", most: int = n) -> None:
@@ -217,21 +222,23 @@ def suite(
     light = Subject(light_twin(defence), classes=classes) if isinstance(defence, RAILS) else subject
     if isinstance(defence, Defence):
         soft = attacks.SoftNeighbours(defence)
+        near: nn.Module = soft
         add("soft-knn", "adaptive", pgd, soft)
         for loss in losses:
             add(f"apgd-{loss}-soft-knn", "adaptive", apgds[loss], soft)
         add("ask", "adaptive", pgd, attacks.ASK(defence))
         add("adv-knn", "adaptive", pgd, attacks.AdvKnn(defence))
         if isinstance(defence, RAILS):
-            clones = attacks.SoftClones(defence)
+            clones = near = attacks.SoftClones(defence)
             add("soft-clones", "adaptive", pgd, clones)
             for loss in losses:
                 add(f"apgd-{loss}-soft-clones", "adaptive", apgds[loss], clones)
             unrolled = attacks.Unrolled(defence)
             add("unrolled", "adaptive", apgds["ce"], unrolled)
             for draws in budget.draws:
-                add(f"unrolled-eot-{draws}", "adaptive", pgd, attacks.Eot(unrolled, draws=draws))
-        add("stealthy", "adaptive", pgd, attacks.Stealthy(soft, defence))
+                averaged = attacks.Eot(unrolled, draws=draws)
+                add(f"unrolled-eot-{draws}", "adaptive", pgd, averaged, most=budget.checks)
+        add("stealthy", "adaptive", pgd, attacks.Stealthy(near, defence))
         add("bpda-soft-knn", "adaptive", pgd, attacks.Bpda(light, backward=soft))
     if not undefended and has_gradient(subject, x[:8]):
         direct = attacks.Eot(subject, draws=max(budget.draws, default=2)) if randomised else subject
@@ -241,8 +248,8 @@ def suite(
     elif not undefended:
         add("bpda", "adaptive", pgd, attacks.Bpda(light, backward=base))
         for draws in budget.draws if randomised else ():
-            averaged = attacks.Bpda(attacks.Eot(light, draws=draws), backward=base)
-            add(f"bpda-eot-{draws}", "adaptive", pgd, averaged)
+            averaged_twin = attacks.Bpda(attacks.Eot(light, draws=draws), backward=base)
+            add(f"bpda-eot-{draws}", "adaptive", pgd, averaged_twin, most=budget.checks)
 
     few, knows = budget.black_box, "base" if undefended else "defence"
     add("noise", "black box", Noise(points=budget.noise, seed=seed, **common), light, knows, few)
@@ -304,7 +311,3 @@ def afford(planned: Sequence[Planned], seconds: Mapping[str, float], asking: flo
         most = max(attack.n for attack in rest)
         asks = [dataclasses.replace(attack, n=min(attack.n, most)) for attack in asks]
     return [*rest, *asks]
-
-
-def _targets(loss: str, classes: int) -> dict[str, int]:
-    return {"targets": min(9, classes - 1)} if loss == "targeted-dlr" else {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from immunonet import _check
 from immunonet.defence import Defence
-from immunonet.features import FeatureMap, Layer
+from immunonet.features import FeatureMap, Layer, logits_map
 from immunonet.immune import sensing
 from immunonet.immune.consensus import winner
 from immunonet.immune.maturation import Matured, Naive, mature
@@ -46,6 +46,9 @@ class RAILS(Defence):
             quarter of the machine's memory. It is the machine's, so that `save` does not keep it.
         shared_noise: whether the antigens of a call share random numbers (faster); False: each has its own.
         seed: of every response without one; None: fresh randomness each time.
+        voice: weight of the model's own softmax in the consensus, in [0, 1); the plasma cells' shares have the rest.
+            What a network that is robust by itself knows is then not lost. Near 1 the answer is only the model's; at
+            0 it is not asked.
 
     Raises:
         ValueError or TypeError that names the argument.
@@ -64,6 +67,7 @@ class RAILS(Defence):
         memory_budget: int | Literal["auto"] = "auto",
         shared_noise: bool = True,
         seed: int | None = None,
+        voice: float = 0.0,
     ) -> None:
         super().__init__(
             model, layers, bounds=bounds, space=space, false_alarm=false_alarm, memory_budget=memory_budget
@@ -72,6 +76,7 @@ class RAILS(Defence):
         self.cell_bounds = None if cell_bounds is None else _check.Bounds.of("cell_bounds", cell_bounds)
         self.shared_noise = _check.boolean("shared_noise", shared_noise)
         self.seed = _check.seed("seed", seed)
+        self.voice = _check.number("voice", voice, least=0, most=1, below=True)
 
     def respond(
         self, x: Any, seed: int | None = None, batch_size: int | None = None, trace: bool = False
@@ -182,7 +187,7 @@ class RAILS(Defence):
             ends.append(matured)
             if curve is not None:
                 traces.append(curve)
-        votes = torch.stack([matured.votes for matured in ends]).mean(0)
+        votes = self._with_voice(torch.stack([matured.votes for matured in ends]).mean(0), x)
         credibility, foreign = self._sense(flocks)
         return ImmuneResponse(
             labels=winner(votes, _fitness(ends, flocks)),
@@ -194,6 +199,19 @@ class RAILS(Defence):
             memory=Cells.cat([matured.memory for matured in ends], dim=1),
             trace=tuple(traces) if trace else None,
         )
+
+    def _with_voice(self, votes: Tensor, x: Tensor) -> Tensor:
+        """Return the plasma cells' `votes` `(B, C)` mixed with the model's on antigens `x` `(B, *S)`."""
+        if not self.voice:
+            return votes
+        logits = logits_map(self.model)
+        found = torch.cat([logits(part) for part in x.split(logits.rows)])
+        if not bool(torch.isfinite(found).all()):
+            raise ValueError(
+                f"voice={self.voice:g} needs finite logits, but the model gave NaN or infinite ones: "
+                "check the model and its precision, or set voice=0"
+            )
+        return (1 - self.voice) * votes + self.voice * found.softmax(1)
 
     def _neighbourhood(self, flocks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Return nonconformity `(B, C)` summed over layers, and the mean distance to the K nearest `(B, L)`."""
@@ -262,6 +280,8 @@ class RAILS(Defence):
             "cell_bounds": None if self.cell_bounds is None else self.cell_bounds.pairs(),
             "shared_noise": self.shared_noise,
             "seed": self.seed,
+            # Left out where it changes nothing: records and journals without it stay good.
+            **({"voice": self.voice} if self.voice else {}),
         }
 
     @classmethod

@@ -35,12 +35,14 @@ def test_number_is_a_float():
     assert isinstance(_check.number("t", 2), float)
     assert _check.number("t", 0, least=0, most=1) == 0
     assert _check.number("t", 1, least=0, most=1, above=True) == 1
+    assert _check.number("t", 0, least=0, most=1, below=True) == 0
 
 
 @pytest.mark.parametrize(
     ("value", "limits", "error", "message"),
     [
         (0, {"least": 0, "above": True}, ValueError, r"t must be a finite number in \(0, inf\], got 0"),
+        (1, {"least": 0, "most": 1, "below": True}, ValueError, r"t must be a finite number in \[0, 1\), got 1"),
         (1.5, {"least": 0, "most": 1}, ValueError, r"t must be a finite number in \[0, 1\], got 1.5"),
         (-0.1, {"least": 0}, ValueError, "got -0.1"),
         (math.nan, {}, ValueError, "t must be a finite number in .*, got nan"),

@@ -384,6 +384,10 @@ def test_unfitted(method, conv, tmp_path):
         ({"shared_noise": 1}, TypeError, "shared_noise must be True or False, got 1"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"seed": 0.5}, TypeError, "seed must be an integer, got 0.5"),
+        ({"voice": -0.1}, ValueError, r"voice must be a finite number in \[0, 1\), got -0.1"),
+        ({"voice": 1.0}, ValueError, r"voice must be a finite number in \[0, 1\), got 1"),
+        ({"voice": math.nan}, ValueError, r"voice must be a finite number in \[0, 1\), got nan"),
+        ({"voice": "x"}, TypeError, "voice must be a number, got 'x'"),
     ],
 )
 def test_bad_settings(settings, error, message):

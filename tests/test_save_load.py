@@ -31,6 +31,7 @@ RAILS_FLAVOURS = {
     "cell bounds": {"layers": "2", "space": "0", "cell_bounds": [(0, 1), (0, 2), (-1, 1), (0, 1)]},
     "maturations": {"layers": ["2", "5"], "maturation": [SMALL, OTHER]},
     "settings": {"layers": "2", "bounds": [(-1, 2)], "false_alarm": 0.3, "shared_noise": False, "seed": 2**63 - 1},
+    "voice": {"layers": "2", "voice": 0.3},
 }
 
 
@@ -43,13 +44,25 @@ def test_rails_round_trip(flavour, functional_conv, images, tmp_path):
     loaded = RAILS.load(tmp_path, functional_conv, layers=layers if flavour in ("callable", "mixed") else None)
     assert loaded.layers == rails.layers
     assert loaded.maturations == rails.maturations
-    for name in ("space", "bounds", "cell_bounds", "false_alarm", "shared_noise", "seed", "classes"):
+    for name in ("space", "bounds", "cell_bounds", "false_alarm", "shared_noise", "seed", "voice", "classes"):
         assert getattr(loaded, name) == getattr(rails, name)
     one, other = (r.respond(ANTIGENS, seed=1 if r.seed is None else None) for r in (rails, loaded))
     for name in ("labels", "votes", "credibility", "foreign", "generations"):
         assert torch.equal(getattr(one, name), getattr(other, name))
     assert torch.equal(one.plasma.x, other.plasma.x)
     assert torch.equal(loaded.repertoire.x, rails.repertoire.x)
+
+
+def test_a_record_older_than_the_voice_has_none(functional_conv, images, tmp_path):
+    silent, heard = (RAILS(functional_conv, "2", maturation=SMALL, seed=0, voice=v).fit(*images) for v in (0.0, 0.3))
+    heard.save(tmp_path)
+    record = json.loads((tmp_path / FILE).read_text())
+    assert record["settings"].pop("voice") == 0.3
+    del record["checksum"]
+    _store.write_json(tmp_path / FILE, record | {"checksum": _store.fingerprint(record)})
+    loaded = RAILS.load(tmp_path, functional_conv)
+    assert loaded.voice == 0
+    assert torch.equal(loaded.predict_proba(ANTIGENS), silent.predict_proba(ANTIGENS))
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])

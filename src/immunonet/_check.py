@@ -24,14 +24,23 @@ def integer(name: str, value: object, *, least: int = 1, most: int | None = None
     return value
 
 
-def number(name: str, value: object, *, least: float = -math.inf, most: float = math.inf, above: bool = False) -> float:
-    """Return `value` as a float if it lies in [least, most] (in (least, most] with `above`)."""
+def number(
+    name: str,
+    value: object,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: bool = False,
+    below: bool = False,
+) -> float:
+    """Return `value` as a float if it lies in [least, most], without `least` if `above`, without `most` if `below`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
     value = float(value)
-    if not least <= value <= most or (above and value == least) or math.isinf(value):
-        left = "(" if above else "["
-        raise ValueError(f"{name} must be a finite number in {left}{least:g}, {most:g}], got {value:g}")
+    outside = not least <= value <= most or (above and value == least) or (below and value == most)
+    if outside or math.isinf(value):
+        left, right = "(" if above else "[", ")" if below else "]"
+        raise ValueError(f"{name} must be a finite number in {left}{least:g}, {most:g}{right}, got {value:g}")
     return value
 
 

@@ -197,6 +197,11 @@ def _norms(difference: Tensor) -> Tensor:
     return norms
 
 
+def logits_map(model: nn.Module) -> FeatureMap:
+    """Return the map from inputs `(n, *S)` to the model's logits `(n, C)` float32."""
+    return FeatureMap("logits", model, model)
+
+
 def layer_names(layers: Sequence[Layer]) -> tuple[str, ...]:
     """Return each layer's name; a callable is called by its own name."""
     return tuple(layer if isinstance(layer, str) else _callable_name(layer) for layer in layers)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from immunonet import _check
 from immunonet.defence import Defence
-from immunonet.features import FeatureMap, Layer
+from immunonet.features import FeatureMap, Layer, logits_map
 from immunonet.immune import sensing
 from immunonet.immune.consensus import winner
 from immunonet.immune.maturation import Matured, Naive, flocked, mature
@@ -34,14 +34,15 @@ BATCH_VALUES = 2**24
 class _Antigens:
     """A batch of antigens before maturation: all of the response to them that no random number enters.
 
-    Their `cells` `(B, *S')`, the `bounds` of cells, per layer their `features` `(B, D)` and naive cells, and what
-    tells their noise apart, if they do not share it.
+    Their `cells` `(B, *S')`, the `bounds` of cells, per layer their `features` `(B, D)` and naive cells, what the model
+    itself says, `known` `(B, C)`, if it has a voice, and what tells their noise apart, if they do not share it.
     """
 
     cells: Tensor
     bounds: tuple[Tensor, Tensor]
     features: list[Tensor]
     naive: list[Naive]
+    known: Tensor | None
     names: list[str] | None
 
 
@@ -62,6 +63,9 @@ class RAILS(Defence):
             quarter of the machine's memory. It is the machine's, so that `save` does not keep it.
         shared_noise: whether the antigens of a call share random numbers (faster); False: each has its own.
         seed: of every response without one; None: fresh randomness each time.
+        voice: weight of the model's own softmax in the consensus, in [0, 1); the plasma cells' shares have the rest.
+            What a network that is robust by itself knows is then not lost. Near 1 the answer is only the model's; at
+            0 it is not asked.
 
     Raises:
         ValueError or TypeError that names the argument.
@@ -80,6 +84,7 @@ class RAILS(Defence):
         memory_budget: int | Literal["auto"] = "auto",
         shared_noise: bool = True,
         seed: int | None = None,
+        voice: float = 0.0,
     ) -> None:
         super().__init__(
             model, layers, bounds=bounds, space=space, false_alarm=false_alarm, memory_budget=memory_budget
@@ -88,6 +93,7 @@ class RAILS(Defence):
         self.cell_bounds = None if cell_bounds is None else _check.Bounds.of("cell_bounds", cell_bounds)
         self.shared_noise = _check.boolean("shared_noise", shared_noise)
         self.seed = _check.seed("seed", seed)
+        self.voice = _check.number("voice", voice, least=0, most=1, below=True)
 
     def respond(
         self, x: Any, seed: int | None = None, batch_size: int | None = None, trace: bool = False
@@ -198,7 +204,8 @@ class RAILS(Defence):
                 features.append(feature_map.chunked(cells))
                 distances, index = self._flock(features[i], i)
                 naive.append(flocked(self.members(i, index), distances, index, cells, settings, bounds))
-            yield _Antigens(cells, bounds, features, naive, None if names is None else names[part])
+            known = self._known(x[part])
+            yield _Antigens(cells, bounds, features, naive, known, None if names is None else names[part])
 
     def _mature(self, antigens: _Antigens, seed: int, keep_cells: bool = False, trace: bool = False) -> ImmuneResponse:
         cells, names = antigens.cells, antigens.names
@@ -219,6 +226,8 @@ class RAILS(Defence):
             if curve is not None:
                 traces.append(curve)
         votes = torch.stack([matured.votes for matured in ends]).mean(0)
+        if antigens.known is not None:
+            votes = (1 - self.voice) * votes + self.voice * antigens.known
         flocks = [(naive.distances, naive.index) for naive in antigens.naive]
         credibility, foreign = self._sense(flocks)
         return ImmuneResponse(
@@ -231,6 +240,19 @@ class RAILS(Defence):
             memory=Cells.cat([matured.memory for matured in ends], dim=1),
             trace=tuple(traces) if trace else None,
         )
+
+    def _known(self, x: Tensor) -> Tensor | None:
+        """Return what the model itself says of antigens `x` `(B, *S)`: its softmax `(B, C)`, if it has a voice."""
+        if not self.voice:
+            return None
+        logits = logits_map(self.model)
+        found = torch.cat([logits(part) for part in x.split(logits.rows)])
+        if not bool(torch.isfinite(found).all()):
+            raise ValueError(
+                f"voice={self.voice:g} needs finite logits, but the model gave NaN or infinite ones: "
+                "check the model and its precision, or set voice=0"
+            )
+        return found.softmax(1)
 
     def _neighbourhood(self, flocks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Return nonconformity `(B, C)` summed over layers, and the mean distance to the K nearest `(B, L)`."""
@@ -299,6 +321,7 @@ class RAILS(Defence):
             "cell_bounds": None if self.cell_bounds is None else self.cell_bounds.pairs(),
             "shared_noise": self.shared_noise,
             "seed": self.seed,
+            "voice": self.voice,
         }
 
     @classmethod

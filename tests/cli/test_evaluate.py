@@ -128,9 +128,27 @@ def test_cells_in_the_layer_itself_with_settings_of_ones_own(run):
     assert (found["neighbours"], found["recombination"], found["crossover"]) == (4, 0.5, None)
 
 
+def test_the_networks_own_voice(run):
+    code, _, err = run(*SMALL, "--attack", "pgd", "--voice", "0.999", "--json", "r.json")
+    assert code == 0, err
+    _, rows = by_key("r.json")
+    assert rows["rails", "input", "pgd"]["settings"]["voice"] == 0.999
+    assert "voice" not in rows["dknn", "input", "pgd"]["settings"]
+    # With nearly all the weight the network decides; the plasma cells by themselves answer otherwise.
+    assert rows["rails", "input", "pgd"]["accuracy"] == rows["cnn", "pgd"]["accuracy"]
+    assert run(*SMALL, "--attack", "pgd", "--json", "r.json", "--out", "silent")[0] == 0
+    silent = by_key("r.json")[1]["rails", "input", "pgd"]
+    assert silent["settings"]["voice"] == 0
+    assert silent["accuracy"] != rows["cnn", "pgd"]["accuracy"]
+    code, _, err = run(*SMALL, "--attack", "pgd", "--voice", "0.5")
+    assert code == 2
+    assert "settings of rails input voice was 0.999, now 0.5" in err
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        (["--voice", "1"], "--voice must be a finite number in [0, 1), got 1"),
         (["--maturation", "cells=3"], "--maturation must be KEY=VALUE with a KEY of population,"),
         (["--maturation", "neighbours=few"], "neighbours must be an integer, got 'few'"),
         (["--eps", "much"], "--eps must be a number such as 0.1 or 60/255, got 'much'"),

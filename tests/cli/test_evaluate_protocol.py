@@ -1,5 +1,6 @@
 """`immunonet evaluate --protocol` on digits, and the document about what it found."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -27,7 +28,8 @@ def run(command, monkeypatch, digits_net):
 
 
 def test_three_defences_are_attacked_and_the_finding_is_written(run):
-    code, out, err = run(*COMMAND, "--tune-dknn", "--transfer", "digits=digits.safetensors", "--json", "r.json")
+    own = ("--tune-dknn", "--transfer", "digits=digits.safetensors", "--voice", 0.25)
+    code, out, err = run(*COMMAND, *own, "--json", "r.json")
     assert code == 0, err
     record = json.loads(Path("r.json").read_text())
     worst = {row["defence"]: row for row in record["results"] if row["attack"] == "worst-case"}
@@ -35,6 +37,10 @@ def test_three_defences_are_attacked_and_the_finding_is_written(run):
     assert worst["rails"]["settings"]["net"] == worst["rails"]["settings"]["model"] == "digits"
     assert worst["rails"]["knows"] == "defence"
     assert worst["rails"]["seeds"] == [1]
+    assert worst["rails"]["settings"]["voice"] == 0.25
+    assert "voice" not in worst["dknn"]["settings"]
+    (journal,) = Path("evaluation").glob("rails-*.jsonl")
+    assert json.loads(journal.read_text().splitlines()[0])["settings"]["defence"]["voice"] == 0.25
     attacks = {row["attack"] for row in record["results"] if row["defence"] == "rails"}
     assert {"transfer-1", "unrolled", "square", "hop-skip-jump"} <= attacks
     assert len({(row["defence"], row["attack"]) for row in record["results"]}) == len(record["results"])
@@ -65,6 +71,12 @@ def test_three_defences_are_attacked_and_the_finding_is_written(run):
         [0, len(record["results"])],
         [len(record["results"]), 2 * len(record["results"])],
     ]
+    # The same without a voice is another case.
+    silent = copy.deepcopy(record)
+    for row in silent["results"]:
+        row["settings"].pop("voice", None)
+    names = [finding._name(case) for case in finding.cases(finding.merge([record, silent, record]))]
+    assert names[2:] == ["RAILS, input, T 50, voice 0.25", "RAILS, input, T 50"]
     finding.main(["--json", "all.json", "--doc", "again.md"])
     assert Path("again.md").read_text().replace("all.json", "") == document.replace("all.json", "")
 

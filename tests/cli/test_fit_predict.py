@@ -66,6 +66,15 @@ def test_fit_saves_what_predict_answers_with(command: Run, weights: Path) -> Non
     assert lines[1].split("\t") == [*expected, "foreign" if first["foreign"] else ""]
 
 
+def test_the_models_own_voice_is_kept(command: Run, weights: Path) -> None:
+    assert command(*FIT, "--voice", "0.3", "--out", "fitted", "--json", "fit.json")[0] == 0
+    assert json.loads(Path("fit.json").read_text())["results"][0]["settings"]["voice"] == 0.3
+    assert RAILS.load("fitted", common.load_model("digits", weights)).voice == 0.3
+    code, out, err = command(*FIT, "--voice", "-1")
+    assert (code, out) == (2, "")
+    assert "--voice must be a finite number in [0, 1), got -1" in err
+
+
 def test_dknn_of_several_layers(command: Run, weights: Path) -> None:
     assert command(*FIT, "--defence", "dknn", "--layer", "input", "--layer", "conv1", "--metric", "euclidean")[0] == 0
     assert command("predict", "digits", "--weights", weights, "--json", "predicted.json")[0] == 0

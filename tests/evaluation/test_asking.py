@@ -140,10 +140,12 @@ def test_the_light_twin_shares_what_was_fitted_and_leaves_rails_alone(images, co
     assert (twin.maturations[0].population, twin.maturations[0].generations) == (60, 2)
     assert (rails.maturations[0].population, rails.maturations[0].generations) == (300, 7)
     assert twin.repertoire is rails.repertoire
+    assert light_twin(RAILS(conv, "input", voice=0.3)).voice == 0.3
     assert (twin.predict(images[0][:6], seed=0) == images[1][:6]).float().mean() > 0.5
 
 
 def test_descriptions_and_log_probabilities(images, conv):
     assert describe(sharp) == {"layers": []}
+    assert describe(RAILS(conv, "input", voice=0.3)) == describe(RAILS(conv, "input")) | {"voice": 0.3}
     assert LogProbabilities(conv)(images[0][:2]).exp().sum(1).allclose(torch.ones(2))
     assert np.isfinite(LogProbabilities(conv)(images[0][:2]).detach().numpy()).all()

@@ -15,6 +15,7 @@ from immunonet.attacks import PGD
 from immunonet.cli.common import resolve_dataset
 from immunonet.evaluation.journal import Journal
 from immunonet.evaluation.statistics import mcnemar
+from immunonet.studies import tables
 
 
 def record(path):
@@ -139,6 +140,20 @@ def test_a_study_from_raw_data_to_tables_and_figures(run, tiny):
     assert "| plain | conv1 | RAILS, paper (reconstructed), T 20 |" in readme
     assert "figures/digits-eps.png" in readme
     assert Path("work/table.md").read_text() in readme
+
+
+def test_a_voice_has_a_line_of_its_own():
+    settings = {"base": "plain", "layers": ["input"], "maturation": [{"population": 20}], "repertoire": 9}
+    row = {"defence": "rails", "attack": "pgd", "eps": 0.1, "norm": "linf", "n": 5, "seeds": [0], "ci95": [0, 1]}
+    rows = [
+        row | {"accuracy": accuracy, "settings": settings | extra}
+        for accuracy, extra in ((0.5, {}), (0.7, {"voice": 0.25}))
+    ]
+    _, *body = tables._main(rows)
+    assert [line[2:4] for line in body] == [
+        ("RAILS, T 20", "0.500 (0.000 to 1.000)"),
+        ("RAILS, T 20, voice 0.25", "0.700 (0.000 to 1.000)"),
+    ]
 
 
 def test_an_interrupted_run_continues_to_the_same_tables(run, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 
 from immunonet import Maturation, studies, zoo
 from immunonet.attacks import FGSM, PGD
+from immunonet.studies.experiments import measurements
 from immunonet.studies.settings import Study
 
 SMALL = Path(__file__).with_name("small.toml").read_text()
@@ -59,6 +60,20 @@ def test_settings_of_rails_come_from_preset_kind_and_entry(read):
     assert paper == Maturation.paper(decay=0.5, population=7, crossover=None)
     assert study.maturations("rails-authors", {}, 1) == [Maturation.authors("mnist")]
     assert study.maturations("rails", {"early_stop": "none"}, 2)[1].early_stop is None
+
+
+def test_any_setting_of_rails_is_an_option_that_answers_depend_on(read):
+    found = {}
+    for voice in (0.2, 0.3):
+        study = read(("seeds = 2", f"seeds = 2\noptions = {{ voice = {voice} }}"))
+        own = [m for m in measurements(study, 0, {"test": 100, "validation": 100}) if m.experiment == "main"]
+        found[voice] = {m.defence: (m.options, m.key()) for m in own}
+    rails = [kind for kind in found[0.2] if kind.startswith("rails")]
+    assert rails
+    for kind in rails:
+        assert [found[voice][kind][0] for voice in found] == [{"voice": 0.2}, {"voice": 0.3}]
+        assert found[0.2][kind][1] != found[0.3][kind][1]
+    assert found[0.2]["cnn"] == found[0.3]["cnn"]
 
 
 def test_training_may_be_adversarial(read):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from immunonet.defence import Defence
-from immunonet.features import space_map
+from immunonet.features import logits_map, space_map
+from immunonet.rails import RAILS
 
 # Repertoire examples whose neighbourhoods set the scale of "auto".
 _PROBES = 100
@@ -18,8 +20,9 @@ _PROBES = 100
 class Surrogate(nn.Module, abc.ABC):
     """A differentiable vote at a fitted defence's own layers: log-softmax per layer, mean, log-softmax again.
 
-    What an attack on it finds must be tested again on the defence itself: `AttackResult.success` is only about the
-    surrogate. Raises TypeError or ValueError unless `defence` is a fitted RAILS or DkNN.
+    Where RAILS gives its model a voice, that is mixed in. What an attack on it finds must be tested again on the
+    defence itself: `AttackResult.success` is only about the surrogate. Raises TypeError or ValueError unless `defence`
+    is a fitted RAILS or DkNN.
     """
 
     deterministic = True
@@ -32,7 +35,7 @@ class Surrogate(nn.Module, abc.ABC):
         """Return log-probabilities `(B, C)`, differentiable in inputs `x` `(B, *S)`; ValueError for another shape."""
         check_shape(self.defence, x)
         votes = [self._vote(i, features).log_softmax(1) for i, features in enumerate(features_of(self.defence, x))]
-        return torch.stack(votes).mean(0).log_softmax(1)
+        return with_voice(self.defence, torch.stack(votes).mean(0).log_softmax(1), x)
 
     @abc.abstractmethod
     def _vote(self, layer: int, features: Tensor) -> Tensor:
@@ -61,6 +64,14 @@ def features_of(defence: Defence, x: Tensor) -> list[Tensor]:
     if getattr(defence, "metric", "euclidean") == "cosine":
         found = [features / features.norm(dim=1, keepdim=True).clamp(min=1e-12) for features in found]
     return found
+
+
+def with_voice(defence: Defence, votes: Tensor, x: Tensor) -> Tensor:
+    """Return log-probabilities `votes` `(B, C)` mixed with the model's for inputs `x` `(B, *S)`, as RAILS does."""
+    if not isinstance(defence, RAILS) or not defence.voice:
+        return votes
+    known = logits_map(defence.model)(x).log_softmax(1)
+    return torch.logaddexp(votes + math.log1p(-defence.voice), known + math.log(defence.voice))
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import _check
-from immunonet.attacks._surrogate import check_shape, fitted
+from immunonet.attacks._surrogate import check_shape, fitted, with_voice
 from immunonet.features import space_map
 from immunonet.immune import operators
 from immunonet.rails import RAILS
@@ -22,7 +22,7 @@ class SoftClones(nn.Module):
     aligns or recombines clones, as many that were: the population of the expansion before it mutates. d is the
     feature distance to the antigen. Cells are found and brought near anew at every call, and are constants for the
     gradient. The temperature is `sharpness` times the standard deviation of d^2 over the antigen's cells. Log-softmax
-    over classes, mean over layers, log-softmax again.
+    over classes, mean over layers, log-softmax again. Where the defence gives its model a voice, that is mixed in.
 
     It knows nothing of generations: `Unrolled` does, at several times the cost. What an attack on it finds must be
     tested again on the defence itself.
@@ -45,7 +45,7 @@ class SoftClones(nn.Module):
         check_shape(self.rails, x)
         antigens = space_map(self.rails.model, self.rails.space)(x)
         votes = [self._vote(layer, antigens) for layer in range(len(self.rails.feature_maps))]
-        return torch.stack(votes).mean(0).log_softmax(1)
+        return with_voice(self.rails, torch.stack(votes).mean(0).log_softmax(1), x)
 
     def _vote(self, layer: int, antigens: Tensor) -> Tensor:
         features = self.rails.feature_maps[layer](antigens)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from immunonet import _check
-from immunonet.attacks._surrogate import check_shape, fitted, probe_distances
+from immunonet.attacks._surrogate import check_shape, fitted, probe_distances, with_voice
 from immunonet.features import FeatureMap, space_map
 from immunonet.immune import operators
 from immunonet.immune.maturation import mutation_range, temperatures
@@ -36,7 +36,8 @@ class Unrolled(nn.Module):
       of the distances to their naive cells;
     - consensus: the log of the share of each class in the sum of these weights.
 
-    Several layers: the mean of their log-probabilities. Early stop, pruning, decay and `candidates` are left out.
+    Several layers: the mean of their log-probabilities. Where the defence gives its model a voice, that is mixed in.
+    Early stop, pruning, decay and `candidates` are left out.
 
     `rails`: a fitted RAILS, whose other settings it takes. `generations` >= 0. `population`, rounded up to a multiple
     of classes times its K, at least two for every naive cell. `seed`: of the noise, which is the same at every call, in
@@ -74,7 +75,7 @@ class Unrolled(nn.Module):
         generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
         antigens = space_map(rails.model, rails.space)(x)
         votes = [self._respond(layer, antigens, generator) for layer in range(len(rails.feature_maps))]
-        return torch.stack(votes).mean(0).log_softmax(1)
+        return with_voice(rails, torch.stack(votes).mean(0).log_softmax(1), x)
 
     def _respond(self, layer: int, antigens: Tensor, generator: torch.Generator) -> Tensor:
         """Return the log of the soft consensus `(B, C)` at one layer."""

@@ -107,6 +107,9 @@ def evaluate(
     hidden: Annotated[
         bool, typer.Option("--hidden", help="Cells of RAILS live in the layer itself. Default: they are images.")
     ] = False,
+    voice: Annotated[
+        float, typer.Option("--voice", help="Weight of the network's own softmax in RAILS' votes, in [0, 1).")
+    ] = 0.0,
     seeds: Annotated[
         int | None, typer.Option("--seeds", min=1, help="Runs of RAILS, from --seed on. Default: 5.")
     ] = None,
@@ -150,6 +153,7 @@ def evaluate(
     maturations = {
         at: make(**changed | ({} if populations[at] is None else {"population": populations[at]})) for at in layers
     }
+    _check.number("--voice", voice, least=0, most=1, below=True)
     size = _check.fraction("--eps", eps)
     step_size = size / 4 if step is None else _check.fraction("--step", step)
     pgd = PGD(eps=size, step=step_size, iterations=iterations or 20, norm=norm, random_start=False)
@@ -198,7 +202,7 @@ def evaluate(
         if protocol is not None:
             bar.update(task, visible=False)
             found = _by_protocol(
-                bench, shared, maps, maturations, spaces, kinds, tune_dknn,
+                bench, shared, maps, maturations, spaces, voice, kinds, tune_dknn,
                 defend={"minutes": minutes, "protocol": protocol, "eps": size, "norm": norm, "seed": seed},
                 transfer=others,
                 say=lambda text: bar.console.print(text, markup=False, highlight=False),
@@ -219,7 +223,7 @@ def evaluate(
                 best = bench.tune_dknn(at, maps[at])
                 chosen = {key: best[key] for key in ("neighbours", "metric")}
                 measure("dknn-tuned", at, DkNN(net, maps[at], **chosen), tuning=best)
-            measure("rails", at, RAILS(net, maps[at], maturation=maturations[at], space=spaces[at]))
+            measure("rails", at, RAILS(net, maps[at], maturation=maturations[at], space=spaces[at], voice=voice))
 
     rows = [_cells(found) for found in outcomes]
     table = Table(*(Column(name, no_wrap=True) for name in COLUMNS))
@@ -239,6 +243,7 @@ def _by_protocol(
     maps: dict[str, Layer],
     maturations: dict[str, Maturation],
     spaces: dict[str, str | None],
+    voice: float,
     kinds: list[str],
     tune_dknn: bool,
     *,
@@ -259,7 +264,7 @@ def _by_protocol(
             settings = chosen or {"neighbours": min(75, len(bench.repertoire[1]))}
             work.append(("dknn", at, partial(DkNN, net, maps[at], **settings), {"tuning": tuned} if tuned else {}))
         if "rails" in kinds:
-            of_rails: dict[str, Any] = {"maturation": maturations[at], "space": spaces[at]}
+            of_rails: dict[str, Any] = {"maturation": maturations[at], "space": spaces[at], "voice": voice}
             work.append(("rails", at, partial(RAILS, net, maps[at], **of_rails), {}))
     found = []
     for kind, layer, make, extra in work:

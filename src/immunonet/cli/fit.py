@@ -39,6 +39,7 @@ def fit(
     neighbours: Annotated[
         int | None, typer.Option(min=1, help="RAILS: naive cells per class (10). DkNN: neighbours in all (75).")
     ] = None,
+    voice: Annotated[float, typer.Option(help="RAILS: weight of the model's softmax in the votes, in [0, 1).")] = 0.0,
     metric: Annotated[str, typer.Option(help="DkNN: cosine or euclidean.")] = "cosine",
     false_alarm: Annotated[float, typer.Option(help="Share of clean images that may be flagged foreign.")] = 0.05,
     validation: Annotated[
@@ -57,6 +58,7 @@ def fit(
     """
     target = common.resolve_device(device)
     _check.choice("--defence", defence, tuple(DEFENCES))
+    _check.number("--voice", voice, least=0, most=1, below=True)
     layers = layer or ["input"]
     common.prepare(out, json)
     images = common.resolve_dataset(dataset, "train", data_dir)
@@ -67,7 +69,7 @@ def fit(
     built: Defence
     if defence == "rails":
         maturation = Maturation(population=population, neighbours=neighbours or 10, generations=generations)
-        built = RAILS(net, maps, maturation=maturation, false_alarm=false_alarm, seed=seed)
+        built = RAILS(net, maps, maturation=maturation, false_alarm=false_alarm, seed=seed, voice=voice)
     else:
         built = DkNN(
             net,

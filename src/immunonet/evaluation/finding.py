@@ -69,6 +69,7 @@ def cases(record: dict[str, Any]) -> list[Case]:
                     "layer": ", ".join(one["layers"]),
                     "population": [m["population"] for m in worst["settings"].get("maturation", ())],
                     "clones": _clones(worst["settings"].get("maturation", ())),
+                    "voice": worst["settings"].get("voice", 0),
                     "dataset": worst["dataset"],
                     "net": worst["settings"]["net"],
                     "eps": worst["eps"],
@@ -82,7 +83,7 @@ def cases(record: dict[str, Any]) -> list[Case]:
                     "evaluation": one,
                 }
             )
-    same = ("defence", "layer", "population", "clones", "dataset", "net", "eps", "norm", "n")
+    same = ("defence", "layer", "population", "clones", "voice", "dataset", "net", "eps", "norm", "n")
     once: dict[str, Case] = {}
     for case in found:
         once.setdefault(json.dumps([case[key] for key in same]), case)
@@ -158,6 +159,7 @@ def _groups(found: Sequence[Case]) -> list[list[Case]]:
 def _name(case: Case) -> str:
     name = NAMES.get(case["defence"], str(case["defence"]))
     cells = f", T {case['population'][0]}{case['clones']}" if case["population"] else ""
+    cells += f", voice {case['voice']:g}" if case["voice"] else ""
     return f"{name}, {case['layer']}{cells}" if case["layer"] else name
 
 

@@ -108,7 +108,7 @@ def evaluate(
     varies = subject.varies(x[:_PROBED])
     randomised = subject.seeded or varies
     selection, counted = (tuple(range(i, i + budget.seeds)) if randomised else () for i in (seed, seed + budget.seeds))
-    few = budget.row_seeds
+    few = min(budget.row_seeds, budget.seeds)
     select, report = (slice(0, few), slice(few, None)) if randomised else (slice(0, 1), slice(0, 1))
     planned = suite(
         subject, base, transfer, x,

@@ -234,6 +234,7 @@ def _main(rows: Sequence[Record]) -> tuple[tuple[str, ...], ...]:
         place = _place(settings["layers"])
         place += f" (cells at {space})" if space not in (None, *settings["layers"]) else ""
         title += ", cells there" if space in settings["layers"] else ""
+        title += f", voice {settings['voice']:g}" if settings.get("voice") else ""
         key = (settings["base"], place, title, size, f"{row['n']:,}", str(len(row["seeds"]) or ""))
         lines.setdefault(key, {})[row["attack"]] = row
     # Layers stay together, in the order of their first appearance.

@@ -128,6 +128,21 @@ def test_cells_in_the_layer_itself_with_settings_of_ones_own(run):
     assert (found["neighbours"], found["recombination"], found["crossover"]) == (4, 0.5, None)
 
 
+def test_settings_are_tried_on_validation_images_that_do_not_calibrate(run, digits_net):
+    code, _, err = run(*SMALL, "--split", "validation", "--attack", "none", "--json", "r.json")
+    assert code == 0, err
+    rows = by_key("r.json")[1]
+    train = data.load("digits", "train")
+    held = train[data.split(len(train))[1]]
+    with torch.no_grad():
+        assert rows["cnn", "none"]["correct"] == int((digits_net(held.x[:20]).argmax(1) == held.y[:20]).sum())
+    settings = rows["dknn", "input", "none"]["settings"]
+    assert (settings["split"], settings["calibration"]) == ("validation", len(held) - 20)
+    code, _, err = run(*SMALL[:2], "--n", len(held), *SMALL[4:], "--split", "validation")
+    assert code == 2
+    assert f"--n must leave some of the {len(held)} validation images, got {len(held)}" in err
+
+
 def test_the_networks_own_voice(run):
     code, _, err = run(*SMALL, "--attack", "pgd", "--voice", "0.999", "--json", "r.json")
     assert code == 0, err

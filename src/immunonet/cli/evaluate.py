@@ -85,8 +85,14 @@ def evaluate(
     ] = None,
     n: Annotated[
         int | None,
-        typer.Option("--n", min=1, help="The first so many test images. Default: 1000; with --protocol 100 to 1000."),
+        typer.Option("--n", min=1, help="The first so many images. Default: 1000; with --protocol 100 to 1000."),
     ] = None,
+    split: Annotated[
+        str,
+        typer.Option(
+            "--split", help="test, or validation: settings are chosen there. Its other images then calibrate and tune."
+        ),
+    ] = "test",
     eps: Annotated[str, typer.Option("--eps", help="Size of the perturbation, such as 0.1 or 60/255.")] = "8/255",
     step: Annotated[str | None, typer.Option("--step", help="Step of PGD. Default: a quarter of eps.")] = None,
     iterations: Annotated[int | None, typer.Option("--iterations", min=1, help="Steps of PGD. Default: 20.")] = None,
@@ -153,14 +159,21 @@ def evaluate(
     maturations = {
         at: make(**changed | ({} if populations[at] is None else {"population": populations[at]})) for at in layers
     }
+    _check.choice("--split", split, ("test", "validation"))
     _check.number("--voice", voice, least=0, most=1, below=True)
     size = _check.fraction("--eps", eps)
     step_size = size / 4 if step is None else _check.fraction("--step", step)
     pgd = PGD(eps=size, step=step_size, iterations=iterations or 20, norm=norm, random_start=False)
     common.prepare(out, json)
     images = common.resolve_dataset(dataset, "train", data_dir)
-    test = common.resolve_dataset(dataset, "test", data_dir)[: n or (budget.images if budget else 1000)]
     training, held_out = (images[part] for part in data.split(len(images), validation))
+    count = n or (budget.images if budget else 1000)
+    if split == "validation":
+        if len(held_out) <= count:
+            raise ValueError(f"--n must leave some of the {len(held_out)} validation images, got {count}")
+        test, held_out = held_out[:count], held_out[count:]
+    else:
+        test = common.resolve_dataset(dataset, "test", data_dir)[:count]
     name = common.model_name(model, images)
     net = common.load_model(name, weights, target, classes=len(images.classes))
     common.check_model(name, net, images)
@@ -184,6 +197,7 @@ def evaluate(
             "weights": _store.digest(net.state_dict().values()),
             "repertoire": len(training),
             "calibration": len(held_out),
+            "split": split,
             "device": target.type,
         }
         bench = Benchmark(

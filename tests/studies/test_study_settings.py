@@ -7,9 +7,10 @@ import pytest
 from immunonet import Maturation, studies, zoo
 from immunonet.attacks import FGSM, PGD
 from immunonet.studies.experiments import measurements
-from immunonet.studies.settings import Study
+from immunonet.studies.settings import Range, Study
 
 SMALL = Path(__file__).with_name("small.toml").read_text()
+SEARCH = Path(__file__).with_name("search.toml").read_text()
 
 
 @pytest.fixture
@@ -172,6 +173,82 @@ def test_curves_are_checked(read, curve, told):
     entry = f'[[curves]]\nname = "c"\nlayers = ["input"]\nimages = 4\ndefences = ["rails"]\n{curve}\n[[learning]]'
     with pytest.raises((ValueError, TypeError), match=told):
         read(("[[learning]]", entry))
+
+
+def test_the_space_of_a_search_is_read(read):
+    study = read(text=SEARCH)
+    (entry,) = study.search
+    assert entry.space == {
+        "neighbours": Range(low=1, high=6, log=True),
+        "mutation_rate": (0.15, [0.05, 0.5]),
+        "plasma": Range(low=0.05, high=0.5),
+        "crossover": ("affinity", "none"),
+    }
+    assert study.start(entry) == {"neighbours": 2, "mutation_rate": 0.15, "plasma": 0.05, "crossover": "affinity"}
+    moved = read(("neighbours = 2", 'neighbours = 2\ncrossover = "none"\nmutation_rate = [0.05, 0.5]'), text=SEARCH)
+    assert moved.start(entry) | {"crossover": "none", "mutation_rate": [0.05, 0.5]} == moved.start(entry)
+    assert read(("trials = 5", "trials = 9"), text=SEARCH).identity() == study.identity()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("trials = 5", "trial = 5"), r"search\[0\] has no setting 'trial'; it may have attacks"),
+        (("confirm = 12", ""), r"search\[0\] needs confirm"),
+        (('name = "tuned"', "name = 3"), r"search\[0\]: name must be a string, got 3"),
+        (('layers = ["input"]\nimages = 10', "layers = []\nimages = 10"), "layers must be a name, or a list of names"),
+        (("images = 10", "images = 0"), r"search\[0\]: images must be at least 1"),
+        (("confirm = 12", "confirm = 1.5"), "confirm must be an integer, got 1.5"),
+        (("trials = 5", "trials = 1"), "trials must be at least 2"),
+        (("finalists = 2", "finalists = 5"), "finalists must be at least 1 and at most 4, got 5"),
+        (("finalists = 2", 'attacks = "pgd"'), "attacks must be a list, got 'pgd'"),
+        (("finalists = 2", 'attacks = ["fgsm"]'), "search: attacks must be one of 'none', 'pgd', got 'fgsm'"),
+        (("finalists = 2", "repertoire = 0"), "repertoire must be at least 1"),
+        (("finalists = 2", "hidden = 1"), "hidden must be True or False"),
+        (
+            ('layers = ["input"]\nimages = 10', 'layers = ["input", "conv1"]\nhidden = true\nimages = 10'),
+            "hidden must be false with several layers at once",
+        ),
+        (('base = "plain"', 'base = "other"'), "search: base must be one of 'plain', got 'other'"),
+        (('early_stop = "none"', "stop = 1"), "maturation has no setting 'stop'"),
+        (("early_stop =", "plasma = 0.1, early_stop ="), "space has no setting 'plasma'; it may have alignment"),
+        (("neighbours = {", "cells = {"), "space has no setting 'cells'"),
+        (('["affinity", "none"]', '["affinity"]'), "space.crossover must be a list of at least two different values"),
+        (('["affinity", "none"]', '["none", "none"]'), "space.crossover must be a list of at least two different"),
+        (('["affinity", "none"]', '"affinity"'), "space.crossover must be a list of choices, or a table with low and"),
+        (('["affinity", "none"]', '["affinity", "best"]'), "crossover must be one of 'affinity', 'authors', None, got"),
+        (('["affinity", "none"]', '["authors", "none"]'), "search: space.crossover must hold 'affinity', where the"),
+        (("{ low = 0.05, high = 0.5 }", "{ low = 0.05 }"), "space.plasma must be a list of choices, or a table with"),
+        (("high = 0.5 }", "high = 0.5, step = 1 }"), "space.plasma has no setting 'step'; it may have high, log, low"),
+        (("high = 0.5 }", "high = 0.05 }"), "space.plasma: low must be below high, got 0.05 and 0.05"),
+        (("high = 0.5 }", 'high = "1/2" }'), "space.plasma: high must be a number, got '1/2'"),
+        (("high = 0.5 }", "high = inf }"), "space.plasma: high must be a finite number"),
+        (("low = 0.05, high = 0.5", "low = 0.1, high = 0.5"), "space.plasma must hold 0.05, where the search starts"),
+        (("low = 0.05, high = 0.5", "low = 0, high = 0.5"), r"search: space: plasma must be a finite number in \(0"),
+        (("high = 0.5 }", "high = 0.9 }\nmemory = [0.05, 0.2]"), r"plasma \+ memory must be at most 1, got 0.9 \+ 0.2"),
+        (("low = 1, high = 6", "low = 0, high = 6"), "space.neighbours: low must be above 0 with log, got 0"),
+        (("high = 6,", "high = 6.5,"), "space.neighbours: high must be an integer, got 6.5"),
+        (("log = true", "log = 1"), "space.neighbours: log must be True or False"),
+        (("crossover = [", "mutation_range = { low = 0, high = 1 }\ncrossover = ["), "mutation_range must be a pair"),
+    ],
+)
+def test_a_mistake_in_a_search_is_named(read, change, told):
+    with pytest.raises((ValueError, TypeError), match=told) as found:
+        read(change, text=SEARCH)
+    assert "study.toml: " in str(found.value)
+
+
+def test_a_search_has_a_space_a_name_of_its_own_and_one_start_for_its_layers(read):
+    with pytest.raises(ValueError, match="space must hold at least one setting, got none"):
+        read(text=SEARCH.split("[search.space]")[0] + "[search.space]\n")
+    with pytest.raises(ValueError, match="name must differ between experiments, got 'tuned' twice"):
+        read(text=SEARCH + SEARCH[SEARCH.index("[[search]]") :])
+    layers = ('layers = ["input"]\nimages = 10', 'layers = ["conv1", "conv2"]\nimages = 10')
+    preset = ("population = 20", 'preset = "authors-cifar10"\npopulation = 20')
+    space = ('crossover = ["affinity", "none"]', "temperature = [1, 10]")
+    rates = (("mutation_rate = [0.15, [0.05, 0.5]]", ""),)
+    with pytest.raises(ValueError, match=r"space must not hold 'temperature', which differs .*, got \[1.0, 10.0\]"):
+        read(layers, preset, space, *rates, text=SEARCH)
 
 
 def test_a_file_that_cannot_be_read_is_named(read, tmp_path):

@@ -18,7 +18,7 @@ from immunonet import _store, data, studies, zoo
 from immunonet.cli import common
 from immunonet.evaluation.journal import Journal
 from immunonet.evaluation.records import envelope
-from immunonet.studies import behaviour, experiments, runner
+from immunonet.studies import behaviour, experiments, runner, search
 from immunonet.studies.lab import Lab, digest
 from immunonet.studies.settings import Study
 from immunonet.studies.tables import Section, markdown, sections
@@ -103,10 +103,15 @@ def reproduce(
         for base in entry.bases:
             for layers in entry.layers:
                 _check_layers(lab, base, layers)
-    work = experiments.tasks(study, lab, seed) + behaviour.tasks(study, lab, seed)
+    for wanted in study.search:
+        _check_layers(lab, wanted.base, wanted.layers)
+    searches = search.tasks(study, lab, seed)
+    work = experiments.tasks(study, lab, seed) + behaviour.tasks(study, lab, seed) + searches
     if merge:
         lab.journal = runner.merge(out, settings, work)
     else:
+        if missing(searches, journal):  # told now, not after the hours that other parts take
+            data.require("optuna", "search")
         _run(work, journal, part)
     if part is not None:
         typer.echo(f"shard {shard} is finished: when all are, run --merge")

@@ -123,8 +123,13 @@ def _expand(study: Study, entry: Comparison, seed: int, sizes: dict[str, int]) -
 
 
 def _options(entry: Comparison, candidates: tuple[tuple[str, ...], ...]) -> dict[str, Any]:
-    space = candidates[0][0]
-    return entry.options | ({"space": space} if entry.hidden and space != "input" else {})
+    return entry.options | (hidden_space(candidates[0]) if entry.hidden else {})
+
+
+def hidden_space(layers: Sequence[str]) -> dict[str, Any]:
+    """Return the options of a RAILS whose cells live in its one layer: those of "input" are images anyway."""
+    (space,) = layers
+    return {} if space == "input" else {"space": space}
 
 
 def tasks(study: Study, lab: Lab, seed: int) -> list[Task]:

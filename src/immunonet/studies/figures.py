@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from immunonet import _store
 from immunonet.report.figures import BLUE, GREY, INK, ORANGE, _figure
@@ -31,6 +32,7 @@ def draw(record: Record) -> dict[str, Figure]:
         found[name] = _curve(title, rows)
     found |= {entry["name"]: _learning(entry) for entry in record["learning"]}
     found |= {entry["name"]: _sensing(entry) for entry in record["sensing"]}
+    found |= {entry["name"]: _search(entry) for entry in record["search"]}
     return found
 
 
@@ -142,6 +144,22 @@ def _sensing(entry: Record) -> Figure:
             )
         _style(axes, stranger, "clean images flagged", "strangers flagged")
         axes.set_aspect("equal")
+    _legend(figure)
+    return figure
+
+
+def _search(entry: Record) -> Figure:
+    """Score of every trial in order, the best so far, and the start."""
+    scores = np.array([trial["score"] for trial in entry["trials"]])
+    number = np.arange(len(scores))
+    figure = _figure(6.4, 3.2)
+    axes = figure.subplots()
+    axes.axhline(scores[0], color=GREY, linestyle=":", linewidth=1.2, label="the start (trial 0)")
+    axes.plot(number, scores, color=BLUE, marker="o", markersize=5, linestyle="none", label="trial")
+    best = np.maximum.accumulate(scores)
+    axes.plot(number, best, color=ORANGE, linestyle="-", linewidth=1.6, drawstyle="steps-post", label="best so far")
+    _style(axes, entry["title"], "trial", "mean accuracy, trial images")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(figure)
     return figure
 

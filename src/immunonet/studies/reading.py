@@ -9,7 +9,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from immunonet.studies.settings import Base, Comparison, Hardening, Learning, Sensing, Study, Target, Tuning, check_keys
+from immunonet.studies.settings import (
+    Base,
+    Comparison,
+    Hardening,
+    Learning,
+    Search,
+    Sensing,
+    Study,
+    Target,
+    Tuning,
+    check_keys,
+)
 
 NAMES = ("mnist", "cifar10", "svhn")
 
@@ -58,6 +69,7 @@ def _study(table: dict[str, Any]) -> Study:
         "learning": Learning,
         "sensing": Sensing,
         "hardening": Hardening,
+        "search": Search,
         "targets": Target,
     }
     for key in kinds.keys() & table.keys():

@@ -12,7 +12,7 @@ import jinja2
 from immunonet import _store
 from immunonet.evaluation.records import envelope
 from immunonet.report.figures import svg_uri
-from immunonet.studies import behaviour, figures, tables
+from immunonet.studies import behaviour, figures, search, tables
 from immunonet.studies.experiments import Measured
 from immunonet.studies.lab import Lab
 from immunonet.studies.settings import Study
@@ -39,6 +39,7 @@ def record(study: Study, name: str, lab: Lab, seed: int, found: Sequence[Measure
         "learning": behaviour.learned(study, lab, seed),
         "sensing": behaviour.sensed(study, lab, seed),
         "hardening": behaviour.hardened(study, lab, seed),
+        "search": search.searched(study, lab, seed),
         "figures": drawn,
     }
 

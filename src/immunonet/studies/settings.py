@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +21,8 @@ PRESETS: dict[str, Callable[..., Any]] = {
 }
 SPLITS = ("test", "validation")
 TESTED = tuple(f.name for f in dataclasses.fields(Maturation))
+# Settings that are counts.
+WHOLE = tuple(f.name for f in dataclasses.fields(Maturation) if str(f.type).startswith("int"))
 
 _METHODS: dict[str, Any] = {"fgsm": FGSM, "pgd": PGD}
 _TRAINING = set(inspect.signature(zoo.train).parameters) - {
@@ -206,6 +209,70 @@ class Hardening:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Range:
+    """The numbers from `low` to `high`, both included; `log`: drawn evenly in their logarithm, `low` above 0."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("low", self.low), ("high", self.high)):
+            _check.number(name, value)
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got {self.low:g} and {self.high:g}")
+        if _check.boolean("log", self.log) and self.low <= 0:
+            raise ValueError(f"low must be above 0 with log, got {self.low:g}")
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """A search for settings of RAILS by accuracy, the mean over `attacks`, on the first `images` of validation.
+
+    `space`: for settings of `Maturation` a list of choices ("none" stands for None), or a table of `Range`: whole
+    numbers where the setting is one. The first of the `trials` is the study's own RAILS, which must lie in the space;
+    it and the `finalists`, the best other settings, are then measured on the next `confirm` images. `layers`,
+    `hidden`, `repertoire` and `maturation` are as in `Comparison`.
+    """
+
+    name: str
+    base: str
+    layers: tuple[str, ...]
+    images: int
+    confirm: int
+    trials: int
+    space: dict[str, Any]
+    title: str = ""
+    finalists: int = 3
+    attacks: tuple[str, ...] = ("none", "pgd")
+    hidden: bool = False
+    repertoire: int | None = None
+    maturation: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("name", "title"):
+            _text(name, getattr(self, name))
+        object.__setattr__(self, "layers", _layers("layers", self.layers))
+        for name in ("images", "confirm"):
+            _check.integer(name, getattr(self, name))
+        _check.integer("trials", self.trials, least=2)
+        _check.integer("finalists", self.finalists, most=self.trials - 1)
+        _tuple(self, "attacks", lambda name, value: _text(name, value))
+        if _check.boolean("hidden", self.hidden) and len(self.layers) > 1:
+            raise ValueError("hidden must be false with several layers at once: cells live in one")
+        if self.repertoire is not None:
+            _check.integer("repertoire", self.repertoire)
+        check_keys("maturation", self.maturation, set(TESTED))
+        check_keys("space", self.space, set(TESTED) - self.maturation.keys())
+        if not self.space:
+            raise ValueError("space must hold at least one setting, got none")
+        object.__setattr__(self, "space", {name: _options(name, found) for name, found in self.space.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """What the study should reach: accuracy of a defence, or its gain in points `over` another at the same layers.
 
@@ -256,6 +323,7 @@ class Study:
     learning: tuple[Learning, ...] = ()
     sensing: tuple[Sensing, ...] = ()
     hardening: tuple[Hardening, ...] = ()
+    search: tuple[Search, ...] = ()
     targets: tuple[Target, ...] = ()
     remarks: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -275,7 +343,7 @@ class Study:
             _check.choice("defences", kind, tuple(d for d in DEFENCES if d.startswith("rails")))
         object.__setattr__(self, "main", tuple(self._known("main", entry) for entry in self.main))
         object.__setattr__(self, "curves", tuple(self._known("curves", entry) for entry in self.curves))
-        for place in ("learning", "sensing", "hardening", "targets"):
+        for place in ("learning", "sensing", "hardening", "search", "targets"):
             for entry in getattr(self, place):
                 _check.choice(f"{place}: base", entry.base, tuple(self.bases))
         for name, base in self.bases.items():
@@ -283,12 +351,31 @@ class Study:
                 _check.choice(f"bases.{name}: start", base.start, [other for other in self.bases if other != name])
         for name in self.tuning.attacks:
             _check.choice("tuning.attacks", name, ("none", *self.attacks))
-        names = [e.name for place in ("curves", "learning", "sensing", "hardening") for e in getattr(self, place)]
+        places = ("curves", "learning", "sensing", "hardening", "search")
+        names = [entry.name for place in places for entry in getattr(self, place)]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"name must differ between experiments, got {twice[0]!r} twice")
         for target in self.targets:
             if target.choice is not None:
                 _check.choice("targets: choice", target.choice, [c.name for c in self.curves if c.vary == "layers"])
+        for search in self.search:
+            self._check_search(search)
+
+    def _check_search(self, entry: Search) -> None:
+        for name in entry.attacks:
+            _check.choice("search: attacks", name, ("none", *self.attacks))
+        ends = {k: (v.low, v.high) if isinstance(v, Range) else v for k, v in entry.space.items()}
+        # No rule of Maturation is about more than two settings.
+        for names in (*itertools.combinations(ends, 1), *itertools.combinations(ends, 2)):
+            for values in itertools.product(*(ends[name] for name in names)):
+                varied = dict(zip(names, values, strict=True))
+                try:
+                    self.maturations("rails", entry.maturation | varied, len(entry.layers))
+                except (ValueError, TypeError) as error:
+                    raise type(error)(f"search: space: {error}") from error
+        for name, value in self.start(entry).items():
+            if value not in entry.space[name]:
+                raise ValueError(f"search: space.{name} must hold {value!r}, where the search starts")
 
     def _known(self, place: str, entry: Comparison) -> Comparison:
         for name in entry.bases:
@@ -334,9 +421,21 @@ class Study:
             raise ValueError(f"defences.{kind}: preset {preset!r} is for {len(several)} layers, got {layers}")
         return several
 
+    def start(self, entry: Search) -> dict[str, Any]:
+        """Return the study's own values of what a search varies, as its space has them; ValueError if layers differ."""
+        found = self.maturations("rails", entry.maturation, len(entry.layers))
+        start = {}
+        for name in entry.space:
+            values = [getattr(maturation, name) for maturation in found]
+            if any(value != values[0] for value in values):
+                raise ValueError(f"search: space must not hold {name!r}, which differs between layers, got {values}")
+            start[name] = "none" if values[0] is None else list(values[0]) if type(values[0]) is tuple else values[0]
+        return start
+
     def identity(self) -> dict[str, Any]:
         """Return what every result depends on, as JSON: all but the experiments and the words."""
-        words = {"title", "remarks", "notes", "targets", "main", "curves", "learning", "sensing", "hardening"}
+        words = {"title", "remarks", "notes", "targets", "main", "curves"}
+        words |= {"learning", "sensing", "hardening", "search"}
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in words}
 
 
@@ -387,3 +486,22 @@ def _value(vary: str, value: Any) -> Any:
     if vary == "repertoire":
         return _check.integer("values", value)
     return _layers("values", value) if vary == "layers" else value
+
+
+def _options(name: str, found: Any) -> Range | tuple[Any, ...]:
+    """Return what a search may take for the setting `name`; errors name its table."""
+    where = f"space.{name}"
+    if isinstance(found, list | tuple):
+        if len(found) < 2 or any(value in found[:i] for i, value in enumerate(found)):
+            raise ValueError(f"{where} must be a list of at least two different values, got {found!r}")
+        return tuple(found)
+    if not isinstance(found, Mapping) or not {"low", "high"} <= found.keys():
+        raise TypeError(f"{where} must be a list of choices, or a table with low and high, got {found!r}")
+    check_keys(where, found, {f.name for f in dataclasses.fields(Range)})
+    try:
+        if name in WHOLE:
+            for end in ("low", "high"):
+                _check.integer(end, found[end], least=0)
+        return Range(**found)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{where}: {error}") from error

@@ -186,6 +186,8 @@ def sections(record: Record) -> list[Section]:
             "Accuracy on the other half before and after."
         )
         found.append(Section(f"Adaptive hardening: {entry['name']}", (*remark, text), _hardening(entry)))
+    for entry in record.get("search", ()):  # records of before searches have none
+        found.append(Section(f"Search: {entry['title']}", (*remark, *_searched(entry)), _search(entry), entry["name"]))
     if study["notes"]:
         found.append(Section("Notes", tuple(study["notes"])))
     return found
@@ -373,3 +375,50 @@ def _hardening(entry: Record) -> tuple[tuple[str, ...], ...]:
         for r in entry["rows"]
     ]
     return ("defence", "images", "before", "after", "p (McNemar)", "n"), *body
+
+
+def _searched(entry: Record) -> list[str]:
+    """Return in words what was searched, and whether the best of the trials beats the start on the confirm images."""
+    (seen, until), (_, end) = entry["images"], entry["confirm"]
+    start, *others = entry["finalists"]
+    about = (
+        f"Settings of RAILS, base {entry['base']}, layer {show(entry['layers'])}"
+        f"{', cells there' if entry['hidden'] else ''}: {len(entry['trials'])} trials ({entry['sampler']}, seed "
+        f"{entry['seed']}; trial 0 is the study's own settings) by mean accuracy on the first {until - seen:,} images "
+        f"of the validation split. These flatter the best of the trials. The start and the best others ({len(others)}) "
+        f"were then measured on the next {end - until:,}, which no trial saw."
+    )
+    if not others or others[0]["score"] <= start["score"]:
+        return [about, "No trial was better than the start, even on the images of the trials."]
+    best = others[0]
+    pairs = {attack: best["confirm"][attack] for attack in entry["attacks"]}
+    each = ", ".join(f"{_under(name)} {pair['gain']:+.2f} points (p {pair['p']:.2g})" for name, pair in pairs.items())
+    # Bonferroni's level: one chance in twenty over all attacks.
+    sure = {name: pair["gain"] for name, pair in pairs.items() if pair["p"] <= 0.05 / len(pairs)}
+    if sum(pair["gain"] for pair in pairs.values()) <= 0:
+        said = "it does not beat the start"
+    elif sure and min(sure.values()) > 0:
+        said = f"it beats the start ({', '.join(map(_under, sure))})"
+    else:
+        said = "these images do not show that it beats the start"
+    told = f"Trial {best['trial']}, the best of the trials, against the start on the confirm images, in pairs: {each}"
+    return [about, f"{told}, McNemar's test: {said}."]
+
+
+def _search(entry: Record) -> tuple[tuple[str, ...], ...]:
+    n = entry["images"][1] - entry["images"][0]
+    body = [
+        (
+            f"{one['trial']}, the start" if not place else str(one["trial"]),
+            *(show(one["settings"][name]) for name in entry["space"]),
+            *(f"{one['right'][attack] / n:.3f}" for attack in entry["attacks"]),
+            *(_share(one["confirm"][attack]) for attack in entry["attacks"]),
+        )
+        for place, one in enumerate(entry["finalists"])
+    ]
+    heads = [f"{_under(attack)}, {images}" for images in ("trials", "confirm") for attack in entry["attacks"]]
+    return ("trial", *(name.replace("_", " ") for name in entry["space"]), *heads), *body
+
+
+def _under(attack: str) -> str:
+    return "clean" if attack == "none" else attack.upper()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from immunonet import _check
 from immunonet.attacks._surrogate import check_shape, fitted
 from immunonet.features import space_map
-from immunonet.immune import operators
+from immunonet.immune import backend
 from immunonet.rails import RAILS
 
 # Harder than the vote of SoftNeighbours: the response follows the nearest few of its clones.
@@ -60,7 +60,7 @@ class SoftClones(nn.Module):
         rails, settings = self.rails, self.rails.maturations[layer]
         cells = rails.members(layer, rails.index(layer).nearest(features, settings.neighbours)[1])
         goals = antigens.repeat_interleave(rails.classes, dim=0)
-        clones = operators.approach(
+        clones = backend.approach(
             cells.flatten(0, 1).repeat_interleave(2, dim=1), goals, 2, settings.alignment, settings.recombination
         )
         found = rails.feature_maps[layer].chunked(clones.flatten(0, 1))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from immunonet import _check
 from immunonet.attacks._surrogate import check_shape, fitted, probe_distances
 from immunonet.features import FeatureMap, space_map
-from immunonet.immune import operators
+from immunonet.immune import backend, operators
 from immunonet.immune.maturation import mutation_range, temperatures
 from immunonet.immune.settings import Maturation
 from immunonet.rails import RAILS
@@ -87,7 +87,7 @@ class Unrolled(nn.Module):
         mutation = _Mutation(settings, cells, self.rails._cell_bounds(), generator)
         with torch.no_grad():
             goals = antigens.repeat_interleave(cells.shape[1], dim=0)
-            nearer = operators.approach(cells.flatten(0, 1), goals, copies, settings.alignment, settings.recombination)
+            nearer = backend.approach(cells.flatten(0, 1), goals, copies, settings.alignment, settings.recombination)
             cells = nearer.view_as(cells)
         tau = temperatures(settings, naive_distances)
         cells = mutation(cells)

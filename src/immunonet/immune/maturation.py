@@ -95,7 +95,7 @@ def mature(
             for some in zip(*(part.split(few) for part in family), strict=True):
                 clones = population.cells[some]
                 goals = antigens[some[0]]
-                population.cells[some] = operators.approach(
+                population.cells[some] = backend.approach(
                     clones, goals, size // k, settings.alignment, settings.recombination
                 )
             parents, share = _clones(population, family)

@@ -5,6 +5,7 @@ Each is a pure function of uniform numbers in [0, 1); `offspring` puts them toge
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ CHUNK_VALUES = 2**22
 
 Family = tuple[Tensor, Tensor]
 """The antigens `(F,)` and labels `(F,)` of some families of a population `(B, C, P, *S)`."""
+Align = Callable[[Tensor, Tensor, float], Tensor]
+"""What does as `register` does."""
 
 
 @dataclass
@@ -32,25 +35,6 @@ class Mutation:
     most: Tensor
     low: Tensor
     high: Tensor
-
-
-def approach(cells: Tensor, antigens: Tensor, copies: int, reach: float, ridge: float | None) -> Tensor:
-    """Return clones `(F, P, *S)` of which the second half of each naive cell's is brought near its antigen `(F, *S)`.
-
-    Every `copies` cells in a row are clones of one. Images `(c, h, w)` are aligned, unless `reach` is 0, see
-    `register`; then cells are recombined, unless `ridge` is None, see `recombine`.
-    """
-    aligned = reach > 0 and cells.ndim == 5
-    if copies == 1 or not (aligned or ridge is not None):
-        return cells
-    naive = near = cells[:, ::copies]
-    if aligned:
-        goals = antigens[:, None].expand_as(naive)
-        near = register(naive.flatten(0, 1), goals.flatten(0, 1), reach).unflatten(0, naive.shape[:2])
-    if ridge is not None:
-        near = recombine(near, antigens, ridge)
-    kept = copies - copies // 2
-    return torch.cat([naive.unsqueeze(2)] * kept + [near.unsqueeze(2)] * (copies // 2), dim=2).flatten(1, 2)
 
 
 def recombine(cells: Tensor, antigens: Tensor, ridge: float) -> Tensor:
@@ -103,6 +87,27 @@ def _slopes(images: Tensor) -> Tensor:
     along_x = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) * (width / 4)
     along_y = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) * (height / 4)
     return torch.stack([along_x, along_y], dim=1)
+
+
+def approach(
+    cells: Tensor, antigens: Tensor, copies: int, reach: float, ridge: float | None, align: Align = register
+) -> Tensor:
+    """Return clones `(F, P, *S)` of which the second half of each naive cell's is brought near its antigen `(F, *S)`.
+
+    Every `copies` cells in a row are clones of one. Images `(c, h, w)` are aligned, unless `reach` is 0, by
+    `align`; then cells are recombined, unless `ridge` is None, see `recombine`.
+    """
+    aligned = reach > 0 and cells.ndim == 5
+    if copies == 1 or not (aligned or ridge is not None):
+        return cells
+    naive = near = cells[:, ::copies]
+    if aligned:
+        goals = antigens[:, None].expand_as(naive)
+        near = align(naive.flatten(0, 1), goals.flatten(0, 1), reach).unflatten(0, naive.shape[:2])
+    if ridge is not None:
+        near = recombine(near, antigens, ridge)
+    kept = copies - copies // 2
+    return torch.cat([naive.unsqueeze(2)] * kept + [near.unsqueeze(2)] * (copies // 2), dim=2).flatten(1, 2)
 
 
 def select(distances: Tensor, temperature: Tensor, u: Tensor) -> Tensor:

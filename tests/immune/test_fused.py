@@ -131,9 +131,11 @@ def test_no_family_is_no_trouble():
 def test_only_float32_cells_on_the_cpu_are_fused():
     assert backend.fused_for(torch.zeros(1)) is fused
     assert backend.offspring_for(torch.zeros(1)) is fused.offspring
+    assert backend.register_for(torch.zeros(1)) is fused.register
     for other in (torch.zeros(1, dtype=torch.float64), torch.zeros(1, device="meta")):
         assert backend.fused_for(other) is None
         assert backend.offspring_for(other) is operators.offspring
+        assert backend.register_for(other) is operators.register
 
 
 @pytest.mark.parametrize("shared_noise", [True, False])
@@ -144,6 +146,8 @@ def test_responses_are_the_same_with_and_without_numba(layer, shared_noise, conv
     rails = RAILS(conv, layer, maturation=maturation, shared_noise=shared_noise, seed=0).fit(x, y)
     assert isinstance(rails.feature_maps[0], AffineMap) == (layer == "0")
     antigens = (x[:20] + 0.4 * rand(20, 1, 6, 6) - 0.2).clamp(0, 1)
+    if layer == "2":
+        monkeypatch.setattr(fused, "register", operators.register)
     found = rails.respond(antigens, trace=True)
     monkeypatch.setattr(backend, "_numba", lambda: None)
     assert backend.fused_for(antigens) is None
@@ -154,7 +158,7 @@ def test_responses_are_the_same_with_and_without_numba(layer, shared_noise, conv
     assert ((found.votes - expected.votes).abs().amax(1) < 0.01).double().mean() > 0.9
     assert_close(found.trace[0].affinity_best[0], expected.trace[0].affinity_best[0], atol=1e-5, rtol=1e-5)
     if layer == "2":
-        # The distances are torch's in both, so that only the offspring could tell.
+        # The distances and the alignment are torch's in both, so that only the offspring could tell.
         assert torch.equal(found.plasma.x, expected.plasma.x)
 
 
@@ -171,6 +175,87 @@ def test_without_numba_the_operators_serve(monkeypatch):
         assert backend.offspring_for(torch.zeros(1)) is operators.offspring
     finally:
         backend._numba.cache_clear()
+
+
+# Alignment.
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    n=st.sampled_from([1, 4]),
+    channels=st.sampled_from([1, 3]),
+    height=st.sampled_from([1, 2, 5, 28]),
+    width=st.sampled_from([1, 2, 5, 7, 28]),
+    reach=st.sampled_from([0.0, 0.02, 0.06, 0.3, 1]),
+    steps=st.integers(0, 3),
+)
+def test_registration_equals_the_operator(seed, n, channels, height, width, reach, steps):
+    images, goals = rand(2, n, channels, height, width, seed=seed)
+    found = fused.register(images, goals, reach, steps)
+    assert_close(found, operators.register(images, goals, reach, steps), atol=1e-4, rtol=0)
+
+
+def test_registration_equals_the_operator_out_of_scale():
+    """Images of any brightness: the curvature, whose squares they are, must neither vanish nor overflow."""
+    images, goals = rand(2, 4, 2, 9, 6)
+    for scale in (1e-3, 255.0, 1e6):
+        found = fused.register(scale * images, scale * goals, 0.1) / scale
+        assert_close(found, operators.register(scale * images, scale * goals, 0.1) / scale, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5, 5), (1, 3, 28, 28), (3, 2, 1, 1)])
+def test_what_registration_leaves_as_it_is(shape):
+    flat = torch.full(shape, 0.3)
+    assert torch.equal(fused.register(flat, rand(*shape), 0.1), flat)
+    image = rand(*shape)
+    assert torch.equal(fused.register(image, image, 0.1), image)
+
+
+def test_registration_takes_strides_one_goal_for_all_and_no_images():
+    images, goals = rand(2, 6, 5, 3, 4)
+    strided, goal = images.permute(3, 2, 0, 1)[:, :, ::2], goals.permute(3, 2, 0, 1)[:1, :, ::2]
+    assert not strided.is_contiguous()
+    before = strided.clone()
+    found = fused.register(strided, goal.expand_as(strided), 0.1)
+    assert_close(found, operators.register(strided, goal, 0.1), atol=1e-4, rtol=0)
+    assert torch.equal(strided, before)
+    assert fused.register(images[:0], goals[:0], 0.1).shape == (0, 5, 3, 4)
+
+
+def test_registration_survives_what_is_not_finite():
+    images = rand(4, 1, 6, 6)
+    images[0, 0, 2, 3], images[1, 0, 0, 0], images[2] = torch.nan, torch.inf, 1e38
+    found = fused.register(images, rand(4, 1, 6, 6, seed=1), 0.1)
+    assert_close(found[3:], operators.register(images[3:], rand(4, 1, 6, 6, seed=1)[3:], 0.1), atol=1e-4, rtol=0)
+
+
+def test_threads_and_autocast_do_not_change_a_registration(monkeypatch):
+    images, goals = rand(2, 50, 1, 28, 28)
+    found = []
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(fused, "SERIAL_VALUES", 0)
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(fused.register(images, goals, 0.06))
+    finally:
+        torch.set_num_threads(threads)
+    with torch.autocast("cpu", torch.bfloat16):
+        found.append(fused.register(images, goals, 0.06))
+        coarse = fused.register(images, goals.bfloat16(), 0.06)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(coarse, fused.register(images, goals.bfloat16().float(), 0.06))
+
+
+def test_clones_are_aligned_by_the_fused_loops(monkeypatch):
+    cells, antigens = rand(2, 6, 1, 9, 9), rand(2, 1, 9, 9, seed=1)
+    expected = operators.approach(cells, antigens, 0.1, 0.5)
+    assert_close(backend.approach(cells, antigens, 0.1, 0.5), expected, atol=1e-4, rtol=0)
+    monkeypatch.setattr(fused, "register", lambda images, goals, reach: torch.zeros_like(images))
+    assert (backend.approach(cells, antigens, 0.1, None) == 0).all()
+    assert_close(backend.approach(cells.double(), antigens.double(), 0.1, 0.5).float(), expected)
 
 
 # Numbers as the fused loops use them.

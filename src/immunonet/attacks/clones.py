@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from immunonet import _check
 from immunonet.attacks._surrogate import check_shape, fitted, with_voice
 from immunonet.features import space_map
-from immunonet.immune import operators
+from immunonet.immune import backend, operators
 from immunonet.rails import RAILS
 
 # Harder than the vote of SoftNeighbours: the response follows the nearest few of its clones.
@@ -61,7 +61,7 @@ class SoftClones(nn.Module):
         cells = rails.members(layer, rails.index(layer).nearest(features, settings.neighbours)[1])
         goals = antigens.repeat_interleave(rails.classes, dim=0)
         naive = cells.flatten(0, 1)
-        near = operators.approach(naive, goals, settings.alignment, settings.recombination)
+        near = backend.approach(naive, goals, settings.alignment, settings.recombination)
         clones = operators.clones(naive, near, 2)
         found = rails.feature_maps[layer].chunked(clones.flatten(0, 1))
         return found.view(len(antigens), rails.classes, -1, features.shape[1])

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from immunonet import _check
 from immunonet.attacks._surrogate import check_shape, fitted, probe_distances, with_voice
 from immunonet.features import FeatureMap, space_map
-from immunonet.immune import operators
+from immunonet.immune import backend, operators
 from immunonet.immune.maturation import mutation_range, temperatures
 from immunonet.immune.settings import Maturation
 from immunonet.rails import RAILS
@@ -87,7 +87,7 @@ class Unrolled(nn.Module):
         mutation = _Mutation(settings, cells, self.rails._cell_bounds(), generator)
         with torch.no_grad():
             naive, goals = cells.flatten(0, 1), antigens.repeat_interleave(cells.shape[1], dim=0)
-            near = operators.approach(naive, goals, settings.alignment, settings.recombination)
+            near = backend.approach(naive, goals, settings.alignment, settings.recombination)
             cells = operators.clones(naive, near, copies).unflatten(0, cells.shape[:2])
         tau = temperatures(settings, naive_distances)
         cells = mutation(cells)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from immunonet.immune import operators
-from immunonet.immune.operators import Family, Mutation
+from immunonet.immune.operators import Align, Family, Mutation
 
 
 class Offspring(Protocol):
@@ -47,3 +47,14 @@ def offspring_for(cells: Tensor) -> Offspring:
     """Return the fastest `offspring` for a population."""
     fused = fused_for(cells)
     return operators.offspring if fused is None else fused.offspring
+
+
+def register_for(images: Tensor) -> Align:
+    """Return the fastest `register` for images."""
+    fused = fused_for(images)
+    return operators.register if fused is None else fused.register
+
+
+def approach(cells: Tensor, antigens: Tensor, reach: float, ridge: float | None) -> Tensor:
+    """Do what `operators.approach` does, with the fastest `register`."""
+    return operators.approach(cells, antigens, reach, ridge, register_for(cells))

@@ -22,6 +22,8 @@ SERIAL_VALUES = 2**18
 """Values of cells up to which one thread is used."""
 GROUP = 7
 """Diagonals that are added in one pass over a cell."""
+REGISTER_WORK = 8
+"""Passes over the values of a cell that take as long as its registration."""
 
 
 def offspring(
@@ -71,10 +73,22 @@ def band_distances(cells: Tensor, family: Family, antigens: Tensor, offsets: Ten
     return out
 
 
+def register(images: Tensor, goals: Tensor, reach: float, steps: int = 2) -> Tensor:
+    """Do what `operators.register` does, on float32 CPU tensors."""
+    _use_threads(images.numel() * REGISTER_WORK)
+    out = torch.empty(images.shape)
+    _register(_contiguous(images), _contiguous(goals.expand_as(images).float()), float(reach), steps, out.numpy())
+    return out
+
+
 def _use_threads(values: int) -> None:
     """Use as many threads as torch does, and one where several would wait for each other longer than they work."""
-    most = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    count = torch.get_num_threads()
+    most = min(count, numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(most if values > SERIAL_VALUES else 1)
+    # Numba's first start sets the threads of the OpenMP that torch may share with it.
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
 
 
 def _flat(cells: Tensor) -> Any:
@@ -167,3 +181,108 @@ def _band_distances(
             for j in range(values):
                 q[j] = family[i, j] - goal[j]
             out[f, i] = np.sqrt(max(_quadratic(q, offsets, band, partial), np.float32(0)))
+
+
+@njit(parallel=True, cache=True, error_model="numpy")
+def _register(images: Any, goals: Any, reach: Any, steps: Any, out: Any) -> None:
+    channels, height, width = images.shape[1:]
+    x = ((2 * np.arange(width) + 1) / width - 1).astype(np.float32)
+    y = ((2 * np.arange(height) + 1) / height - 1).astype(np.float32)
+    for n in prange(len(images)):
+        image = np.empty((channels, height + 2, width + 2), np.float32)
+        image[:, 1:-1, 1:-1] = images[n]
+        _repeat_border(image)
+        moved = image.copy()
+        tangents = np.empty((7, height * width), np.float32)
+        system = np.empty((6, 7))
+        maps = np.zeros(6)
+        for _ in range(steps):
+            _normal_equations(moved, goals[n], x, y, tangents, system)
+            _solve(system)
+            for a in range(6):
+                maps[a] = min(max(maps[a] + system[a, 6], -2 * reach), 2 * reach)
+            _resample(image, maps.astype(np.float32), x, y, moved)
+            _repeat_border(moved)
+        out[n] = moved[:, 1:-1, 1:-1]
+
+
+@njit(cache=True)
+def _repeat_border(framed: Any) -> None:
+    framed[:, 0], framed[:, -1] = framed[:, 1], framed[:, -2]
+    framed[:, :, 0], framed[:, :, -1] = framed[:, :, 1], framed[:, :, -2]
+
+
+@njit(cache=True)
+def _resample(image: Any, maps: Any, x: Any, y: Any, moved: Any) -> None:
+    channels, width, height, stride = len(image), len(x), len(y), image.shape[2]
+    flat = image.reshape(channels, -1)
+    corner, to_right, down = np.empty(width, np.uint32), np.empty(width, np.float32), np.empty(width, np.float32)
+    half_width, half_height = np.float32(width / 2), np.float32(height / 2)
+    for i in range(height):
+        # Two loops, because only without the channels can the first one work on several pixels at once.
+        for j in range(width):
+            # Distances from the own pixel, so that the identity changes no value.
+            column = _within(np.float32(j) + half_width * (maps[0] * x[j] + maps[1] * y[i] + maps[2]), width)
+            row = _within(np.float32(i) + half_height * (maps[3] * x[j] + maps[4] * y[i] + maps[5]), height)
+            left, above = np.int32(column), np.int32(row)
+            corner[j] = (above + 1) * stride + left + 1
+            to_right[j], down[j] = column - np.float32(left), row - np.float32(above)
+        for k in range(channels):
+            upper_left, upper_right = flat[k], flat[k, 1:]
+            lower_left, lower_right = flat[k, stride:], flat[k, stride + 1 :]
+            for j in range(width):
+                at, right = corner[j], to_right[j]
+                upper = upper_left[at] * (_ONE - right) + upper_right[at] * right
+                lower = lower_left[at] * (_ONE - right) + lower_right[at] * right
+                moved[k, i + 1, j + 1] = upper * (_ONE - down[j]) + lower * down[j]
+
+
+@njit(inline="always")
+def _within(place: Any, size: Any) -> Any:
+    # NaN, from images that are not finite, must not become an index.
+    place = place if place > 0 else np.float32(0)
+    return min(place, np.float32(size - 1))
+
+
+@njit(fastmath=True, cache=True)
+def _normal_equations(framed: Any, goal: Any, x: Any, y: Any, tangents: Any, system: Any) -> None:
+    channels, height, width = goal.shape
+    per_column, per_row = np.float32(width / 4), np.float32(height / 4)
+    system[:] = 0
+    for k in range(channels):
+        for i in range(height):
+            above, row, below = framed[k, i], framed[k, i + 1], framed[k, i + 2]
+            part = tangents[:, i * width : (i + 1) * width]
+            for j in range(width):
+                along_x = (row[j + 2] - row[j]) * per_column
+                along_y = (below[j + 1] - above[j + 1]) * per_row
+                part[0, j] = along_x * x[j]
+                part[1, j] = along_x * y[i]
+                part[2, j] = along_x
+                part[3, j] = along_y * x[j]
+                part[4, j] = along_y * y[i]
+                part[5, j] = along_y
+                part[6, j] = goal[k, i, j] - row[j + 1]
+        for a in range(6):
+            for b in range(a, 7):
+                total = np.float32(0)
+                for j in range(height * width):
+                    total += tangents[a, j] * tangents[b, j]
+                system[a, b] += total
+
+
+@njit(cache=True, error_model="numpy")
+def _solve(system: Any) -> None:
+    # With its ridge the matrix, of which the upper half is given, is so well conditioned that no pivot need be sought.
+    ridge = 0.0
+    for a in range(6):
+        ridge += 1e-2 / 6 * system[a, a]
+    for a in range(6):
+        system[a, a] += max(ridge, 1e-14)
+    for a in range(6):
+        for b in range(a + 1, 6):
+            system[b, b:] -= system[a, b] / system[a, a] * system[a, b:]
+    for a in range(5, -1, -1):
+        for b in range(a + 1, 6):
+            system[a, 6] -= system[a, b] * system[b, 6]
+        system[a, 6] /= system[a, a]

@@ -71,7 +71,7 @@ def flocked(
     for some in zip(
         *(part.split(few) for part in _candidates(distances, settings).nonzero(as_tuple=True)), strict=True
     ):
-        near[some] = operators.approach(x[some], antigens[some[0]], settings.alignment, settings.recombination)
+        near[some] = backend.approach(x[some], antigens[some[0]], settings.alignment, settings.recombination)
     return Naive(x, near, distances, index)
 
 

@@ -5,6 +5,7 @@ Each is a pure function of uniform numbers in [0, 1); `offspring` puts them toge
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ CHUNK_VALUES = 2**22
 
 Family = tuple[Tensor, Tensor]
 """The antigens `(F,)` and labels `(F,)` of some families of a population `(B, C, P, *S)`."""
+Align = Callable[[Tensor, Tensor, float], Tensor]
+"""What does as `register` does."""
 
 
 @dataclass
@@ -32,18 +35,6 @@ class Mutation:
     most: Tensor
     low: Tensor
     high: Tensor
-
-
-def approach(cells: Tensor, antigens: Tensor, reach: float, ridge: float | None) -> Tensor:
-    """Return families of naive cells `(F, K, *S)`, each cell brought near its antigen `(F, *S)`.
-
-    Images `(c, h, w)` are aligned, unless `reach` is 0, see `register`; then cells are recombined, unless `ridge` is
-    None, see `recombine`.
-    """
-    if reach > 0 and cells.ndim == 5:
-        goals = antigens[:, None].expand_as(cells)
-        cells = register(cells.flatten(0, 1), goals.flatten(0, 1), reach).unflatten(0, cells.shape[:2])
-    return cells if ridge is None else recombine(cells, antigens, ridge)
 
 
 def clones(cells: Tensor, near: Tensor, copies: int) -> Tensor:
@@ -107,6 +98,18 @@ def _slopes(images: Tensor) -> Tensor:
     along_x = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) * (width / 4)
     along_y = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) * (height / 4)
     return torch.stack([along_x, along_y], dim=1)
+
+
+def approach(cells: Tensor, antigens: Tensor, reach: float, ridge: float | None, align: Align = register) -> Tensor:
+    """Return families of naive cells `(F, K, *S)`, each cell brought near its antigen `(F, *S)`.
+
+    Images `(c, h, w)` are aligned, unless `reach` is 0, by `align`; then cells are recombined, unless `ridge` is None,
+    see `recombine`.
+    """
+    if reach > 0 and cells.ndim == 5:
+        goals = antigens[:, None].expand_as(cells)
+        cells = align(cells.flatten(0, 1), goals.flatten(0, 1), reach).unflatten(0, cells.shape[:2])
+    return cells if ridge is None else recombine(cells, antigens, ridge)
 
 
 def select(distances: Tensor, temperature: Tensor, u: Tensor) -> Tensor:

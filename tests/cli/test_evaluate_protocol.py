@@ -63,6 +63,13 @@ def test_three_defences_are_attacked_and_the_finding_is_written(run):
         assert f"**{row['accuracy']:.3f} (" in document
     assert "`immunonet evaluate --protocol quick --dataset digits" in document
     assert "digits, linf eps 0.2, 12 images" in document
+    for name in ("accuracy", "abstention"):
+        assert f"(figures/robustness-{name}.png)" in document
+        assert Path(f"docs/figures/robustness-{name}.png").read_bytes().startswith(b"\x89PNG")
+    rails = record["evaluations"][2]
+    level = next(level for level in rails["abstention"] if level["level"] == 0.2)
+    assert f"| 0.2 | {level['accepted']:.3f} | {level['right']:.3f} | {level['held']:.3f} |" in document
+    assert f"differs from its network on {rails['disagreement']['none']:.3f}" in document
     Path("docs/robustness.md").unlink()
     finding.main(["all.json", "r.json", "--json", "twice.json", "--doc", "twice.md"])
     twice = json.loads(Path("twice.json").read_text())

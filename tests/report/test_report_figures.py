@@ -175,3 +175,19 @@ def test_many_classes_show_the_ten_with_most_votes() -> None:
 def test_pyplot_is_not_loaded() -> None:
     code = "import sys, immunonet.report; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_points_stand_where_the_accuracies_are():
+    lines = {"one": {"clean": (0.9, (0.8, 1.0)), "attacked": (0.2, (0.1, 0.3))}, "two": {"clean": (0.7, (0.6, 0.8))}}
+    (axes,) = figures.accuracy_points(lines).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two"]
+    centres = {bar.get_label(): bar.lines[0].get_xdata().tolist() for bar in axes.containers}
+    assert centres == {"clean": [0.9, 0.7], "attacked": [0.2]}
+    ends = axes.containers[0].lines[2][0].get_segments()
+    assert [segment[:, 0].tolist() for segment in ends] == [pytest.approx([0.8, 1.0]), pytest.approx([0.6, 0.8])]
+
+
+def test_rejection_is_drawn_as_what_is_answered_against_what_is_held():
+    levels = [{"accepted": 1.0, "held": 0.2, "ci95": [0.1, 0.3]}, {"accepted": 0.5, "held": 0.8, "ci95": [0.7, 0.9]}]
+    (axes,) = figures.rejection_curves({"a": levels}).axes
+    assert axes.lines[0].get_xydata().tolist() == [[1.0, 0.2], [0.5, 0.8]]

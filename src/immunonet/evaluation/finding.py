@@ -12,12 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from immunonet import _store
 from immunonet.evaluation.statistics import mcnemar
+from immunonet.report.figures import accuracy_points, rejection_curves, save
 
 NAMES = {"cnn": "CNN, undefended", "dknn": "DkNN", "rails": "RAILS"}
 JPEG = {"cifar10"}
+# Levels of rejection in the table.
+SHOWN = (0.0, 0.05, 0.2)
+# Where the figures lie, beside the document.
+FIGURES = "figures/robustness"
+ALT = {
+    "accuracy": "accuracy of each defence on clean images, under PGD on the network, and in the worst case",
+    "abstention": "attacked images held against clean images answered, for each defence that senses",
+}
 Case = dict[str, Any]
 
 
@@ -104,6 +114,7 @@ def document(record: dict[str, Any], source: str) -> str:
         "*Best transfer* is the strongest attack made without knowing the defence, *best adaptive* the strongest that "
         "knows it; *worst case* counts every image by the attack that did best against it, chosen on some draws of a "
         "randomised defence and counted on others. For the bare network all gradient attacks stand under transfer.",
+        f"![{ALT['accuracy']}]({FIGURES}-accuracy.png)",
     ]
     for group in _groups(found):
         first = group[0]
@@ -117,6 +128,13 @@ def document(record: dict[str, Any], source: str) -> str:
         "## Where the defence gives way",
         "Images broken in most draws of their worst case, by the attack that broke them.",
         _broken_by(found),
+        "## Declining what looks foreign",
+        "A defence may decline to answer an input whose distance to its neighbours is unusual (its p-value at most the "
+        "level). An attack then succeeds only with an input that is accepted and answered wrongly; the worst case is "
+        "chosen anew at every level, over the attacks that tried all images, the joint one (*stealthy*: it also avoids "
+        "looking foreign) among them. *Held*: attacked images answered rightly or declined.",
+        _abstention(found),
+        f"![{ALT['abstention']}]({FIGURES}-abstention.png)" if _curves(found) else "",
         "## Are the attacks sound?",
         "Each evaluation checks its own attacks. A failed line means that its figures may be too high.",
         _checks(found),
@@ -138,6 +156,40 @@ def document(record: dict[str, Any], source: str) -> str:
         "\n".join(f"- `{run['command']}`" for run in record["runs"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def figures(record: dict[str, Any]) -> dict[str, Figure]:
+    """Return the document's figures by name."""
+    found = cases(record)
+    shown = (("clean", "clean"), ("PGD on the network", "paper"), ("worst case, knows the defence", "worst"))
+    lines = {
+        f"{_where(case)}: {_name(case)}": {title: (case[key]["accuracy"], case[key]["ci95"]) for title, key in shown}
+        for case in found
+    }
+    drawn = {"accuracy": accuracy_points(lines)}
+    if curves := _curves(found):
+        drawn["abstention"] = rejection_curves(curves)
+    return drawn
+
+
+def _curves(found: Sequence[Case]) -> dict[str, Any]:
+    return {f"{_where(case)}: {_name(case)}": levels for case in found if (levels := case["evaluation"]["abstention"])}
+
+
+def _abstention(found: Sequence[Case]) -> str:
+    """Return the table of what declining foreign inputs buys, at the levels that a user might choose."""
+    lines = []
+    for case in found:
+        for level in case["evaluation"]["abstention"]:
+            if level["level"] in SHOWN:
+                low, high = level["ci95"]
+                joint = "" if level["joint"] is None else f"{level['joint']:.3f}"
+                figures = (f"{level['accepted']:.3f}", f"{level['right']:.3f}", f"{level['held']:.3f}")
+                lines.append(
+                    [_where(case), _name(case), f"{level['level']:g}", *figures, f"{low:.2f} to {high:.2f}", joint]
+                )
+    heads = ("network", "defence", "level", "clean answered", "clean answered rightly", "held in the worst case")
+    return _grid((*heads, "95 % interval", "held under the joint attack alone"), lines)
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -208,9 +260,11 @@ def _breakers(group: Sequence[Case]) -> str:
             alarm = "" if flagged is None else f"; {flagged:.3f} of the worst cases were flagged foreign"
             calm = case["clean"].get("foreign")
             alarm += "" if calm is None else f" ({calm:.3f} of the clean images)"
+            differing = case["evaluation"]["disagreement"]
             lines.append(
-                f"{_name(case)}: right in most draws {draws['majority']:.3f}, in all {len(case['worst']['seeds'])} "
-                f"draws {draws['always']:.3f}{alarm}."
+                f"- {_name(case)}: right in most draws {draws['majority']:.3f}, in all {len(case['worst']['seeds'])} "
+                f"draws {draws['always']:.3f}{alarm}. It differs from its network on {differing['none']:.3f} of "
+                f"the clean images and {differing['worst-case']:.3f} of the worst cases."
             )
     return "\n".join(lines)
 
@@ -381,7 +435,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     told = parser.parse_args(arguments)
     if told.runs:
         _store.write_json(told.json, merge([_store.read_json(path) for path in told.runs]))
-    _store.write_text(told.doc, document(_store.read_json(told.json), told.json.as_posix()))
+    record = _store.read_json(told.json)
+    _store.write_text(told.doc, document(record, told.json.as_posix()))
+    save(figures(record), (told.doc.parent / FIGURES).parent, Path(FIGURES).name)
 
 
 if __name__ == "__main__":

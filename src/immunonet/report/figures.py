@@ -10,6 +10,7 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from immunonet import _check
+from immunonet import _check, _store
 from immunonet.response import Cells, ImmuneResponse, Trace
 
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8a8f98", "#1d2129"
@@ -79,6 +80,13 @@ def svg_uri(figure: Figure) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "immunonet"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def save(figures: Mapping[str, Figure], folder: Path, prefix: str) -> None:
+    """Write figures as `<folder>/<prefix>-<name>.png`, at 200 dots per inch, each whole or not at all."""
+    for name, figure in figures.items():
+        with _store.replacing(folder / f"{prefix}-{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=200, metadata={"Software": None})
 
 
 def class_series(values: Tensor, label: Tensor) -> Tensor:
@@ -210,6 +218,54 @@ def accuracy_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
         axes.fill_between(curve["eps"], low, high, color=colour, alpha=0.14, linewidth=0)
     axes.set(xlabel="eps", ylabel="right", ylim=(-0.03, 1.03))
     axes.legend(frameon=False, fontsize=9)
+    _plain(axes)
+    return figure
+
+
+def accuracy_points(lines: Mapping[str, Mapping[str, tuple[float, Sequence[float]]]]) -> Figure:
+    """Draw one line per defence with a point, an accuracy and its interval, for each way it was attacked.
+
+    `lines`: per defence and attack the accuracy and `(low, high)`; the first attack named is drawn topmost.
+    """
+    figure = _figure(7.0, 1.2 + 0.45 * len(lines))
+    axes = figure.subplots()
+    attacks = list(dict.fromkeys(name for line in lines.values() for name in line))
+    for i, attack in enumerate(attacks):
+        colour, mark, _ = STYLES[i % len(STYLES)]
+        found = [(place, line[attack]) for place, line in enumerate(lines.values()) if attack in line]
+        centre = np.array([accuracy for _, (accuracy, _) in found])
+        low, high = (np.array([ends[end] for _, (_, ends) in found]) for end in (0, 1))
+        places = np.array([place for place, _ in found]) + (i - (len(attacks) - 1) / 2) * 0.22
+        axes.errorbar(
+            centre, places, xerr=np.abs(np.stack([centre - low, high - centre])), color=colour, marker=mark,
+            linestyle="none", markersize=5, capsize=2, elinewidth=1, label=attack,
+        )  # fmt: skip
+    axes.set(yticks=range(len(lines)), yticklabels=list(lines), xlabel="right", xlim=(-0.03, 1.03))
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize=8, ncols=len(attacks), loc="lower center", bbox_to_anchor=(0.4, 1.0))
+    _plain(axes, size=8)
+    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure
+
+
+def rejection_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Draw what is held in the worst case against the clean inputs that are still answered, one line per defence.
+
+    `curves`: per defence the levels of rejection, each with `accepted`, `held` and its `ci95`.
+    """
+    figure = _figure(6.2, 3.8)
+    axes = figure.subplots()
+    for i, (name, levels) in enumerate(curves.items()):
+        colour, mark, dash = STYLES[i % len(STYLES)]
+        at = [level["accepted"] for level in levels]
+        held = [level["held"] for level in levels]
+        axes.plot(at, held, color=colour, marker=mark, linestyle=dash, linewidth=1.6, markersize=4.5, label=name)
+        low, high = zip(*(level["ci95"] for level in levels), strict=True)
+        axes.fill_between(at, low, high, color=colour, alpha=0.1, linewidth=0)
+    axes.set(xlabel="clean images that are answered", ylabel="attacked images held (right, or declined)")
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    axes.legend(frameon=False, fontsize=8)
     _plain(axes)
     return figure
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from immunonet import _store
 from immunonet.report.figures import BLUE, GREY, INK, ORANGE, _figure
 from immunonet.studies import tables
 from immunonet.studies.tasks import show
@@ -34,13 +32,6 @@ def draw(record: Record) -> dict[str, Figure]:
     found |= {entry["name"]: _sensing(entry) for entry in record["sensing"]}
     found |= {entry["name"]: _search(entry) for entry in record["search"]}
     return found
-
-
-def save(figures: Mapping[str, Figure], folder: Path, prefix: str) -> None:
-    """Write figures as `<folder>/<prefix>-<name>.png`, at 200 dots per inch, each whole or not at all."""
-    for name, figure in figures.items():
-        with _store.replacing(folder / f"{prefix}-{name}.png") as temporary:
-            figure.savefig(temporary, format="png", dpi=200, metadata={"Software": None})
 
 
 def _curve(title: str, rows: Sequence[Record]) -> Figure:

@@ -150,9 +150,10 @@ def document(record: dict[str, Any], source: str) -> str:
         "AdvKnn, the same on a soft vote of the clones that RAILS brings near the antigen, RAILS unrolled with its "
         "generations, a stealthy variant that also avoids looking foreign, BPDA with "
         "the network and with the soft vote; noise, Square and HopSkipJump on a light twin of RAILS (T 200, G 3). What "
-        "is found is tested on the defence itself. Attacks that only ask take fewer images (their number stands in the "
-        "record) and pass over those that are broken already. Carlini et al.'s checklist (2019) is answered "
-        "on the pages that the same commands write.",
+        "is found is tested on the defence itself: each candidate on few draws, which its row is counted on, the worst "
+        "few of every image on more, and the worst of those on as many others. Attacks that only ask take fewer images "
+        "(their number stands in the record) and pass over those that are broken already. Carlini et al.'s checklist "
+        "(2019) is answered on the pages that the same commands write.",
         "\n".join(f"- `{run['command']}`" for run in record["runs"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -377,16 +378,6 @@ def _limits(found: Sequence[Case]) -> str:
         "draws that are customary; light twins stood in for RAILS there. "
     )
     text += f"Missing here: {', '.join(missing)}. " if missing else ""
-    older = [
-        f"{_name(case)} on {case['net']}"
-        for case in found
-        if case["defence"] == "rails" and "soft-clones" not in case["evaluation"]["attacks"]
-    ]
-    if older:
-        text += (
-            "The vote of clones, the strongest attack on RAILS where it was run, is younger than some rows, which are "
-            f"therefore likely too high: {'; '.join(older)}. "
-        )
     return text + "`--protocol standard` and `full` spend more."
 
 

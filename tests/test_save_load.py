@@ -65,6 +65,14 @@ def test_a_record_older_than_the_voice_has_none(functional_conv, images, tmp_pat
     assert torch.equal(loaded.predict_proba(ANTIGENS), silent.predict_proba(ANTIGENS))
 
 
+def test_a_network_with_a_voice_must_be_the_same_beyond_the_layers_too(functional_conv, images, tmp_path):
+    RAILS(functional_conv, "2", maturation=SMALL, voice=0.3).fit(*images).save(tmp_path)
+    assert RAILS.load(tmp_path, functional_conv).voice == 0.3
+    functional_conv[6].bias.data += torch.tensor([1.0, 0.0, -1.0])
+    with pytest.raises(ValueError, match="model, which has a voice, gives other logits"):
+        RAILS.load(tmp_path, functional_conv)
+
+
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("layers", ["2", ["0", "5"], halves])
 def test_dknn_round_trip(metric, layers, functional_conv, images, tmp_path):

@@ -159,8 +159,11 @@ class Defence(nn.Module, abc.ABC):
             "y": self.repertoire.y,
             **{f"calibration.{name}": buffer for name, buffer in self.calibration.named_buffers()},
         }
-        for i, probe in enumerate(self.features(self.repertoire.x[:PROBES])):
+        probes = self.repertoire.x[:PROBES]
+        for i, probe in enumerate(self.features(probes)):
             tensors[f"probe.{i}"] = probe
+        if (heard := self._known(probes)) is not None:
+            tensors["probe.known"] = heard
         checksum = _store.write_tensors(folder / "repertoire.new", tensors)
         name = f"repertoire-{checksum[:12]}.safetensors"
         known = (folder / name).exists()
@@ -220,6 +223,12 @@ class Defence(nn.Module, abc.ABC):
                     f"model gives other features at layer {name!r} than when {folder} was saved: "
                     "load the weights that the defence was fitted with"
                 )
+        heard = defence._known(x[:PROBES])
+        if heard is not None and not torch.allclose(heard, tensors["probe.known"].to(x.device), atol=1e-3):
+            raise ValueError(
+                f"model, which has a voice, gives other logits than when {folder} was saved: "
+                "load the weights that the defence was fitted with"
+            )
         prefix = "calibration."
         kept = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         defence.calibration = Calibration(**kept).to(x.device)
@@ -244,6 +253,10 @@ class Defence(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def _calibrate(self, x: Tensor, y: Tensor) -> Calibration: ...
+
+    def _known(self, x: Tensor) -> Tensor | None:
+        """Return what the model itself answers to inputs `(B, *S)`, probabilities `(B, C)`, if that counts."""
+        return None
 
     def _cells(self, x: Tensor) -> Tensor:
         return space_map(self.model, self.space)(x)

@@ -241,18 +241,10 @@ class RAILS(Defence):
             trace=tuple(traces) if trace else None,
         )
 
+    @torch.no_grad()
     def _known(self, x: Tensor) -> Tensor | None:
         """Return what the model itself says of antigens `x` `(B, *S)`: its softmax `(B, C)`, if it has a voice."""
-        if not self.voice:
-            return None
-        logits = logits_map(self.model)
-        found = torch.cat([logits(part) for part in x.split(logits.rows)])
-        if not bool(torch.isfinite(found).all()):
-            raise ValueError(
-                f"voice={self.voice:g} needs finite logits, but the model gave NaN or infinite ones: "
-                "check the model and its precision, or set voice=0"
-            )
-        return found.softmax(1)
+        return logits_map(self.model).chunked(x).softmax(1) if self.voice else None
 
     def _neighbourhood(self, flocks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Return nonconformity `(B, C)` summed over layers, and the mean distance to the K nearest `(B, L)`."""

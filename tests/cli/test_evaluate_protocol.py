@@ -115,3 +115,10 @@ def test_options_of_the_protocol_need_it(run):
     code, _, err = run("--dataset", "digits", "--weights", "digits.safetensors", "--defence", "cnn")
     assert code == 2
     assert "--defence needs --protocol" in err
+
+
+def test_results_come_from_test_images(run):
+    code, _, err = run(*COMMAND, "--defence", "cnn", "--split", "validation", "--json", "r.json")
+    assert code == 0, err
+    with pytest.raises(ValueError, match=r"results come from test images, got a run on others: .*--split validation"):
+        finding.main(["r.json", "--json", "all.json", "--doc", "doc.md"])

@@ -39,7 +39,13 @@ def test_an_attack_that_avoids_rejection_counts_where_the_loud_one_is_declined()
 
 def test_the_worst_case_is_chosen_on_other_draws_than_it_is_counted_on():
     lucky = trial("pgd", [[1, 1, 1, 1], [0, 0, 0, 0]], familiarity=[0.9] * 4)
+    assert not lucky.correct[REPORT].any()
     assert levels(CLEAN, lucky)[0.0]["held"] == 0.75
+
+
+def test_a_tie_goes_to_the_attack_that_is_stronger_overall():
+    some = trial("pgd", [[1, 0, 0, 0], [0, 0, 0, 0]], familiarity=[0.9] * 4)
+    assert levels(CLEAN, some)[0.0]["held"] == 0.0
 
 
 def test_attacks_that_tried_few_images_are_left_out():

@@ -95,18 +95,41 @@ def test_further_draws_are_the_answers_under_their_seeds(images, conv):
     assert answers(rails, x, (3, 1, 2))[0].equal(expected)
 
 
-def test_further_draws_of_inputs_without_an_answer_count_as_wrong():
-    class Drawn:
+def test_further_draws_of_inputs_without_an_answer_count_as_wrong(images, conv, monkeypatch):
+    rails = RAILS(conv, "input", maturation=Maturation(population=60, neighbours=3)).fit(*images)
+    x = images[0][:6]
+    expected = Subject(rails, classes=3).labels(x, (0, 1, 2))[0]
+    answer = RAILS._mature
+
+    def dark(self, antigens, seed, *rest):
+        if seed and (antigens.cells == x[3]).flatten(1).all(1).any():
+            raise RuntimeError("too bright")
+        return answer(self, antigens, seed, *rest)
+
+    monkeypatch.setattr(RAILS, "_mature", dark)
+    expected[1:, 3] = NO_ANSWER
+    assert Subject(rails, classes=3).labels(x, (0, 1, 2))[0].equal(expected)
+
+
+@pytest.mark.parametrize("kind", ["attribute", "subclass"])
+def test_only_the_draws_of_rails_itself_are_shared(kind, images, conv):
+    class Smoothing(nn.Module):
+        draws = 8
+
         def predict(self, x, seed):
-            return self.draws(x, [seed])[0]
+            return torch.full((len(x),), seed)
 
-        def draws(self, x, seeds):
-            if (x[:, 0] > 0.5).any():
-                raise RuntimeError("too bright")
-            return torch.ones(len(seeds), len(x), dtype=torch.int64)
+    class Constant(RAILS):
+        def predict(self, x, seed=None, batch_size=None):
+            return torch.full((len(x),), seed)
 
-    labels, _ = Subject(Drawn(), classes=3).labels(X, (0, 1, 2))
-    assert labels.tolist() == [[1, 1, 1, NO_ANSWER, NO_ANSWER, NO_ANSWER]] * 3
+    if kind == "attribute":
+        defence = Smoothing()
+    else:
+        defence = Constant(conv, "input", maturation=Maturation(population=60, neighbours=3)).fit(*images)
+    expected = torch.tensor([[2] * 4, [0] * 4, [1] * 4])
+    assert Subject(defence, classes=3).labels(images[0][:4], (2, 0, 1))[0].equal(expected)
+    assert answers(defence, images[0][:4], (2, 0, 1))[0].equal(expected)
 
 
 def test_every_call_has_fresh_noise_unless_its_seed_is_fixed_and_can_be_repeated():

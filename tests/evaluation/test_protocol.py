@@ -198,6 +198,16 @@ def test_an_interrupted_run_continues_and_gives_the_same_figures(problem, tmp_pa
     assert again.checks == resumed.checks
 
 
+def test_another_budget_does_not_continue_from_what_was_kept(problem, tmp_path, monkeypatch):
+    base, x, y = problem
+    defence = RAILS(base, "input", maturation=Maturation(population=20, neighbours=2, generations=1))
+    defence.fit(x[20:], y[20:])
+    first = evaluate(defence, x[:10], y[:10], base=base, eps=0.2, folder=tmp_path)
+    monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(TINY, seeds=3, finalists=1))
+    second = evaluate(defence, x[:10], y[:10], base=base, eps=0.2, folder=tmp_path)
+    assert (len(first.verdict.seeds), len(second.verdict.seeds)) == (2, 3)
+
+
 def test_a_full_disk_is_told_and_loses_nothing_that_was_kept(problem, tmp_path, monkeypatch):
     base, x, y = problem
     real = _store.write_tensors

@@ -189,5 +189,6 @@ def test_points_stand_where_the_accuracies_are():
 
 def test_rejection_is_drawn_as_what_is_answered_against_what_is_held():
     levels = [{"accepted": 1.0, "held": 0.2, "ci95": [0.1, 0.3]}, {"accepted": 0.5, "held": 0.8, "ci95": [0.7, 0.9]}]
-    (axes,) = figures.rejection_curves({"a": levels}).axes
-    assert axes.lines[0].get_xydata().tolist() == [[1.0, 0.2], [0.5, 0.8]]
+    first, second = figures.rejection_curves({"net": {"a": levels, "b": levels[:1]}, "other": {"a": levels}}).axes
+    assert [line.get_xydata().tolist() for line in first.lines] == [[[1.0, 0.2], [0.5, 0.8]], [[1.0, 0.2]]]
+    assert (first.get_title(), second.get_title()) == ("net", "other")

@@ -110,7 +110,9 @@ def reproduce(
     if merge:
         lab.journal = runner.merge(out, settings, work)
     else:
-        if missing(searches, journal):  # told now, not after the hours that other parts take
+        index, count = part or (0, 1)
+        mine = [task for task in work[index::count] if task in searches]
+        if missing(mine, journal):  # told now, not after the hours that other parts take
             data.require("optuna", "search")
         _run(work, journal, part)
     if part is not None:

@@ -9,7 +9,7 @@ import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -122,14 +122,13 @@ class Subject(nn.Module):
         return torch.stack([first, *self._further(x, seeds[1:])]), seconds
 
     def _further(self, x: Tensor, seeds: Sequence[int]) -> Sequence[Tensor]:
-        draws = getattr(self.defence, "draws", None)
-        if draws is None or not seeds:
+        defence = self.defence
+        if not shares_draws(defence) or not seeds:
             return [self._run(x, seed) for seed in seeds]
 
         def ask(part: Tensor) -> Tensor:
             with self._asked(seeds[0]):
-                labels: Tensor = draws(part, seeds)
-                return labels.T.cpu()
+                return defence.draws(part, seeds).T.cpu()
 
         return self._safely(x, ask, lambda part: torch.full((len(part), len(seeds)), NO_ANSWER)).unbind(1)
 
@@ -187,6 +186,11 @@ def is_randomised(defence: object) -> bool:
     return predict is not None and _takes_seed(predict)
 
 
+def shares_draws(defence: object) -> TypeGuard[RAILS]:
+    """Return whether `defence` is RAILS, whose draws have much in common, and answers by its own `predict`."""
+    return isinstance(defence, RAILS) and type(defence).predict is RAILS.predict
+
+
 @torch.no_grad()
 def answers(model: nn.Module, x: Tensor, seeds: Sequence[int] = ()) -> tuple[Tensor, float]:
     """Return labels `(R, B)` on the CPU, one run per seed or one in all, and the seconds of the first run.
@@ -200,8 +204,11 @@ def answers(model: nn.Module, x: Tensor, seeds: Sequence[int] = ()) -> tuple[Ten
         else:
             first = model.predict(x) if hasattr(model, "predict") else model(x).argmax(1)  # type: ignore[operator]
         seconds = time.perf_counter() - begun
-        further = [model.draws(x, seeds[1:])] if seeds[1:] else []  # type: ignore[operator]
-    return torch.cat([first[None], *further]).cpu(), seconds
+        if shares_draws(model) and seeds[1:]:
+            further = list(model.draws(x, seeds[1:]))
+        else:
+            further = [model.predict(x, seed=seed) for seed in seeds[1:]]  # type: ignore[operator]
+    return torch.stack([first, *further]).cpu(), seconds
 
 
 def describe(defence: object) -> dict[str, Any]:

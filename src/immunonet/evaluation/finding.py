@@ -68,6 +68,8 @@ def cases(record: dict[str, Any]) -> list[Case]:
     found: list[Case] = []
     for run in record["runs"]:
         rows = record["results"][slice(*run["rows"])]
+        if rows[0]["settings"].get("split", "test") != "test":
+            raise ValueError(f"results come from test images, got a run on others: {run['command']}")
         for one in run["evaluations"]:
             key = one["defence"], one["layers"], one["weights"]
             by = {row["attack"]: row for row in rows if _key(row) == key}
@@ -77,6 +79,8 @@ def cases(record: dict[str, Any]) -> list[Case]:
                 {
                     "defence": one["defence"],
                     "layer": ", ".join(one["layers"]),
+                    "maturation": worst["settings"].get("maturation", ()),
+                    "space": worst["settings"].get("space"),
                     "population": [m["population"] for m in worst["settings"].get("maturation", ())],
                     "clones": _clones(worst["settings"].get("maturation", ())),
                     "voice": worst["settings"].get("voice", 0),
@@ -93,7 +97,7 @@ def cases(record: dict[str, Any]) -> list[Case]:
                     "evaluation": one,
                 }
             )
-    same = ("defence", "layer", "population", "clones", "voice", "dataset", "net", "eps", "norm", "n")
+    same = ("defence", "layer", "maturation", "space", "voice", "dataset", "net", "eps", "norm", "n")
     once: dict[str, Case] = {}
     for case in found:
         once.setdefault(json.dumps([case[key] for key in same]), case)
@@ -164,7 +168,7 @@ def figures(record: dict[str, Any]) -> dict[str, Figure]:
     found = cases(record)
     shown = (("clean", "clean"), ("PGD on the network", "paper"), ("worst case, knows the defence", "worst"))
     lines = {
-        f"{_where(case)}: {_name(case)}": {title: (case[key]["accuracy"], case[key]["ci95"]) for title, key in shown}
+        f"{_setting(case)}: {_name(case)}": {title: (case[key]["accuracy"], case[key]["ci95"]) for title, key in shown}
         for case in found
     }
     drawn = {"accuracy": accuracy_points(lines)}
@@ -173,8 +177,13 @@ def figures(record: dict[str, Any]) -> dict[str, Figure]:
     return drawn
 
 
-def _curves(found: Sequence[Case]) -> dict[str, Any]:
-    return {f"{_where(case)}: {_name(case)}": levels for case in found if (levels := case["evaluation"]["abstention"])}
+def _curves(found: Sequence[Case]) -> dict[str, dict[str, Any]]:
+    """Return the levels of rejection of every defence that senses, by network and attack."""
+    curves: dict[str, dict[str, Any]] = {}
+    for case in found:
+        if levels := case["evaluation"]["abstention"]:
+            curves.setdefault(_setting(case), {})[_name(case)] = levels
+    return curves
 
 
 def _abstention(found: Sequence[Case]) -> str:
@@ -212,6 +221,7 @@ def _groups(found: Sequence[Case]) -> list[list[Case]]:
 def _name(case: Case) -> str:
     name = NAMES.get(case["defence"], str(case["defence"]))
     cells = f", T {case['population'][0]}{case['clones']}" if case["population"] else ""
+    cells += ", cells there" if case["space"] else ""
     cells += f", voice {case['voice']:g}" if case["voice"] else ""
     return f"{name}, {case['layer']}{cells}" if case["layer"] else name
 
@@ -312,6 +322,10 @@ def _costs(found: Sequence[Case]) -> str:
     return (
         _grid(heads, lines) + "\n\nTimes were taken on a machine that did other work as well: compare them with care."
     )
+
+
+def _setting(case: Case) -> str:
+    return f"{case['net']}, {case['norm']} {case['eps']:.3g}"
 
 
 def _where(case: Case) -> str:

@@ -55,9 +55,9 @@ def evaluate(
     Attacks transfer from `base` (and `transfer`); know the defence, through surrogates of RAILS and DkNN, through BPDA,
     or through its own gradient; and only ask (noise, Square, HopSkipJump, on a light twin of RAILS). The candidates are
     tested on the defence itself. Of a randomised one, an image's few worst candidates are compared on some draws (10
-    in "quick", else 20), and the worst case comes from as many others; the rows of single attacks take fewer. Attacks
-    that only ask pass over images that are broken in all draws for selection already. "quick" is a first measurement;
-    "standard" and "full" spend more, and add targeted attacks, EOT and ablations of RAILS.
+    in "quick", else 20), and the worst case comes from as many others; rows of single attacks take fewer, except in
+    "full". Attacks that only ask pass over images that are broken in all draws for selection already. "quick" is a
+    first measurement; "standard" and "full" spend more, and add targeted attacks, EOT and ablations of RAILS.
 
     Args:
         defence: maps inputs `(B, *S)` to log-probabilities `(B, C)`, a module or any callable; its `predict`, if any,
@@ -124,6 +124,7 @@ def evaluate(
         "told": claim.told,
         "protocol": protocol,
         "seed": seed,
+        "budget": dataclasses.asdict(budget),
         "minutes": minutes,
         "images": _store.digest([x, y]),
         "weights": [_store.digest(network.state_dict().values()) for network in (base, *transfer)],
@@ -162,8 +163,10 @@ def _afford(
         asking = (time.perf_counter() - begun) / len(x)
         timed: dict[int, float] = {}
         seconds = {}
+        # Draws for the finalists, for what has fallen, and for the worst case.
+        finals = (budget.finalists + 2) * budget.seeds / len(runner.seeds) * asking if runner.seeds else 0.0
         for attack in planned:
-            one = 0.0
+            one = finals if attack.method is None else 0.0
             if attack.target is not None:
                 if id(attack.target) not in timed:
                     timed[id(attack.target)] = seconds_per_call(attack.target, x, gradient=attack.kind != "black box")

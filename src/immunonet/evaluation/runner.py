@@ -96,6 +96,8 @@ class Runner:
         self.seeds, self.settings, self.folder, self.told = tuple(seeds), settings, folder, told
         name = f"{settings['name']}-{_store.fingerprint(settings)[:12]}.jsonl"
         self.journal = Journal(folder / name, settings) if folder else None
+        # What went wrong with answers outside of trials, and how often.
+        self.faults: Counter[str] = Counter()
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
         """Return the JSON value kept under `key`, made now if there is none."""
@@ -140,13 +142,17 @@ class Runner:
     def labels(self, key: str, x: Tensor, seeds: Sequence[int]) -> Tensor:
         """Return the defence's answers `(R, n)` to other inputs under other seeds, part by part kept under `key`."""
         parts = [
-            torch.tensor(self.once(f"{key} / {i * CHUNK}", functools.partial(self._asked, part, seeds)))
+            self.once(f"{key} / {i * CHUNK}", functools.partial(self._asked, part, seeds))
             for i, part in enumerate(x.split(CHUNK))
         ]
-        return torch.cat(parts, 1)
+        for part in parts:
+            self.faults.update(part["faults"])
+        return torch.cat([torch.tensor(part["labels"]) for part in parts], 1)
 
-    def _asked(self, x: Tensor, seeds: Sequence[int]) -> Any:
-        return self.subject.labels(x, seeds)[0].tolist()
+    def _asked(self, x: Tensor, seeds: Sequence[int]) -> dict[str, Any]:
+        before = self.subject.faults.copy()
+        labels = self.subject.labels(x, seeds)[0].tolist()
+        return {"labels": labels, "faults": dict(self.subject.faults - before)}
 
     def correct(self, x: Tensor, y: Tensor, seeds: Sequence[int]) -> Tensor:
         """Return whether the defence is right about other inputs, `(R, n)`."""

@@ -85,7 +85,7 @@ def flags(
     y = runner.y[: len(x)]
     targets = {a.name: a.target for a in planned if not a.standing and a.target is not None}
     distinct = {id(target): name for name, target in targets.items()}
-    faults = sum((trial.faults for trial in trials), Counter(runner.subject.faults if not runner.journal else {}))
+    faults = sum((trial.faults for trial in trials), runner.faults)
 
     def measure() -> list[dict[str, Any]]:
         found = [

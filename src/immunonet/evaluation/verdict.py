@@ -82,9 +82,9 @@ def ranked(trials: Sequence[Trial], select: slice) -> Tensor:
         mean = trial.correct[select].double().mean(0)
         # Less than any difference of shares over draws.
         row[: trial.n] = torch.where(trial.attempted, mean + 1e-6 * mean.mean(), torch.inf)
-    order: Tensor = shares.flip(0).sort(dim=0, stable=True).indices
+    found, order = shares.flip(0).sort(dim=0, stable=True)
     # Where few attacks attempted an image, the best of them stands in for those that did not.
-    order = torch.where(shares.flip(0).gather(0, order).isinf(), order[:1], order)
+    order = torch.where(found.isinf(), order[:1], order)
     return len(trials) - 1 - order
 
 

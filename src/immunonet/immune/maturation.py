@@ -61,13 +61,14 @@ def flocked(
     """
     x = x.clamp(*bounds)
     classes, k = distances.shape[1:]
-    clones = settings.per_class(classes) // k
     images = x.ndim == 6
-    if clones == 1 or not (settings.recombination is not None or (settings.alignment > 0 and images)):
+    if settings.per_class(classes) == k or not (
+        settings.recombination is not None or (settings.alignment > 0 and images)
+    ):
         return Naive(x, x, distances, index)
     near = x.clone()
     # The tangents of naive cells take six times their memory.
-    few = max(1, operators.CHUNK_VALUES // (clones * x[0, 0].numel()))
+    few = max(1, operators.CHUNK_VALUES // x[0, 0].numel())
     for some in zip(
         *(part.split(few) for part in _candidates(distances, settings).nonzero(as_tuple=True)), strict=True
     ):

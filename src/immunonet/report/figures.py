@@ -28,7 +28,14 @@ from immunonet.response import Cells, ImmuneResponse, Trace
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8a8f98", "#1d2129"
 BRIGHTER, DARKER = "#E69F00", "#5E3C99"
 # Colour, marker and dash of lines that share axes.
-STYLES = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (DARKER, "^", ":"), (GREY, "D", "-."))
+STYLES = (
+    (BLUE, "o", "-"),
+    (ORANGE, "s", "--"),
+    (DARKER, "^", ":"),
+    (GREY, "D", "-."),
+    ("#009E73", "v", (0, (5, 1))),
+    ("#CC79A7", "P", (0, (1, 1))),
+)
 
 
 def image_array(image: Tensor, *, bounds: Any = (0.0, 1.0)) -> np.ndarray:
@@ -249,24 +256,26 @@ def accuracy_points(lines: Mapping[str, Mapping[str, tuple[float, Sequence[float
     return figure
 
 
-def rejection_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Draw what is held in the worst case against the clean inputs that are still answered, one line per defence.
+def rejection_curves(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Figure:
+    """Draw what is held in the worst case against the clean inputs that are still answered.
 
-    `curves`: per defence the levels of rejection, each with `accepted`, `held` and its `ci95`.
+    `curves`: per panel and defence the levels of rejection, each with `accepted`, `held` and its `ci95`.
     """
-    figure = _figure(6.2, 3.8)
-    axes = figure.subplots()
-    for i, (name, levels) in enumerate(curves.items()):
-        colour, mark, dash = STYLES[i % len(STYLES)]
-        at = [level["accepted"] for level in levels]
-        held = [level["held"] for level in levels]
-        axes.plot(at, held, color=colour, marker=mark, linestyle=dash, linewidth=1.6, markersize=4.5, label=name)
-        low, high = zip(*(level["ci95"] for level in levels), strict=True)
-        axes.fill_between(at, low, high, color=colour, alpha=0.1, linewidth=0)
-    axes.set(xlabel="clean images that are answered", ylabel="attacked images held (right, or declined)")
-    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-    axes.legend(frameon=False, fontsize=8)
-    _plain(axes)
+    figure = _figure(3.4 * len(curves) + 0.4, 3.6)
+    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
+    for axes, (title, lines) in zip(panels, curves.items(), strict=True):
+        for i, (name, levels) in enumerate(lines.items()):
+            colour, mark, dash = STYLES[i % len(STYLES)]
+            at = [level["accepted"] for level in levels]
+            held = [level["held"] for level in levels]
+            axes.plot(at, held, color=colour, marker=mark, linestyle=dash, linewidth=1.6, markersize=4.5, label=name)
+            low, high = zip(*(level["ci95"] for level in levels), strict=True)
+            axes.fill_between(at, low, high, color=colour, alpha=0.1, linewidth=0)
+        axes.set(xlabel="clean images that are answered", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        axes.set_title(title, fontsize=9, color=INK)
+        axes.legend(frameon=False, fontsize=7)
+        _plain(axes)
+    panels[0].set_ylabel("attacked images held (right, or declined)")
     return figure
 
 

@@ -32,10 +32,10 @@ def tasks(study: Study, lab: Lab, seed: int) -> list[Task]:
     """
     found = []
     for entry in study.search:
-        options = entry.space.get("neighbours", (0,))
+        (start,) = study.maturations("rails", entry.maturation, len(entry.layers))[:1]
+        options = entry.space.get("neighbours", (start.neighbours,))
         most = int(options.high) if isinstance(options, Range) else max(options)
         check_classes(lab.examples(entry.repertoire)[1], len(lab.training.classes), most)
-        (start,) = study.maturations("rails", entry.maturation, len(entry.layers))[:1]
         asked = entry.trials * entry.images + (1 + entry.finalists) * entry.confirm
         cost = asked * len(entry.attacks) * (1 + start.population * (start.generations + 1) / 1000)
         found.append(Task(_key(study, entry, seed), entry.name, cost, functools.partial(_search, lab, entry, seed)))
@@ -175,7 +175,7 @@ def _correct(lab: Lab, entry: Search, settings: Settings, images: slice, seed: i
 def _parts(lab: Lab, entry: Search) -> tuple[slice, slice]:
     """Return the images of the trials and those that confirm; of a small split, the same shares."""
     n, whole = len(lab.held_out), entry.images + entry.confirm
-    seen = min(entry.images, n * entry.images // whole)
+    seen = max(1, min(entry.images, n * entry.images // whole))
     return slice(0, seen), slice(seen, min(n, whole))
 
 

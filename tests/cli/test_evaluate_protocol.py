@@ -54,15 +54,22 @@ def test_three_defences_are_attacked_and_the_finding_is_written(run):
         "rails-input.html",
     ]
 
-    finding.main(["r.json", "--json", "all.json", "--doc", "docs/robustness.md"])
+    tried = ["--dataset", "digits", "--weights", "digits.safetensors", "--split", "validation", "--n", "10"]
+    assert (
+        run(*tried, "--population", "50", "--voice", "0.25", "--attack", "none", "--json", "v.json", "--out", "v")[0]
+        == 0
+    )
+    finding.main(["r.json", "--choices", "v.json", "--json", "all.json", "--doc", "docs/robustness.md"])
     merged = json.loads(Path("all.json").read_text())
     assert merged["results"] == record["results"]
+    (rails,) = (row for row in merged["choices"][0]["results"] if row["defence"] == "rails")
     document = Path("docs/robustness.md").read_text()
     assert document.startswith("# How robust RAILS is")
     for row in worst.values():
         assert f"**{row['accuracy']:.3f} (" in document
     assert "`immunonet evaluate --protocol quick --dataset digits" in document
     assert "digits, linf eps 0.2, 12 images" in document
+    assert f"| RAILS | input | 0.25 | none | base | 10 | {rails['accuracy']:.3f} (" in document
     for name in ("accuracy", "abstention"):
         assert f"(figures/robustness-{name}.png)" in document
         assert Path(f"docs/figures/robustness-{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -72,6 +79,7 @@ def test_three_defences_are_attacked_and_the_finding_is_written(run):
     assert f"differs from its network on {rails['disagreement']['none']:.3f}" in document
     Path("docs/robustness.md").unlink()
     finding.main(["all.json", "r.json", "--json", "twice.json", "--doc", "twice.md"])
+    assert "tried on validation" not in Path("twice.md").read_text()
     twice = json.loads(Path("twice.json").read_text())
     assert twice["results"] == 2 * record["results"]
     assert [run["rows"] for run in twice["runs"]] == [

@@ -139,6 +139,7 @@ def document(record: dict[str, Any], source: str) -> str:
         "looking foreign) among them. *Held*: attacked images answered rightly or declined.",
         _abstention(found),
         f"![{ALT['abstention']}]({FIGURES}-abstention.png)" if _curves(found) else "",
+        *_choices(record["choices"]),
         "## Are the attacks sound?",
         "Each evaluation checks its own attacks. A failed line means that its figures may be too high.",
         _checks(found),
@@ -200,6 +201,26 @@ def _abstention(found: Sequence[Case]) -> str:
                 )
     heads = ("network", "defence", "level", "clean answered", "clean answered rightly", "held in the worst case")
     return _grid((*heads, "95 % interval", "held under the joint attack alone"), lines)
+
+
+def _choices(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the section on settings that were tried on validation images, from the records of those trials."""
+    if not records:
+        return []
+    lines = []
+    for row in (row for record in records for row in record["results"] if row["defence"] in ("cnn", "rails")):
+        settings = row["settings"]
+        voice = f"{settings['voice']:g}" if "voice" in settings else ""
+        told = (settings["net"], NAMES[row["defence"]], ", ".join(settings["layers"]), voice)
+        lines.append([*told, row["attack"], row["knows"], f"{row['n']}", _share(row)])
+    heads = ("network", "defence", "layer", "voice", "attack", "knows", "images", "right")
+    return [
+        "## What was tried on validation images",
+        "The voice is the weight of the network's softmax in the consensus. One near 1 only reproduces the network; "
+        "how often the defence differs from it is told with the figures above.",
+        _grid(heads, list(dict.fromkeys(map(tuple, lines)))),
+        "\n".join(f"- `{record['command']}`" for record in records),
+    ]
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -435,11 +456,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "runs", nargs="*", type=Path, help="files of immunonet evaluate --protocol; none: --json is read"
     )
+    parser.add_argument(
+        "--choices",
+        nargs="*",
+        type=Path,
+        default=[],
+        help="files of immunonet evaluate --split validation, without --protocol: what settings were chosen by",
+    )
     parser.add_argument("--json", type=Path, default=Path("results/robustness.json"))
     parser.add_argument("--doc", type=Path, default=Path("docs/robustness.md"))
     told = parser.parse_args(arguments)
     if told.runs:
-        _store.write_json(told.json, merge([_store.read_json(path) for path in told.runs]))
+        choices = [_store.read_json(path) for path in told.choices]
+        _store.write_json(told.json, merge([_store.read_json(path) for path in told.runs]) | {"choices": choices})
     record = _store.read_json(told.json)
     _store.write_text(told.doc, document(record, told.json.as_posix()))
     save(figures(record), (told.doc.parent / FIGURES).parent, Path(FIGURES).name)

@@ -139,7 +139,7 @@ def document(record: dict[str, Any], source: str) -> str:
         "looking foreign) among them. *Held*: attacked images answered rightly or declined.",
         _abstention(found),
         f"![{ALT['abstention']}]({FIGURES}-abstention.png)" if _curves(found) else "",
-        *_choices(record["choices"]),
+        *_choices(record.get("choices", ())),
         "## Are the attacks sound?",
         "Each evaluation checks its own attacks. A failed line means that its figures may be too high.",
         _checks(found),
@@ -182,7 +182,8 @@ def _curves(found: Sequence[Case]) -> dict[str, dict[str, Any]]:
     """Return the levels of rejection of every defence that senses, by network and attack."""
     curves: dict[str, dict[str, Any]] = {}
     for case in found:
-        if levels := case["evaluation"]["abstention"]:
+        # Records from before abstention and disagreement were measured lack them.
+        if levels := case["evaluation"].get("abstention"):
             curves.setdefault(_setting(case), {})[_name(case)] = levels
     return curves
 
@@ -191,7 +192,7 @@ def _abstention(found: Sequence[Case]) -> str:
     """Return the table of what declining foreign inputs buys, at the levels that a user might choose."""
     lines = []
     for case in found:
-        for level in case["evaluation"]["abstention"]:
+        for level in case["evaluation"].get("abstention", ()):
             if level["level"] in SHOWN:
                 low, high = level["ci95"]
                 joint = "" if level["joint"] is None else f"{level['joint']:.3f}"
@@ -292,12 +293,16 @@ def _breakers(group: Sequence[Case]) -> str:
             alarm = "" if flagged is None else f"; {flagged:.3f} of the worst cases were flagged foreign"
             calm = case["clean"].get("foreign")
             alarm += "" if calm is None else f" ({calm:.3f} of the clean images)"
-            differing = case["evaluation"]["disagreement"]
-            lines.append(
+            text = (
                 f"- {_name(case)}: right in most draws {draws['majority']:.3f}, in all {len(case['worst']['seeds'])} "
-                f"draws {draws['always']:.3f}{alarm}. It differs from its network on {differing['none']:.3f} of "
-                f"the clean images and {differing['worst-case']:.3f} of the worst cases."
+                f"draws {draws['always']:.3f}{alarm}."
             )
+            if differing := case["evaluation"].get("disagreement"):
+                text += (
+                    f" It differs from its network on {differing['none']:.3f} of the clean images and "
+                    f"{differing['worst-case']:.3f} of the worst cases."
+                )
+            lines.append(text)
     return "\n".join(lines)
 
 

@@ -6,7 +6,6 @@ The runs are files that `immunonet evaluate --protocol` wrote. Every figure of t
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from immunonet import _store
+from immunonet.evaluation.cases import Case, cases, merge
 from immunonet.evaluation.statistics import mcnemar
 from immunonet.report.figures import accuracy_points, rejection_curves, save
 
@@ -28,80 +28,6 @@ ALT = {
     "accuracy": "accuracy of each defence on clean images, under PGD on the network, and in the worst case",
     "abstention": "attacked images held against clean images answered, for each defence that senses",
 }
-Case = dict[str, Any]
-
-
-def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the records of several runs as one: all rows under `results`, the rest of each run under `runs`.
-
-    A run's `rows` tells which of the results are its own, by their places. A record may itself be of several runs.
-    ValueError for one without evaluations.
-    """
-    runs: list[dict[str, Any]] = []
-    first = 0
-    records = [run for record in records for run in _apart(record)]
-    for i, record in enumerate(records):
-        if not record.get("evaluations"):
-            raise ValueError(f"run {i} holds no evaluations: give files that immunonet evaluate --protocol wrote")
-        rows, first = [first, first + len(record["results"])], first + len(record["results"])
-        runs.append({key: value for key, value in record.items() if key != "results"} | {"rows": rows})
-    return {
-        "results": [row for record in records for row in record["results"]],
-        "environment": records[0]["environment"],
-        "command": "; ".join(record["command"] for record in records),
-        "runs": runs,
-    }
-
-
-def _apart(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the runs of a merged record, each as it was written; any other record as it is."""
-    if "runs" not in record:
-        return [record]
-    return [
-        {"results": record["results"][slice(*run["rows"])]} | {key: run[key] for key in run.keys() - {"rows"}}
-        for run in record["runs"]
-    ]
-
-
-def cases(record: dict[str, Any]) -> list[Case]:
-    """Return one case per evaluation of a merged record: what stands in a line of the tables, each once."""
-    found: list[Case] = []
-    for run in record["runs"]:
-        rows = record["results"][slice(*run["rows"])]
-        if rows[0]["settings"].get("split", "test") != "test":
-            raise ValueError(f"results come from test images, got a run on others: {run['command']}")
-        for one in run["evaluations"]:
-            key = one["defence"], one["layers"], one["weights"]
-            by = {row["attack"]: row for row in rows if _key(row) == key}
-            clean, worst = by["none"], by["worst-case"]
-            kinds = {name: attack["kind"] for name, attack in one["attacks"].items()}
-            found.append(
-                {
-                    "defence": one["defence"],
-                    "layer": ", ".join(one["layers"]),
-                    "maturation": worst["settings"].get("maturation", ()),
-                    "space": worst["settings"].get("space"),
-                    "population": [m["population"] for m in worst["settings"].get("maturation", ())],
-                    "clones": _clones(worst["settings"].get("maturation", ())),
-                    "voice": worst["settings"].get("voice", 0),
-                    "dataset": worst["dataset"],
-                    "net": worst["settings"]["net"],
-                    "eps": worst["eps"],
-                    "norm": worst["norm"],
-                    "n": worst["n"],
-                    "clean": clean,
-                    "paper": by["pgd"],
-                    "transfer": _strongest(by, kinds, "transfer"),
-                    "adaptive": _strongest(by, kinds, "adaptive"),
-                    "worst": worst,
-                    "evaluation": one,
-                }
-            )
-    same = ("defence", "layer", "maturation", "space", "voice", "dataset", "net", "eps", "norm", "n")
-    once: dict[str, Case] = {}
-    for case in found:
-        once.setdefault(json.dumps([case[key] for key in same]), case)
-    return list(once.values())
 
 
 def document(record: dict[str, Any], source: str) -> str:
@@ -224,15 +150,6 @@ def _choices(records: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["defence"], row["settings"]["layers"], row["settings"]["weights"]
-
-
-def _strongest(by: dict[str, Case], kinds: dict[str, str], kind: str) -> Case | None:
-    mine = [row for name, row in by.items() if kinds.get(name) == kind]
-    return min(mine, key=lambda row: float(row["accuracy"]), default=None)
-
-
 def _groups(found: Sequence[Case]) -> list[list[Case]]:
     groups: dict[tuple[Any, ...], list[Case]] = {}
     for case in found:
@@ -246,13 +163,6 @@ def _name(case: Case) -> str:
     cells += ", cells there" if case["space"] else ""
     cells += f", voice {case['voice']:g}" if case["voice"] else ""
     return f"{name}, {case['layer']}{cells}" if case["layer"] else name
-
-
-def _clones(maturations: Sequence[dict[str, Any]]) -> str:
-    """Return what was done to clones where it is not the default; records older than a setting did nothing."""
-    if any(m.get("recombination") for m in maturations):
-        return ", recombined"
-    return "" if any(m.get("alignment", 0) for m in maturations) else ", not aligned"
 
 
 def _share(row: dict[str, Any] | None, *, named: bool = False) -> str:

@@ -15,7 +15,7 @@ from immunonet.attacks import PGD
 from immunonet.cli.common import resolve_dataset
 from immunonet.evaluation.journal import Journal
 from immunonet.evaluation.statistics import mcnemar
-from immunonet.studies import tables
+from immunonet.studies import report, tables
 
 
 def record(path):
@@ -140,6 +140,17 @@ def test_a_study_from_raw_data_to_tables_and_figures(run, tiny):
     assert "| plain | conv1 | RAILS, paper (reconstructed), T 20 |" in readme
     assert "figures/digits-eps.png" in readme
     assert Path("work/table.md").read_text() in readme
+    assert "| 200.00 points or 200% of the errors | 300% of the errors |" in readme
+
+    # Drawn again from the JSON alone.
+    figure = Path("results/figures/digits-eps.png")
+    drawn = figure.read_bytes()
+    for path in (figure, Path("results/digits.html"), Path("results/README.md")):
+        path.unlink()
+    report.main(["results/digits.json"])
+    assert figure.read_bytes() == drawn
+    assert Path("results/digits.html").read_text() == page
+    assert Path("results/README.md").read_text() == readme
 
 
 def test_a_voice_has_a_line_of_its_own():

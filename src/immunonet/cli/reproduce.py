@@ -124,11 +124,7 @@ def reproduce(
     result = pages.record(study, title, lab, seed, found, drawn=report)
     folder, stem = (out, title) if json is None else (json.parent, json.stem)
     if report:
-        from immunonet.report.figures import save
-        from immunonet.studies import figures
-
-        save(figures.draw(result), folder / "figures", title)
-        _store.write_text(folder / f"{stem}.html", pages.page(result))
+        pages.draw(result, folder, stem)
     pages.write_correctness(folder / f"{stem}.safetensors", found)
     _store.write_text(out / "table.md", markdown(result))
     if json is not None:

@@ -137,6 +137,8 @@ def _choices(records: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     for row in (row for record in records for row in record["results"] if row["defence"] in ("cnn", "rails")):
         settings = row["settings"]
+        if "protocol" in settings and row["attack"] not in ("none", "pgd", "worst-case"):
+            continue
         voice = f"{settings['voice']:g}" if "voice" in settings else ""
         told = (settings["net"], NAMES[row["defence"]], ", ".join(settings["layers"]), voice)
         lines.append([*told, row["attack"], row["knows"], f"{row['n']}", _share(row)])

@@ -72,6 +72,8 @@ def _curve(title: str, rows: Sequence[Record]) -> Figure:
         numbers = sorted({float(row["settings"]["value"]) for row in rows})
         if numbers[0] > 0 and numbers[-1] / numbers[0] > 20:
             axes.set_xscale("log")
+            axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
+            axes.minorticks_off()
     else:
         axes.set_xticks(range(len(values)), values)
         axes.set_xlim(-0.6, len(values) - 0.4)

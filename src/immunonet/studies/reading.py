@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from immunonet.studies import checks
 from immunonet.studies.settings import (
     Base,
     Comparison,
@@ -19,7 +20,6 @@ from immunonet.studies.settings import (
     Study,
     Target,
     Tuning,
-    check_keys,
 )
 
 NAMES = ("mnist", "cifar10", "svhn")
@@ -84,7 +84,7 @@ def _read(kind: Callable[..., T], where: str, found: Any) -> T:
     if not isinstance(found, dict):
         raise TypeError(f"{where} must be a table, got {found!r}")
     fields = dataclasses.fields(cast(Any, kind))
-    check_keys(where, found, {f.name for f in fields})
+    checks.keys(where, found, {f.name for f in fields})
     required = [f for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     if missing := [f.name for f in required if f.name not in found]:
         raise ValueError(f"{where} needs {', '.join(missing)}")

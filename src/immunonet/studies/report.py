@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import jinja2
 
 from immunonet import _store
 from immunonet.evaluation.records import envelope
-from immunonet.report.figures import svg_uri
+from immunonet.report.figures import save, svg_uri
 from immunonet.studies import behaviour, figures, search, tables
 from immunonet.studies.experiments import Measured
 from immunonet.studies.lab import Lab
@@ -68,6 +69,12 @@ def page(result: Record) -> str:
     )
 
 
+def draw(result: Record, folder: Path, stem: str) -> None:
+    """Write a record's page, `<stem>.html`, and its figures, `figures/<name of the study>-<figure>.png`."""
+    save(figures.draw(result), folder / "figures", result["study"]["name"])
+    _store.write_text(folder / f"{stem}.html", page(result))
+
+
 def write_readme(folder: Path) -> Path | None:
     """Write `README.md` from the studies' JSON files in a folder; None, and nothing written, beside someone's own."""
     path = folder / "README.md"
@@ -79,3 +86,16 @@ def write_readme(folder: Path) -> Path | None:
     parts = [MARK, "# Results", intro, *(tables.markdown(found) for found in studies)]
     _store.write_text(path, "\n\n".join(parts).rstrip() + "\n")
     return path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write pages, figures and README again from the JSON files of studies, beside them; nothing is measured."""
+    parser = argparse.ArgumentParser(prog="python -m immunonet.studies.report", description=main.__doc__)
+    parser.add_argument("files", nargs="+", type=Path, help="files that immunonet reproduce --json wrote")
+    for path in parser.parse_args(arguments).files:
+        draw(_store.read_json(path), path.parent, path.stem)
+        write_readme(path.parent)
+
+
+if __name__ == "__main__":
+    main()

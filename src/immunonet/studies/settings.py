@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from immunonet import RAILS, Maturation, _check, zoo
 from immunonet.attacks import FGSM, PGD
+from immunonet.studies import checks
 
 DEFENCES = ("cnn", "knn", "dknn", "dknn-tuned", "rails-authors", "rails-paper", "rails")
 PRESETS: dict[str, Callable[..., Any]] = {
@@ -52,16 +53,16 @@ class Base:
 
     def __post_init__(self) -> None:
         for name, value in (("model", self.model), ("weights", self.weights), ("start", self.start)):
-            _text(name, value, optional=True)
-        check_keys("training", self.training, _TRAINING)
+            checks.text(name, value, optional=True)
+        checks.keys("training", self.training, _TRAINING)
         self.arguments()
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of `zoo.train`: "8/255" as a number, `adversarial` from its table."""
-        found = {key: _fraction(key, value) for key, value in self.training.items()}
+        found = {key: checks.number(key, value) for key, value in self.training.items()}
         if isinstance(adversarial := found.get("adversarial"), dict):
-            check_keys("training.adversarial", adversarial, {f.name for f in dataclasses.fields(zoo.Adversarial)})
-            settings = {key: _fraction(key, value) for key, value in adversarial.items()}
+            checks.keys("training.adversarial", adversarial, {f.name for f in dataclasses.fields(zoo.Adversarial)})
+            settings = {key: checks.number(key, value) for key, value in adversarial.items()}
             found["adversarial"] = zoo.Adversarial(**settings)
         return found
 
@@ -77,9 +78,9 @@ class Tuning:
 
     def __post_init__(self) -> None:
         _check.integer("images", self.images)
-        _tuple(self, "attacks", lambda name, value: _text(name, value))
-        _tuple(self, "neighbours", lambda name, value: _check.integer(name, value))
-        _tuple(self, "metrics", lambda name, value: _check.choice(name, value, ("cosine", "euclidean")))
+        checks.as_tuple(self, "attacks", lambda name, value: checks.text(name, value))
+        checks.as_tuple(self, "neighbours", lambda name, value: _check.integer(name, value))
+        checks.as_tuple(self, "metrics", lambda name, value: _check.choice(name, value, ("cosine", "euclidean")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,24 +114,24 @@ class Comparison:
 
     def __post_init__(self) -> None:
         _check.integer("images", self.images)
-        _tuple(self, "defences", lambda name, value: _check.choice(name, value, DEFENCES))
-        _tuple(self, "attacks", lambda name, value: _text(name, value))
-        _tuple(self, "bases", lambda name, value: _text(name, value), empty=True)
+        checks.as_tuple(self, "defences", lambda name, value: _check.choice(name, value, DEFENCES))
+        checks.as_tuple(self, "attacks", lambda name, value: checks.text(name, value))
+        checks.as_tuple(self, "bases", lambda name, value: checks.text(name, value), empty=True)
         _check.choice("split", self.split, SPLITS)
         _check.integer("seeds", self.seeds)
         if self.repertoire is not None:
             _check.integer("repertoire", self.repertoire)
-        check_keys("maturation", self.maturation, set(TESTED))
-        check_keys("options", self.options, _OPTIONS)
+        checks.keys("maturation", self.maturation, set(TESTED))
+        checks.keys("options", self.options, _OPTIONS)
         _check.boolean("choose_layers", self.choose_layers)
         if self.choose_layers and self.defences != ("dknn-tuned",):
             raise ValueError(f"defences must be ['dknn-tuned'] with choose_layers, got {list(self.defences)}")
         if self.vary is not None:
             _check.choice("vary", self.vary, ("eps", "repertoire", "layers", *TESTED))
-            _tuple(self, "values", lambda name, value: _value(str(self.vary), value))
+            checks.as_tuple(self, "values", lambda name, value: _value(str(self.vary), value))
             if self.vary == "layers":
                 object.__setattr__(self, "layers", self.values)
-        _tuple(self, "layers", _layers)
+        checks.as_tuple(self, "layers", checks.layers)
         if _check.boolean("hidden", self.hidden) and ("space" in self.options or any(len(s) > 1 for s in self.layers)):
             raise ValueError(
                 "hidden must be false with a space in options or several layers at once: cells live in one"
@@ -152,11 +153,11 @@ class Learning:
     maturation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", _layers("layers", self.layers))
+        object.__setattr__(self, "layers", checks.layers("layers", self.layers))
         _check.integer("images", self.images)
-        _tuple(self, "eps", _size)
+        checks.as_tuple(self, "eps", checks.size)
         _check.choice("split", self.split, SPLITS)
-        check_keys("maturation", self.maturation, set(TESTED))
+        checks.keys("maturation", self.maturation, set(TESTED))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,11 +177,13 @@ class Sensing:
     repertoire: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", _layers("layers", self.layers))
+        object.__setattr__(self, "layers", checks.layers("layers", self.layers))
         _check.integer("images", self.images)
-        _tuple(self, "strangers", lambda name, value: _text(name, value))
-        object.__setattr__(self, "eps", _size("eps", self.eps))
-        _tuple(self, "defences", lambda name, value: _check.choice(name, value, ("dknn", "dknn-tuned", "knn", "rails")))
+        checks.as_tuple(self, "strangers", lambda name, value: checks.text(name, value))
+        object.__setattr__(self, "eps", checks.size("eps", self.eps))
+        checks.as_tuple(
+            self, "defences", lambda name, value: _check.choice(name, value, ("dknn", "dknn-tuned", "knn", "rails"))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,11 +204,11 @@ class Hardening:
     maturation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", _layers("layers", self.layers))
+        object.__setattr__(self, "layers", checks.layers("layers", self.layers))
         _check.integer("images", self.images, least=2)
         _check.integer("cells", self.cells)
-        _tuple(self, "defences", lambda name, value: _check.choice(name, value, DEFENCES))
-        check_keys("maturation", self.maturation, set(TESTED))
+        checks.as_tuple(self, "defences", lambda name, value: _check.choice(name, value, DEFENCES))
+        checks.keys("maturation", self.maturation, set(TESTED))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,19 +257,19 @@ class Search:
 
     def __post_init__(self) -> None:
         for name in ("name", "title"):
-            _text(name, getattr(self, name))
-        object.__setattr__(self, "layers", _layers("layers", self.layers))
+            checks.text(name, getattr(self, name))
+        object.__setattr__(self, "layers", checks.layers("layers", self.layers))
         for name in ("images", "confirm"):
             _check.integer(name, getattr(self, name))
         _check.integer("trials", self.trials, least=2)
         _check.integer("finalists", self.finalists, most=self.trials - 1)
-        _tuple(self, "attacks", lambda name, value: _text(name, value))
+        checks.as_tuple(self, "attacks", lambda name, value: checks.text(name, value))
         if _check.boolean("hidden", self.hidden) and len(self.layers) > 1:
             raise ValueError("hidden must be false with several layers at once: cells live in one")
         if self.repertoire is not None:
             _check.integer("repertoire", self.repertoire)
-        check_keys("maturation", self.maturation, set(TESTED))
-        check_keys("space", self.space, set(TESTED) - self.maturation.keys())
+        checks.keys("maturation", self.maturation, set(TESTED))
+        checks.keys("space", self.space, set(TESTED) - self.maturation.keys())
         if not self.space:
             raise ValueError("space must hold at least one setting, got none")
         object.__setattr__(self, "space", {name: _options(name, found) for name, found in self.space.items()})
@@ -303,7 +306,7 @@ class Target:
         if (self.layers is None) == (self.choice is None):
             raise ValueError("layers or choice must be given, and not both")
         if self.layers is not None:
-            object.__setattr__(self, "layers", _layers("layers", self.layers))
+            object.__setattr__(self, "layers", checks.layers("layers", self.layers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,9 +333,9 @@ class Study:
 
     def __post_init__(self) -> None:
         for name in ("title", "dataset"):
-            _text(name, getattr(self, name))
+            checks.text(name, getattr(self, name))
         _check.integer("chunk", self.chunk)
-        _tuple(self, "notes", lambda name, value: _text(name, value), empty=True)
+        checks.as_tuple(self, "notes", lambda name, value: checks.text(name, value), empty=True)
         if not self.bases:
             raise ValueError("bases must hold at least one network, got none")
         if not self.main:
@@ -400,8 +403,8 @@ class Study:
         if name == "none":
             return None
         method = _METHODS[_check.choice("attacks: the first part of a name", name.split("-")[0], tuple(_METHODS))]
-        found = {k: _size(k, v) if k in ("eps", "step") else v for k, v in self.attacks[name].items()}
-        check_keys(f"attacks.{name}", found, {f.name for f in dataclasses.fields(method)})
+        found = {k: checks.size(k, v) if k in ("eps", "step") else v for k, v in self.attacks[name].items()}
+        checks.keys(f"attacks.{name}", found, {f.name for f in dataclasses.fields(method)})
         whole: FGSM | PGD = method(**found)
         if eps is None:
             return whole
@@ -414,7 +417,7 @@ class Study:
         found = self.defences.get(kind, {}) | dict(overrides)
         default = {"rails-paper": "paper", "rails-authors": "authors-mnist"}.get(kind, "default")
         preset = _check.choice(f"defences.{kind}: preset", found.pop("preset", default), tuple(PRESETS))
-        check_keys(f"defences.{kind}", found, set(TESTED))
+        checks.keys(f"defences.{kind}", found, set(TESTED))
         made = PRESETS[preset](**{key: None if value == "none" else value for key, value in found.items()})
         several = list(made) if isinstance(made, list) else [made] * layers
         if len(several) != layers:
@@ -439,53 +442,13 @@ class Study:
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in words}
 
 
-def _size(name: str, value: Any) -> float:
-    return _check.number(name, _check.fraction(name, value), least=0)
-
-
-def _fraction(name: str, value: Any) -> Any:
-    return _check.fraction(name, value) if isinstance(value, str) and "/" in value else value
-
-
-def check_keys(where: str, found: Any, known: set[str]) -> None:
-    """Raise TypeError unless `found` is a table, ValueError if it has a key that is not `known`."""
-    if not isinstance(found, Mapping):
-        raise TypeError(f"{where} must be a table, got {found!r}")
-    if unknown := sorted(found.keys() - known):
-        raise ValueError(f"{where} has no setting {unknown[0]!r}; it may have {', '.join(sorted(known))}")
-
-
-def _text(name: str, value: object, *, optional: bool = False) -> object:
-    if not isinstance(value, str) and not (optional and value is None):
-        raise TypeError(f"{name} must be a string, got {value!r}")
-    return value
-
-
-def _tuple(of: Any, name: str, check: Callable[[str, Any], Any], *, empty: bool = False) -> None:
-    """Replace a list in a field by a tuple of checked values; raise unless it is a list, not empty."""
-    values = getattr(of, name)
-    if not isinstance(values, list | tuple):
-        raise TypeError(f"{name} must be a list, got {values!r}")
-    if not values and not empty:
-        raise ValueError(f"{name} must not be empty")
-    object.__setattr__(of, name, tuple(check(name, value) for value in values))
-
-
-def _layers(name: str, value: Any) -> tuple[str, ...]:
-    """Return one layer's name, or several, as a tuple."""
-    several: Sequence[Any] = [value] if isinstance(value, str) else value
-    if not isinstance(several, list | tuple) or not several or not all(isinstance(layer, str) for layer in several):
-        raise TypeError(f"{name} must be a name, or a list of names, got {value!r}")
-    return tuple(several)
-
-
 def _value(vary: str, value: Any) -> Any:
     """Return one value of a curve."""
     if vary == "eps":
-        return _size("values", value)
+        return checks.size("values", value)
     if vary == "repertoire":
         return _check.integer("values", value)
-    return _layers("values", value) if vary == "layers" else value
+    return checks.layers("values", value) if vary == "layers" else value
 
 
 def _options(name: str, found: Any) -> Range | tuple[Any, ...]:
@@ -497,7 +460,7 @@ def _options(name: str, found: Any) -> Range | tuple[Any, ...]:
         return tuple(found)
     if not isinstance(found, Mapping) or not {"low", "high"} <= found.keys():
         raise TypeError(f"{where} must be a list of choices, or a table with low and high, got {found!r}")
-    check_keys(where, found, {f.name for f in dataclasses.fields(Range)})
+    checks.keys(where, found, {f.name for f in dataclasses.fields(Range)})
     try:
         if name in WHOLE:
             for end in ("low", "high"):

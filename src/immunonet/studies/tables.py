@@ -265,10 +265,9 @@ def _attack(row: Record) -> str:
 
 def _targets(found: Sequence[Record]) -> tuple[tuple[str, ...], ...]:
     def figure(target: Record, value: float | None, share: float | None) -> str:
-        if value is None:
-            return ""
-        text = f"{value:.3f}" if target["unit"] == "accuracy" else f"{value:.2f} points"
-        return text + (f" or {share:.0%} of the errors" if share is not None else "")
+        unit = ".3f" if target["unit"] == "accuracy" else ".2f"
+        found = [] if value is None else [f"{value:{unit}}" + (" points" if target["unit"] == "points" else "")]
+        return " or ".join(found if share is None else [*found, f"{share:.0%} of the errors"])
 
     said = {"goal": "goal reached", "least": "reached", "missed": "**missed**", "not measured": "not measured"}
     body = [

@@ -119,10 +119,11 @@ def test_a_mistake_is_told_in_one_line(run, arguments, told):
     assert out == ""
 
 
-def test_options_of_the_protocol_need_it(run):
-    code, _, err = run("--dataset", "digits", "--weights", "digits.safetensors", "--defence", "cnn")
+@pytest.mark.parametrize("option", [("--defence", "cnn"), ("--black-box", "5")])
+def test_options_of_the_protocol_need_it(run, option):
+    code, _, err = run("--dataset", "digits", "--weights", "digits.safetensors", *option)
     assert code == 2
-    assert "--defence needs --protocol" in err
+    assert f"{option[0]} needs --protocol" in err
 
 
 def test_results_come_from_test_images(run):

@@ -241,6 +241,13 @@ def test_minutes_cut_the_plan_beforehand_and_the_cut_is_a_failed_check(problem):
     assert evaluate(LogProbabilities(base), x[:30], y[:30], base=base, eps=0.1, minutes=60).verdict.n == 30
 
 
+def test_attacks_that_only_ask_take_as_many_images_as_told(problem):
+    base, x, y = problem
+    result = evaluate(LogProbabilities(base), x[:30], y[:30], base=base, eps=0.1, black_box=7)
+    assert {row.n for row in result.rows if row.attack in ("noise", "square", "hop-skip-jump")} == {7}
+    assert {row.n for row in result.rows if row.attack not in ("noise", "square", "hop-skip-jump")} == {30}
+
+
 def test_answers_that_fail_for_some_inputs_are_wrong_and_flagged(problem):
     base, x, y = problem
 
@@ -318,6 +325,7 @@ def test_the_page_gives_the_verdict_first_answers_the_checklist_and_escapes_name
     [
         ({"protocol": "best"}, ValueError, "protocol must be one of"),
         ({"minutes": 0}, ValueError, "minutes must be"),
+        ({"black_box": 0}, ValueError, "black_box must be"),
         ({"eps": -1}, ValueError, "eps must be"),
         ({"eps": 1.1}, ValueError, r"eps must be a finite number in \[0, 1\]"),
         ({"eps": 2, "norm": "l2"}, ValueError, r"eps must be a finite number in \[0, 1.41421\]"),

@@ -71,6 +71,12 @@ def evaluate(
         float | None,
         typer.Option("--minutes", help="With --protocol: what each defence may take; the plan is cut to it."),
     ] = None,
+    black_box: Annotated[
+        int | None,
+        typer.Option(
+            "--black-box", min=1, help="With --protocol: images for attacks that only ask. Default: 20 to 1000."
+        ),
+    ] = None,
     defence: Annotated[
         list[str] | None,
         typer.Option("--defence", help=f"With --protocol: one of {', '.join(DEFENCES)}; repeat it. Default: all."),
@@ -146,8 +152,10 @@ def evaluate(
         given = {"--attack": attack, "--step": step, "--iterations": iterations, "--seeds": seeds}
         if wrong := [option for option, value in given.items() if value]:
             raise ValueError(f"{wrong[0]} does not go with --protocol, which sets its own")
-    elif wrong := [o for o, v in {"--minutes": minutes, "--defence": defence, "--transfer": transfer}.items() if v]:
-        raise ValueError(f"{wrong[0]} needs --protocol")
+    else:
+        given = {"--minutes": minutes, "--black-box": black_box, "--defence": defence, "--transfer": transfer}
+        if wrong := [option for option, value in given.items() if value]:
+            raise ValueError(f"{wrong[0]} needs --protocol")
     budget = PROTOCOLS[_check.choice("--protocol", protocol, tuple(PROTOCOLS))] if protocol else None
     kinds = [_check.choice("--defence", name, DEFENCES) for name in dict.fromkeys(defence or DEFENCES)]
     target = common.resolve_device(device)
@@ -217,7 +225,10 @@ def evaluate(
             bar.update(task, visible=False)
             found = _by_protocol(
                 bench, shared, maps, maturations, spaces, voice, kinds, tune_dknn,
-                defend={"minutes": minutes, "protocol": protocol, "eps": size, "norm": norm, "seed": seed},
+                defend={
+                    "minutes": minutes, "black_box": black_box, "protocol": protocol,
+                    "eps": size, "norm": norm, "seed": seed,
+                },
                 transfer=others,
                 say=lambda text: bar.console.print(text, markup=False, highlight=False),
             )  # fmt: skip

@@ -41,6 +41,7 @@ def evaluate(
     norm: str = "linf",
     protocol: str = "quick",
     minutes: float | None = None,
+    black_box: int | None = None,
     seed: int = 0,
     transfer: Sequence[nn.Module] = (),
     dataset: str = "unnamed",
@@ -70,6 +71,7 @@ def evaluate(
         protocol: "quick", "standard" or "full".
         minutes: what the evaluation may take. A few answers are timed, and the plan is cut beforehand to fit; None: all
             images.
+        black_box: the first so many images are those of attacks that only ask; None: the protocol's number.
         seed: same seed, same result.
         transfer: further networks like `base`, trained independently.
         dataset, name, base_name: names for the rows; None: the defence's own.
@@ -85,6 +87,8 @@ def evaluate(
     budget = PROTOCOLS[_check.choice("protocol", protocol, tuple(PROTOCOLS))]
     if minutes is not None:
         _check.number("minutes", minutes, least=0, above=True)
+    if black_box is not None:
+        budget = dataclasses.replace(budget, black_box=_check.integer("black_box", black_box))
     _check.integer("seed", seed, least=0, most=2**31)
     _check.choice("norm", norm, NORMS)
     if not callable(defence):

@@ -92,6 +92,16 @@ def test_three_defences_are_attacked_and_the_finding_is_written(run):
         row["settings"].pop("voice", None)
     names = [finding._name(case) for case in finding.cases(finding.merge([record, silent, record]))]
     assert names[2:] == ["RAILS, input, T 50, voice 0.25", "RAILS, input, T 50"]
+    # The advice follows from the images, in pairs.
+    for worst_of_rails, word in ((0.0, "worse than"), (1.0, "not told apart from"), (0.5, "worse than")):
+        other = copy.deepcopy(record)
+        for one in other["evaluations"]:
+            for image in one["per_example"]:
+                image["worst"] = worst_of_rails if one["defence"] == "rails" else 1.0
+        (advice,) = (line for line in finding.document(finding.merge([other]), "x").split("\n") if word in line)
+        assert advice == f"- digits, digits: in the worst case it is {word} no defence" + (
+            "." if worst_of_rails == 1 else ": do not put it there for robustness."
+        )
     finding.main(["--json", "all.json", "--doc", "again.md"])
     assert Path("again.md").read_text().replace("all.json", "") == document.replace("all.json", "")
 

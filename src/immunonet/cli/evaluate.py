@@ -148,14 +148,12 @@ def evaluate(
     Finished parts and adversarial examples are kept in DIR, and the same command continues from them. The table
     is also written to DIR/table.md. With --protocol one page per defence is written instead, DIR/NAME.html.
     """
-    if protocol is not None:
-        given = {"--attack": attack, "--step": step, "--iterations": iterations, "--seeds": seeds}
-        if wrong := [option for option, value in given.items() if value]:
-            raise ValueError(f"{wrong[0]} does not go with --protocol, which sets its own")
-    else:
-        given = {"--minutes": minutes, "--black-box": black_box, "--defence": defence, "--transfer": transfer}
-        if wrong := [option for option, value in given.items() if value]:
-            raise ValueError(f"{wrong[0]} needs --protocol")
+    plain = {"--attack": attack, "--step": step, "--iterations": iterations, "--seeds": seeds}
+    asked = {"--minutes": minutes, "--black-box": black_box, "--defence": defence, "--transfer": transfer}
+    if protocol is not None and (wrong := [option for option, value in plain.items() if value]):
+        raise ValueError(f"{wrong[0]} does not go with --protocol, which sets its own")
+    if protocol is None and (wrong := [option for option, value in asked.items() if value]):
+        raise ValueError(f"{wrong[0]} needs --protocol")
     budget = PROTOCOLS[_check.choice("--protocol", protocol, tuple(PROTOCOLS))] if protocol else None
     kinds = [_check.choice("--defence", name, DEFENCES) for name in dict.fromkeys(defence or DEFENCES)]
     target = common.resolve_device(device)

@@ -74,7 +74,7 @@ def document(record: dict[str, Any], source: str) -> str:
         "## When to use it",
         *_advice(found),
         "## What was not done",
-        _limits(found),
+        *_limits(found),
         "## How it was measured",
         "The protocol (`immunonet evaluate --protocol`): FGSM, PGD, momentum PGD and APGD (cross-entropy and DLR) on "
         "the network; PGD and APGD on a soft vote of the defence's own neighbours (after Sitawarin & Wagner), ASK, "
@@ -294,43 +294,59 @@ def _findings(found: Sequence[Case]) -> list[str]:
 
 
 def _against(name: str, other: Case, rails: Case) -> str:
-    """Return the comparison of two worst cases, in pairs of the same images, each by the majority of its draws."""
-    right = [torch.tensor([image["worst"] > 0.5 for image in c["evaluation"]["per_example"]]) for c in (rails, other)]
-    p = mcnemar(*right)
+    """Return the comparison of two worst cases."""
+    alone, other_alone, p = _paired(rails, other)
     word = "above it" if rails["worst"]["accuracy"] > other["worst"]["accuracy"] else "below it"
     told = f"RAILS is {word}" if p < 0.05 else "the two are not told apart"
     return (
-        f"{name} keeps {other['worst']['accuracy']:.3f} in its own worst case: {told} (RAILS alone right on "
-        f"{int((right[0] & ~right[1]).sum())} images, the other alone on {int((right[1] & ~right[0]).sum())}; McNemar "
-        f"p = {p:.2g})."
+        f"{name} keeps {other['worst']['accuracy']:.3f} in its own worst case: {told} (RAILS alone right on {alone} "
+        f"images, the other alone on {other_alone}; McNemar p = {p:.2g})."
     )
 
 
-def _limits(found: Sequence[Case]) -> str:
-    """Return what a reader could ask for and will not find, from the records."""
-    attacks = [
-        attack for case in found for attack in case["evaluation"]["attacks"].values() if attack["kind"] != "none"
-    ]
-    most = {
-        key: max((a["calls"] for a in attacks if a["attack"]["method"] == name), default=0)
-        for key, name in (("square", "Square"), ("noise", "Noise"), ("hard", "HopSkipJump"))
-    }
-    steps = max(a["attack"]["iterations"] for a in attacks if a["attack"]["method"] == "APGD")
-    asked = max(a["n"] for a in attacks if a["kind"] == "black box")
-    names = {name for case in found for name in case["evaluation"]["attacks"]}
-    missing = [
-        text
-        for key, text in (("targeted", "targeted attacks"), ("eot", "expectation over transformations"))
-        if not any(key in name for name in names)
-    ]
-    text = (
-        f"The figures are of {max(case['n'] for case in found)} images or fewer and of attacks with at most {steps} "
-        f"steps. Attacks that only ask took {asked} images, with {most['square']} calls (Square), {most['hard']} "
-        f"(HopSkipJump) and {most['noise']} draws of noise, far below the 5,000 queries and 10,000 "
-        "draws that are customary; light twins stood in for RAILS there. "
+def _paired(one: Case, other: Case) -> tuple[int, int, float]:
+    """Return on how many images each alone is right in its worst case, by the majority of its draws, and McNemar's p.
+
+    The images are the same.
+    """
+    a, b = (torch.tensor([image["worst"] > 0.5 for image in c["evaluation"]["per_example"]]) for c in (one, other))
+    return int((a & ~b).sum()), int((b & ~a).sum()), mcnemar(b, a)
+
+
+def _limits(found: Sequence[Case]) -> list[str]:
+    """Return what a reader could ask for and will not find, from the records: a bullet per protocol."""
+    lines = []
+    for protocol in dict.fromkeys(case["worst"]["settings"]["protocol"] for case in found):
+        mine = [case for case in found if case["worst"]["settings"]["protocol"] == protocol]
+        attacks = [a for case in mine for a in case["evaluation"]["attacks"].values() if a["kind"] != "none"]
+        most = {
+            name: max((a["calls"] for a in attacks if a["attack"]["method"] == name), default=0)
+            for name in ("Square", "HopSkipJump", "Noise")
+        }
+        steps = max(a["attack"]["iterations"] for a in attacks if a["attack"]["method"] == "APGD")
+        asked = sorted({a["n"] for a in attacks if a["kind"] == "black box"})
+        names = {name for case in mine for name in case["evaluation"]["attacks"]}
+        missing = [
+            text
+            for key, text in (("targeted", "targeted attacks"), ("eot", "expectation over transformations"))
+            if not any(key in name for name in names)
+        ]
+        lines.append(
+            f"- `{protocol}` ({'; '.join(dict.fromkeys(map(_where, mine)))}): {_range([case['n'] for case in mine])} "
+            f"images, at most {steps} steps. Attacks that only ask took {_range(asked)} images, with "
+            f"{most['Square']:,} calls (Square), {most['HopSkipJump']:,} (HopSkipJump) and {most['Noise']:,} draws of "
+            "noise." + (f" Missing: {', '.join(missing)}." if missing else "")
+        )
+    fixed = (
+        "Customary are 5,000 queries and 10,000 draws of noise. Light twins stood in for RAILS in attacks that only "
+        "ask. A larger protocol (`quick`, `standard`, `full`) spends more."
     )
-    text += f"Missing here: {', '.join(missing)}. " if missing else ""
-    return text + "`--protocol standard` and `full` spend more."
+    return ["\n".join(lines), fixed]
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _advice(found: Sequence[Case]) -> list[str]:
@@ -351,14 +367,15 @@ def _advice(found: Sequence[Case]) -> list[str]:
             lines.append(
                 f"- {where}: against PGD on the network RAILS ({best['layer']}) is not measurably better than none."
             )
-        if best["worst"]["ci95"][0] > base["worst"]["ci95"][1]:
+        alone, base_alone, p = _paired(best, base)
+        if p >= 0.05:
+            lines.append(f"- {where}: in the worst case it is not told apart from no defence.")
+        elif alone > base_alone:
             lines.append(f"- {where}: in the worst case it is better than no defence, by these attacks.")
-        elif best["worst"]["ci95"][1] < base["worst"]["ci95"][0]:
+        else:
             lines.append(
                 f"- {where}: in the worst case it is worse than no defence: do not put it there for robustness."
             )
-        else:
-            lines.append(f"- {where}: in the worst case it is not measurably better than no defence.")
     fixed = (
         "Robustness against attackers who know the defence is the column *worst case* and nothing else: where RAILS is "
         "not above the undefended network there, it is no protection from them. What it gives besides (an answer by "

@@ -147,7 +147,7 @@ def test_nearest_neighbour_defences_meet_attacks_that_know_them(problem, kind, t
 
 def test_ablations_are_rows_of_their_own(problem, monkeypatch):
     base, x, y = problem
-    monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(TINY, ablations=True, draws=(2,)))
+    monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(TINY, ablations=True, draws=(2,), checks=9))
     defence = RAILS(base, "input", maturation=Maturation(population=20, neighbours=2, generations=1))
     result = evaluate(defence.fit(x[20:], y[20:]), x[:12], y[:12], base=base, eps=0.1)
     assert [(row.defence, row.attack) for row in result.ablations] == [
@@ -155,7 +155,8 @@ def test_ablations_are_rows_of_their_own(problem, monkeypatch):
         for part in ("crossover", "mutation", "selection", "generations")
         for attack in ("none", "worst-case")
     ]
-    assert "unrolled-eot-2" in rows(result, "rails")
+    assert rows(result, "rails")["unrolled-eot-2"].n == 9
+    assert checks(result)["all"].passed  # no more were planned
     assert result.ablations[0].settings["maturation"][0]["crossover"] is None
     assert "Ablations" in _page(result)
 

@@ -114,7 +114,7 @@ def evaluate(
     selection, counted = (tuple(range(i, i + budget.seeds)) if randomised else () for i in (seed, seed + budget.seeds))
     few = min(budget.row_seeds, budget.seeds)
     select, report = (slice(0, few), slice(few, None)) if randomised else (slice(0, 1), slice(0, 1))
-    planned = suite(
+    wanted = suite(
         subject, base, transfer, x,
         eps=float(eps), norm=norm, bounds=bounds, budget=budget, seed=seed, randomised=randomised,
     )  # fmt: skip
@@ -133,16 +133,16 @@ def evaluate(
         "images": _store.digest([x, y]),
         "weights": [_store.digest(network.state_dict().values()) for network in (base, *transfer)],
         "defence": {"type": type(defence).__name__} | describe(defence),
-        "attacks": {attack.name: describe_planned(attack) for attack in planned},
+        "attacks": {attack.name: describe_planned(attack) for attack in wanted},
     }
     path = None if folder is None else Path(folder)
     seeds = (*selection[:few], *counted[:few])
     runner = Runner(subject, base, x, y, seeds=seeds, settings=known, folder=path, told=on_progress)
-    planned, plan = _afford(planned, runner, budget, minutes)
+    planned, plan = _afford(wanted, runner, budget, minutes)
     trials = _attack(runner, planned, select, selection)
     found = worst_case(runner, trials, select, finalists=budget.finalists, selection=selection, report=counted)
     strongest = _strongest(trials, select)
-    checks, curves = sanity.checks(runner, planned, trials, strongest, budget, select, report, reach)
+    checks, curves = sanity.checks(runner, planned, wanted, trials, strongest, budget, select, report, reach)
     flags = sanity.flags(
         runner, planned, trials, x[:_PROBED], randomised=randomised, repeatable=subject.seeded or not varies
     )

@@ -32,6 +32,7 @@ _FEW = 5
 def checks(
     runner: Runner,
     planned: Sequence[Planned],
+    wanted: Sequence[Planned],
     trials: Sequence[Trial],
     strongest: Trial | None,
     budget: Budget,
@@ -39,7 +40,10 @@ def checks(
     report: slice,
     reach: float,
 ) -> tuple[list[Check], dict[str, Any]]:
-    """Return every check of an evaluation, and the accuracy under growing eps of PGD and the strongest attack."""
+    """Return every check of an evaluation, and the accuracy under growing eps of PGD and the strongest attack.
+
+    `wanted`: the attacks `planned` as they were before a budget in minutes cut them.
+    """
     seeds, n = runner.seeds[report], min(budget.checks, len(runner.x))
     found, curves = [eps_zero(runner, planned, seeds[:1])], {}
     if strongest is not None and strongest.attack.method.eps > 0:
@@ -66,8 +70,7 @@ def checks(
         alone = case(("none", "adaptive", "transfer"), asked)
         together = case(("none", "adaptive", "transfer", "black box"), asked)
         found.append(compared("asking alone is no stronger than gradients", "attacks that ask", alone, together))
-    full = {a.name: min(len(runner.x), budget.black_box if a.standing else len(runner.x)) for a in planned}
-    short = [f"{attack.name} {attack.n} of {full[attack.name]}" for attack in planned if attack.n < full[attack.name]]
+    short = [f"{cut.name} {cut.n} of {a.n}" for cut, a in zip(planned, wanted, strict=True) if cut.n < a.n]
     found.append(Check("all planned images were attacked", not short, ", ".join(short) or f"{len(runner.x)} images"))
     return found, curves
 

@@ -18,6 +18,11 @@ COMMAND = [
 ]  # fmt: skip
 
 
+def cell(record, attack):
+    (row,) = (row for row in record["results"] if (row["defence"], row["attack"]) == ("rails", attack))
+    return finding._share(row)
+
+
 @pytest.fixture
 def run(command, monkeypatch, digits_net):
     """Return a function that runs `immunonet evaluate`, its quick protocol cut short, in tmp_path."""
@@ -92,6 +97,18 @@ def test_three_defences_are_attacked_and_the_finding_is_written(run):
         row["settings"].pop("voice", None)
     names = [finding._name(case) for case in finding.cases(finding.merge([record, silent, record]))]
     assert names[2:] == ["RAILS, input, T 50, voice 0.25", "RAILS, input, T 50"]
+    assert "## RAILS less one of its parts" not in document
+    lesser = copy.deepcopy(record)
+    for one in (one for one in lesser["evaluations"] if one["defence"] == "rails"):
+        one["ablations"] = [
+            worst["rails"] | {"defence": "rails without mutation", "attack": attack, "accuracy": accuracy}
+            for attack, accuracy in (("none", 0.75), ("worst-case", 0.25))
+        ]
+    lines = finding.document(finding.merge([lesser]), "x").split("\n")
+    (line,) = (line for line in lines if "| without mutation |" in line)
+    assert "| 0.750 (" in line
+    assert "| 0.250 (" in line
+    assert f"| whole | {cell(record, 'none')} | {cell(record, 'worst-case')} |" in "\n".join(lines)
     # The advice follows from the images, in pairs.
     for worst_of_rails, word in ((0.0, "worse than"), (1.0, "not told apart from"), (0.5, "worse than")):
         other = copy.deepcopy(record)

@@ -58,6 +58,7 @@ def document(record: dict[str, Any], source: str) -> str:
         "## Where the defence gives way",
         "Images broken in most draws of their worst case, by the attack that broke them.",
         _broken_by(found),
+        *_ablations(found),
         "## Declining what looks foreign",
         "A defence may decline to answer an input whose distance to its neighbours is unusual (its p-value at most the "
         "level). An attack then succeeds only with an input that is accepted and answered wrongly; the worst case is "
@@ -128,6 +129,26 @@ def _abstention(found: Sequence[Case]) -> str:
                 )
     heads = ("network", "defence", "level", "clean answered", "clean answered rightly", "held in the worst case")
     return _grid((*heads, "95 % interval", "held under the joint attack alone"), lines)
+
+
+def _ablations(found: Sequence[Case]) -> list[str]:
+    """Return the section on RAILS less one of its parts, where a protocol measured it."""
+    lines = []
+    for case in found:
+        rows = {(row["defence"], row["attack"]): row for row in case["evaluation"]["ablations"]}
+        for name in dict.fromkeys(who for who, _ in rows):
+            figures = (_share(rows[name, attack]) for attack in ("none", "worst-case"))
+            lines.append([_where(case), _name(case), name.removeprefix(f"{case['defence']} "), *figures])
+        if rows:
+            lines.append([_where(case), _name(case), "whole", _share(case["clean"]), _share(case["worst"])])
+    if not lines:
+        return []
+    return [
+        "## RAILS less one of its parts",
+        "On the clean images and on the worst candidates of the whole defence. No attack was made on the lesser one: a "
+        "figure above the whole's says that these candidates do not carry over, not that it is more robust.",
+        _grid(("network", "defence", "part", "clean", "worst candidates of the whole"), lines),
+    ]
 
 
 def _choices(records: Sequence[dict[str, Any]]) -> list[str]:
@@ -395,7 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="*",
         type=Path,
         default=[],
-        help="files of immunonet evaluate --split validation, without --protocol: what settings were chosen by",
+        help="files of immunonet evaluate --split validation: what settings were chosen by",
     )
     parser.add_argument("--json", type=Path, default=Path("results/robustness.json"))
     parser.add_argument("--doc", type=Path, default=Path("docs/robustness.md"))

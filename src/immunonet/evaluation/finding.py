@@ -96,7 +96,7 @@ def figures(record: dict[str, Any]) -> dict[str, Figure]:
     found = cases(record)
     shown = (("clean", "clean"), ("PGD on the network", "paper"), ("worst case, knows the defence", "worst"))
     lines = {
-        f"{_setting(case)}: {_name(case)}": {title: (case[key]["accuracy"], case[key]["ci95"]) for title, key in shown}
+        f"{_setting(case)}\n{_name(case)}": {title: (case[key]["accuracy"], case[key]["ci95"]) for title, key in shown}
         for case in found
     }
     drawn = {"accuracy": accuracy_points(lines)}

@@ -249,7 +249,7 @@ def accuracy_points(lines: Mapping[str, Mapping[str, tuple[float, Sequence[float
         )  # fmt: skip
     axes.set(yticks=range(len(lines)), yticklabels=list(lines), xlabel="right", xlim=(-0.03, 1.03))
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8, ncols=len(attacks), loc="lower center", bbox_to_anchor=(0.4, 1.0))
+    figure.legend(frameon=False, fontsize=8, ncols=len(attacks), loc="outside upper center")
     _plain(axes, size=8)
     axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -11,8 +11,8 @@ from immunonet.attacks import PGD
 from immunonet.cli.common import resolve_dataset
 from immunonet.evaluation.journal import Journal
 from immunonet.evaluation.statistics import mcnemar, wilson
+from immunonet.studies.entries import Range
 from immunonet.studies.search import propose
-from immunonet.studies.settings import Range
 from immunonet.studies.tables import sections
 
 SPACE = {

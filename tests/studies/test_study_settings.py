@@ -6,8 +6,9 @@ import pytest
 
 from immunonet import Maturation, studies, zoo
 from immunonet.attacks import FGSM, PGD
+from immunonet.studies.entries import Range
 from immunonet.studies.experiments import measurements
-from immunonet.studies.settings import Range, Study
+from immunonet.studies.settings import Study
 
 SMALL = Path(__file__).with_name("small.toml").read_text()
 SEARCH = Path(__file__).with_name("search.toml").read_text()

@@ -15,9 +15,10 @@ from immunonet import RAILS, DkNN, _store, data
 from immunonet.evaluation import statistics
 from immunonet.evaluation.asking import answers
 from immunonet.immune import sensing
+from immunonet.studies.entries import Hardening, Learning, Sensing
 from immunonet.studies.experiments import neighbours
 from immunonet.studies.lab import Lab
-from immunonet.studies.settings import Hardening, Learning, Sensing, Study
+from immunonet.studies.settings import Study
 from immunonet.studies.tasks import Task, chunks, key_of, rounded, show
 
 FALSE_ALARMS = (0.01, 0.05, 0.1)

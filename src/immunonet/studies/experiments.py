@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from immunonet import DkNN, Maturation, _store
 from immunonet.evaluation.asking import answers, describe_attack, is_randomised
 from immunonet.evaluation.records import Row
+from immunonet.studies.entries import TESTED, Comparison
 from immunonet.studies.lab import Attack, Lab
-from immunonet.studies.settings import TESTED, Comparison, Study
+from immunonet.studies.settings import Study
 from immunonet.studies.tasks import Task, chunks, key_of, show
 
 

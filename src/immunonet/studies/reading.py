@@ -10,17 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from immunonet.studies import checks
-from immunonet.studies.settings import (
-    Base,
-    Comparison,
-    Hardening,
-    Learning,
-    Search,
-    Sensing,
-    Study,
-    Target,
-    Tuning,
-)
+from immunonet.studies.entries import Comparison, Hardening, Learning, Search, Sensing, Target, Tuning
+from immunonet.studies.settings import Base, Study
 
 NAMES = ("mnist", "cifar10", "svhn")
 

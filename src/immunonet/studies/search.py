@@ -15,9 +15,10 @@ from immunonet import _store, data
 from immunonet.evaluation import statistics
 from immunonet.evaluation.asking import answers, describe_attack
 from immunonet.repertoire import check_classes
+from immunonet.studies.entries import WHOLE, Range, Search
 from immunonet.studies.experiments import hidden_space
 from immunonet.studies.lab import Lab
-from immunonet.studies.settings import WHOLE, Range, Search, Study
+from immunonet.studies.settings import Study
 from immunonet.studies.tasks import Task, chunks
 
 Settings = dict[str, Any]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from immunonet.evaluation.statistics import mcnemar
+from immunonet.studies.entries import Target
 from immunonet.studies.experiments import Measured
-from immunonet.studies.settings import Study, Target
+from immunonet.studies.settings import Study
 from immunonet.studies.tasks import show
 
 TITLES = {
@@ -266,8 +267,8 @@ def _attack(row: Record) -> str:
 def _targets(found: Sequence[Record]) -> tuple[tuple[str, ...], ...]:
     def figure(target: Record, value: float | None, share: float | None) -> str:
         unit = ".3f" if target["unit"] == "accuracy" else ".2f"
-        found = [] if value is None else [f"{value:{unit}}" + (" points" if target["unit"] == "points" else "")]
-        return " or ".join(found if share is None else [*found, f"{share:.0%} of the errors"])
+        told = [] if value is None else [f"{value:{unit}}" + (" points" if target["unit"] == "points" else "")]
+        return " or ".join(told if share is None else [*told, f"{share:.0%} of the errors"])
 
     said = {"goal": "goal reached", "least": "reached", "missed": "**missed**", "not measured": "not measured"}
     body = [

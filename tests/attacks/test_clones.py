@@ -34,13 +34,20 @@ def test_the_vote_is_that_of_the_nearest_and_of_their_clones(ridge):
         own = examples[labels == label]
         near = NearestNeighbors(n_neighbors=4).fit(own.flatten(1).numpy()).kneighbors(x.flatten(1).numpy())[1]
         cells = own[torch.tensor(near)]
-        clones = cells if ridge is None else operators.recombine(cells, x, ridge)
-        logits.append((torch.cat([cells, clones], 1) - x[:, None]).flatten(2).square().sum(2))
+        moved = [] if ridge is None else [operators.recombine(cells, x, ridge)]
+        logits.append((torch.cat([cells, *moved], 1) - x[:, None]).flatten(2).square().sum(2))
     squares = torch.stack(logits, 1)
     scale = 0.2 * squares.flatten(1).std(1)[:, None, None]
     expected = (-squares / scale).exp().sum(2)
     found = SoftClones(rails, sharpness=0.2)(x)
     torch.testing.assert_close(found.exp(), expected / expected.sum(1, keepdim=True), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("generations", "sharpness"), [(0, 0.3), (2, 0.1)])
+def test_the_vote_is_softer_where_no_cell_evolves(generations, sharpness):
+    rails, x = fitted(generations=generations), antigens()
+    assert torch.equal(SoftClones(rails)(x), SoftClones(rails, sharpness=sharpness)(x))
+    assert not torch.equal(SoftClones(rails)(x), SoftClones(rails, sharpness=0.2)(x))
 
 
 @pytest.mark.parametrize(("layers", "space"), [("input", None), ("0", "0"), ("1", "0"), (["input", "0"], None)])

@@ -59,6 +59,11 @@ def test_without_generations_the_gradient_is_exact(problem):
     torch.testing.assert_close(rise, slope.norm(dim=1), rtol=0.03, atol=0.01)
 
 
+def test_it_runs_no_more_generations_than_the_defence(problem):
+    rails, x = fitted(problem, "input", maturation={"generations": 0}), problem[1][:6]
+    assert torch.equal(Unrolled(rails)(x), Unrolled(rails, generations=0)(x))
+
+
 def test_it_answers_as_rails_does(problem):
     _, x, _ = problem
     rails = fitted(problem, "input")

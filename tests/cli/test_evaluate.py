@@ -191,3 +191,18 @@ def test_a_mistake_is_told_in_one_line_before_any_work(run, change, told):
     assert err.count("\n") == 1
     assert out == ""
     assert not Path("evaluation/parts.jsonl").exists()
+
+
+def test_one_defence_over_several_layers(run):
+    code, out, err = run(*SMALL, "--layer", "conv1+input", "--attack", "none", "--tune-dknn", "--json", "r.json")
+    assert code == 0, err
+    _, rows = by_key("r.json")
+    assert list(rows) == [
+        ("cnn", "none"),
+        *((kind, "conv1", "input", "none") for kind in ("dknn", "dknn-tuned", "rails")),
+    ]
+    assert len(rows["rails", "conv1", "input", "none"]["settings"]["maturation"]) == 2
+    assert "conv1, input, none: rails alone is right on" in out
+    code, _, err = run(*SMALL, "--layer", "conv1+nowhere")
+    assert code == 2
+    assert "layers='nowhere' is no submodule of the model" in err

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from immunonet.attacks import PGD
+from immunonet.attacks import ASK, PGD, SoftNeighbours
 from immunonet.dknn import DkNN
 from immunonet.evaluation import benchmark
 from immunonet.evaluation.benchmark import Benchmark
@@ -162,3 +162,16 @@ def test_tuning_finds_the_best_and_keeps_it(problem, make, monkeypatch):
     again = make(pgd=bench.pgd, advance=steps.append)
     assert again.tune_dknn("input", "input") == found
     assert sum(steps) == 4 * len(benchmark.NEIGHBOURS)
+
+
+def test_tuning_by_attacks_that_know_the_neighbours_counts_inputs_right_in_all_versions(problem, make):
+    base, x, y = problem
+    bench = make(pgd=PGD(eps=0.05, step=0.02, iterations=4, random_start=False))
+    found = bench.tune_dknn("input+input", ["input", "input"], knowing=True)
+    dknn = DkNN(base, ["input", "input"], neighbours=found["neighbours"], metric=found["metric"])
+    dknn.fit(x[:60], y[:60], calibration=(x[60:80], y[60:80]))
+    right = dknn.predict(x[60:80]) == y[60:80]
+    for target in (base, SoftNeighbours(dknn), ASK(dknn)):
+        right &= dknn.predict(bench.pgd(target, x[60:80], y[60:80]).adversarials) == y[60:80]
+    assert found["accuracy"] == pytest.approx(float(right.float().mean()))
+    assert found["knowing"] is True

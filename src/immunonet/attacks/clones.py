@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from immunonet import _check
 from immunonet.attacks._surrogate import check_shape, fitted, with_voice
 from immunonet.features import space_map
-from immunonet.immune import backend, operators
+from immunonet.immune import backend
 from immunonet.rails import RAILS
 
-# Harder than the vote of SoftNeighbours: the response follows the nearest few of its clones.
-_SHARPNESS = 0.1
+# Generations make the response follow the nearest few of its clones; without them it is a softer vote.
+_EVOLVED, _CLONES = 0.1, 0.3
 
 
 class SoftClones(nn.Module):
     """A soft vote of the naive cells of RAILS and of their clones brought near the antigen, for attacks that know it.
 
     Per layer and class, the logit is the logsumexp of -d^2 / temperature over the K naive cells and, where the defence
-    aligns or recombines clones, as many that were: the population of the expansion before it mutates. d is the
+    aligns or recombines clones, as many that were so moved: the population of the expansion before it mutates. d is the
     feature distance to the antigen. Cells are found and brought near anew at every call, and are constants for the
     gradient. The temperature is `sharpness` times the standard deviation of d^2 over the antigen's cells. Log-softmax
     over classes, mean over layers, log-softmax again. Where the defence gives its model a voice, that is mixed in.
@@ -27,18 +29,22 @@ class SoftClones(nn.Module):
     It knows nothing of generations: `Unrolled` does, at several times the cost. What an attack on it finds must be
     tested again on the defence itself.
 
-    `rails`: a fitted RAILS. `sharpness` > 0. Raises ValueError or TypeError that names the argument.
+    `rails`: a fitted RAILS. `sharpness` > 0, or "auto": 0.1 at layers where cells evolve, 0.3 at those without
+    generations. Raises ValueError or TypeError that names the argument.
     """
 
     deterministic = True
 
-    def __init__(self, rails: RAILS, *, sharpness: float = _SHARPNESS) -> None:
+    def __init__(self, rails: RAILS, *, sharpness: float | Literal["auto"] = "auto") -> None:
         super().__init__()
         if not isinstance(rails, RAILS):
             raise TypeError(f"rails must be a RAILS, got {type(rails).__name__}")
         fitted(rails)
         self.rails = rails
-        self.sharpness = _check.number("sharpness", sharpness, least=0, above=True)
+        if sharpness == "auto":
+            self.sharpness = [_EVOLVED if settings.generations else _CLONES for settings in rails.maturations]
+        else:
+            self.sharpness = [_check.number("sharpness", sharpness, least=0, above=True)] * len(rails.maturations)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return log-probabilities `(B, C)`, differentiable in inputs `x` `(B, *S)`; ValueError for another shape."""
@@ -51,17 +57,18 @@ class SoftClones(nn.Module):
         features = self.rails.feature_maps[layer](antigens)
         known = self._expanded(layer, antigens.detach(), features.detach())
         squares = (features[:, None, None] - known).square().sum(3)
-        temperature = self.sharpness * squares.detach().flatten(1).std(1).clamp(min=1e-12)
+        temperature = self.sharpness[layer] * squares.detach().flatten(1).std(1).clamp(min=1e-12)
         return (-squares / temperature[:, None, None]).logsumexp(2).log_softmax(1)
 
     @torch.no_grad()
     def _expanded(self, layer: int, antigens: Tensor, features: Tensor) -> Tensor:
-        """Return the features `(B, C, 2 K, D)` of each naive cell and of its clone."""
-        rails, settings = self.rails, self.rails.maturations[layer]
-        cells = rails.members(layer, rails.index(layer).nearest(features, settings.neighbours)[1])
+        """Return the features `(B, C, n, D)` of the naive cells and of their clones, if those were brought near."""
+        rails, settings, index = self.rails, self.rails.maturations[layer], self.rails.index(layer)
+        found = index.nearest(features, settings.neighbours)[1]
+        naive = index.rows(found)
+        cells = rails.members(layer, found).flatten(0, 1)
         goals = antigens.repeat_interleave(rails.classes, dim=0)
-        naive = cells.flatten(0, 1)
-        near = backend.approach(naive, goals, settings.alignment, settings.recombination)
-        clones = operators.clones(naive, near, 2)
-        found = rails.feature_maps[layer].chunked(clones.flatten(0, 1))
-        return found.view(len(antigens), rails.classes, -1, features.shape[1])
+        near = backend.approach(cells, goals, settings.alignment, settings.recombination)
+        if near is cells:
+            return naive
+        return torch.cat([naive, rails.feature_maps[layer].chunked(near.flatten(0, 1)).view_as(naive)], dim=2)

@@ -39,9 +39,10 @@ class Unrolled(nn.Module):
     Several layers: the mean of their log-probabilities. Where the defence gives its model a voice, that is mixed in.
     Early stop, pruning, decay and `candidates` are left out.
 
-    `rails`: a fitted RAILS, whose other settings it takes. `generations` >= 0. `population`, rounded up to a multiple
-    of classes times its K, at least two for every naive cell. `seed`: of the noise, which is the same at every call, in
-    every batch, and for every antigen; `unrolled(x, seed=...)` takes another, so that `Eot` can average over several.
+    `rails`: a fitted RAILS, whose other settings it takes. `generations` >= 0, at most the defence's own run.
+    `population`, rounded up to a multiple of classes times its K, at least two for every naive cell. `seed`: of the
+    noise, which is the same at every call, in every batch, and for every antigen; `unrolled(x, seed=...)` takes
+    another, so that `Eot` can average over several.
     It takes about (4 `generations` + 2) x `population` cells of memory per antigen, and their activations: choose the
     attack's `batch_size` accordingly. Raises ValueError or TypeError that names the argument.
     """
@@ -61,7 +62,9 @@ class Unrolled(nn.Module):
         # Two clones of every naive cell: one of them is brought near the antigen.
         self._settings = [
             dataclasses.replace(
-                m, generations=generations, population=max(population, 2 * rails.classes * m.neighbours)
+                m,
+                generations=min(generations, m.generations),
+                population=max(population, 2 * rails.classes * m.neighbours),
             )
             for m in rails.maturations
         ]
@@ -92,7 +95,7 @@ class Unrolled(nn.Module):
         tau = temperatures(settings, naive_distances)
         cells = mutation(cells)
         distances = _distances(feature_map, cells, features)
-        for _ in range(self.generations):
+        for _ in range(settings.generations):
             cells = mutation(_children(cells, distances, tau, settings, generator))
             distances = _distances(feature_map, cells, features)
         return _consensus(distances, settings, self._widths[layer])

@@ -127,6 +127,12 @@ def build_model(model: str, *, classes: int, seed: int = 0) -> nn.Module:
     return net.eval()
 
 
+def resolve_layers(text: str, net: nn.Module) -> Layer | list[Layer]:
+    """Return what a command line names: one layer, or "fc1+fc2", a list of those that one defence votes over."""
+    found = [resolve_layer(name, net) for name in text.split("+")]
+    return found[0] if len(found) == 1 else found
+
+
 def resolve_layer(name: str, net: nn.Module) -> Layer:
     """Return a layer that a command line names.
 

@@ -53,7 +53,7 @@ def evaluate(
         typer.Option(
             "--layer",
             help="input, a submodule's name, mnist_affine, or package.module:factory, which is called with the "
-            "model. Repeat it for several; each is evaluated by itself. Default: input.",
+            "model. fc1+fc2: one defence that votes over both. Repeat it for several defences. Default: input.",
         ),
     ] = None,
     attack: Annotated[
@@ -183,7 +183,7 @@ def evaluate(
     name = common.model_name(model, images)
     net = common.load_model(name, weights, target, classes=len(images.classes))
     common.check_model(name, net, images)
-    maps = {at: common.resolve_layer(at, net) for at in layers}
+    maps = {at: common.resolve_layers(at, net) for at in layers}
     for at in layers:
         DkNN(net, maps[at])  # a wrong name is told before any work
     spaces = {at: at if hidden and at != "input" else None for at in layers}
@@ -263,7 +263,7 @@ def evaluate(
 def _by_protocol(
     bench: Benchmark,
     shared: dict[str, Any],
-    maps: dict[str, Layer],
+    maps: dict[str, Layer | list[Layer]],
     maturations: dict[str, Maturation],
     spaces: dict[str, str | None],
     voice: float,
@@ -282,7 +282,7 @@ def _by_protocol(
         work.append(("cnn", None, lambda: LogProbabilities(net), {}))
     for at in maps:
         if "dknn" in kinds:
-            tuned = bench.tune_dknn(at, maps[at]) if tune_dknn else {}
+            tuned = bench.tune_dknn(at, maps[at], knowing=True) if tune_dknn else {}
             chosen = {key: tuned[key] for key in ("neighbours", "metric") if tuned}
             settings = chosen or {"neighbours": min(75, len(bench.repertoire[1]))}
             work.append(("dknn", at, partial(DkNN, net, maps[at], **settings), {"tuning": tuned} if tuned else {}))
@@ -294,7 +294,7 @@ def _by_protocol(
         defence = make()
         if isinstance(defence, Defence):
             defence.fit(*bench.repertoire, calibration=bench.calibration)
-        layers = {} if layer is None else {"layers": [layer]}
+        layers = {} if layer is None else {"layers": layer.split("+")}
         found.append(
             protocols.evaluate(
                 defence,
@@ -332,7 +332,7 @@ def _tell(found: list[Evaluation], out: Path, json: Path | None) -> None:
         cells = (f"{right['none']:.4f}", f"{min(transfer):.4f}", f"{verdict.accuracy:.4f}", f"{low:.3f} to {high:.3f}")
         table.add_row(layer, verdict.defence, *cells, "no" if one.unreliable else "yes")
         results += [row.to_json() for row in (*own, verdict)]
-        page = "-".join(filter(None, (verdict.defence, layer))).replace("/", "-").replace(":", "-")
+        page = "-".join((verdict.defence, *verdict.settings["layers"])).replace("/", "-").replace(":", "-")
         one.to_html(out / f"{page}.html")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if json is not None:
@@ -406,7 +406,7 @@ def _pairs(outcomes: list[Outcome]) -> list[str]:
             if kinds and at[0] == at[1] and rails.row.knows != "defence":
                 a, b = rails.correct[0], dknn.correct[0]
                 lines.append(
-                    f"{rails.row.settings['layers'][0]}, {rails.row.attack}: rails alone is right on "
+                    f"{', '.join(rails.row.settings['layers'])}, {rails.row.attack}: rails alone is right on "
                     f"{int((a & ~b).sum())}, {dknn.row.defence} alone on {int((b & ~a).sum())} of {len(a)} images, "
                     f"p = {mcnemar(a, b):.2g} (McNemar, seed {rails.row.seeds[0]})"
                 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import _store
-from immunonet.attacks import FGSM, PGD, SoftNeighbours
+from immunonet.attacks import ASK, FGSM, PGD, SoftNeighbours
 from immunonet.defence import Defence
 from immunonet.dknn import DkNN
 from immunonet.evaluation.asking import (
@@ -92,10 +92,10 @@ class Benchmark:
     ) -> dict[str, Outcome]:
         """Return the outcome of each attack on `defence`, which is fitted here if a part of the answer is missing.
 
-        `kind` and `layer` name it in the rows and on disk; `extra` is added to the rows' settings.
+        `kind` and `layer`, several as "fc1+fc2", name it in the rows and on disk; `extra` is added to the settings.
         """
         name = kind if layer is None else f"{kind} {layer}"
-        settings = describe(defence) | {"layers": [] if layer is None else [layer]} | extra
+        settings = describe(defence) | {"layers": [] if layer is None else layer.split("+")} | extra
         self.journal.agree(f"settings of {name}", settings)
         soft: SoftNeighbours | None = None
         outcomes = {}
@@ -113,11 +113,12 @@ class Benchmark:
             outcomes[attack] = self._outcome(kind, name, attack, is_randomised(defence), settings | known)
         return outcomes
 
-    def tune_dknn(self, layer: str, feature_map: Layer) -> dict[str, Any]:
-        """Return the `neighbours` and `metric` with which DkNN does best at a layer, and that mean `accuracy`.
+    def tune_dknn(self, layer: str, layers: Layer | Sequence[Layer], *, knowing: bool = False) -> dict[str, Any]:
+        """Return the `neighbours` and `metric` with which DkNN does best at the layers called `layer`.
 
-        It is the mean over the first 300 calibration images as they are and under PGD on the base. The
-        fewest neighbours win a tie, then cosine.
+        `accuracy` is the mean over the first 300 calibration images as they are and under PGD on the base; `knowing`:
+        the share of those images that are right as they are, under that PGD, and under PGD on a soft vote of DkNN's
+        neighbours and on ASK. The fewest neighbours win a tie, then cosine.
         """
         key = f"tuning dknn {layer}"
         if key in self.journal:
@@ -128,13 +129,16 @@ class Benchmark:
             scores: dict[tuple[int, Literal["cosine", "euclidean"]], float] = {}
             for metric in METRICS:
                 counts = [k for k in NEIGHBOURS if k <= len(self.repertoire[1])]
-                dknn = DkNN(self.base, feature_map, neighbours=counts[-1], metric=metric)
+                dknn = DkNN(self.base, layers, neighbours=counts[-1], metric=metric)
                 self._fit(dknn)
-                scores |= {(k, metric): score for k, score in neighbour_scores(dknn, counts, versions, y).items()}
+                votes = (SoftNeighbours(dknn), ASK(dknn)) if knowing else ()
+                attacked = [*versions, *(self.pgd(vote, x, y).adversarials for vote in votes)]
+                found = neighbour_scores(dknn, counts, attacked, y, worst=knowing)
+                scores |= {(k, metric): score for k, score in found.items()}
                 self.advance(len(NEIGHBOURS))
             (k, metric), accuracy = max(scores.items(), key=lambda item: (item[1], -item[0][0], item[0][1] == "cosine"))
-            found = {"neighbours": k, "metric": metric, "accuracy": accuracy, "images": len(y)}
-            self.journal.add(key, found)
+            best = {"neighbours": k, "metric": metric, "accuracy": accuracy, "images": len(y), "knowing": knowing}
+            self.journal.add(key, best)
         return dict(self.journal[key])
 
     def _fit(self, defence: nn.Module) -> None:
@@ -182,15 +186,18 @@ class Benchmark:
         return Outcome(row, correct, foreign)
 
 
-def neighbour_scores(dknn: DkNN, counts: Sequence[int], versions: Sequence[Tensor], y: Tensor) -> dict[int, float]:
+def neighbour_scores(
+    dknn: DkNN, counts: Sequence[int], versions: Sequence[Tensor], y: Tensor, *, worst: bool = False
+) -> dict[int, float]:
     """Return the accuracy of a fitted DkNN for each number of neighbours: a mean over `versions` of the inputs of `y`.
 
-    `dknn.neighbours` is left at the last of `counts`.
+    `worst`: an input counts only if it is right in all versions. `dknn.neighbours` is left at the last of `counts`.
     """
     scores = {}
     for k in counts:
         dknn.neighbours = k  # labels depend on nothing else that a new fit would change
-        scores[k] = float(torch.stack([dknn.predict(version) == y for version in versions]).float().mean())
+        right = torch.stack([dknn.predict(version) == y for version in versions])
+        scores[k] = float((right.all(0) if worst else right).float().mean())
     return scores
 
 

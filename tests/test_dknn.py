@@ -56,6 +56,18 @@ def test_the_strangeness_of_a_hand_worked_example(line):
     assert not line.foreign(column(0.5)).any()
 
 
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_one_search_answers_for_fewer_neighbours(metric, images, functional_conv):
+    x, y = images
+    dknn = DkNN(functional_conv, ["2", "5"], neighbours=10, metric=metric).fit(x, y, calibration=(x[:9], y[:9]))
+    found = dknn.predict_each(x, [1, 4, 10])
+    for k, labels in zip([1, 4, 10], found, strict=True):
+        own = DkNN(functional_conv, ["2", "5"], neighbours=k, metric=metric).fit(x, y, calibration=(x[:9], y[:9]))
+        assert torch.equal(labels, own.predict(x))
+    with pytest.raises(ValueError, match="at most 10, got 11"):
+        dknn.predict_each(x, [11])
+
+
 @pytest.mark.parametrize(("antigen", "label"), [(0.45, 0), (0.55, 1), (0.0, 0)])
 def test_ties_go_to_the_smaller_summed_distance(antigen, label):
     dknn = DkNN(Two(), "input", neighbours=2, metric="euclidean").fit(*REPERTOIRE, calibration=REPERTOIRE)

@@ -58,6 +58,16 @@ class DkNN(Defence):
         counts, nearness, _ = self._neighbourhood(self._inputs(x))
         return _most(counts, nearness)
 
+    @torch.no_grad()
+    def predict_each(self, x: Any, neighbours: Sequence[int]) -> Tensor:
+        """Return labels `(len(neighbours), B)` int64 of inputs `(B, *S)` by so many nearest, at most the DkNN's own."""
+        counts = [_check.integer("neighbours", k, most=self.neighbours) for k in neighbours]
+        found = []
+        for part in self._inputs(x).split(QUERIES):
+            nearest = self._nearest(part)
+            found.append(torch.stack([_most(*self._votes(nearest, k)) for k in counts]))
+        return torch.cat(found, dim=1)
+
     def p_values(self, x: Any) -> Tensor:
         """Return the conformal p-value `(B, C)` of every label: how usual its nonconformity is on calibration data."""
         counts, _, _ = self._neighbourhood(self._inputs(x))
@@ -90,21 +100,31 @@ class DkNN(Defence):
         return counts, nearness, far
 
     def _search(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        counts = torch.zeros(len(x), self.classes, device=x.device)
-        nearness = torch.zeros_like(counts)
-        far = []
+        nearest = self._nearest(x)
+        far = torch.stack([distances.mean(1) for distances, _ in nearest], dim=1)
+        return *self._votes(nearest, self.neighbours), far
+
+    def _nearest(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return per layer the distances and labels `(B, neighbours)` of the nearest examples, nearest first."""
+        nearest = []
         for i, feature_map in enumerate(self.feature_maps):
             distances, found = self.index(i).nearest(
                 self._keys(feature_map.chunked(x)), self.neighbours, by_class=False
             )
-            labels = self.repertoire.y[found]
             if self.metric == "cosine":
                 # Of unit vectors, half the squared distance is one minus the cosine.
                 distances = distances.square() / 2
-            counts.scatter_add_(1, labels, torch.ones_like(distances))
-            nearness.scatter_add_(1, labels, -distances)
-            far.append(distances.mean(1))
-        return counts, nearness, torch.stack(far, dim=1)
+            nearest.append((distances, self.repertoire.y[found]))
+        return nearest
+
+    def _votes(self, nearest: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+        """Return each label's number among the k nearest of every layer, and minus their summed distance, `(B, C)`."""
+        counts = nearest[0][0].new_zeros(len(nearest[0][0]), self.classes)
+        nearness = torch.zeros_like(counts)
+        for distances, labels in nearest:
+            counts.scatter_add_(1, labels[:, :k], torch.ones_like(distances[:, :k]))
+            nearness.scatter_add_(1, labels[:, :k], -distances[:, :k])
+        return counts, nearness
 
     def _nonconformity(self, counts: Tensor) -> Tensor:
         return self.neighbours * len(self.layers) - counts

@@ -191,14 +191,11 @@ def neighbour_scores(
 ) -> dict[int, float]:
     """Return the accuracy of a fitted DkNN for each number of neighbours: a mean over `versions` of the inputs of `y`.
 
-    `worst`: an input counts only if it is right in all versions. `dknn.neighbours` is left at the last of `counts`.
+    `worst`: an input counts only if it is right in all versions. None of `counts` is above `dknn.neighbours`.
     """
-    scores = {}
-    for k in counts:
-        dknn.neighbours = k  # labels depend on nothing else that a new fit would change
-        right = torch.stack([dknn.predict(version) == y for version in versions])
-        scores[k] = float((right.all(0) if worst else right).float().mean())
-    return scores
+    right = torch.stack([dknn.predict_each(version, counts) == y for version in versions])
+    scores = (right.all(0) if worst else right.float().mean(0)).float().mean(1)
+    return dict(zip(counts, scores.tolist(), strict=True))
 
 
 def _key(name: str, attack: str, part: slice) -> str:

@@ -118,11 +118,13 @@ def test_it_asks_the_defence_without_changing_it(problem):
     assert all(torch.equal(a, b) for a, b in zip(before, defence.buffers(), strict=True))
 
 
-def test_as_many_neighbours_as_the_smallest_class_has_but_no_more_than_20(problem):
+def test_as_many_neighbours_as_the_smallest_class_has_but_no_more_than_20_or_dknns_own(problem):
     model, x, y = problem
     assert SoftNeighbours(fitted(problem, "cosine", "input")).neighbours == PER_CLASS
     many = DkNN(model, "input", neighbours=2).fit(x.repeat(3, 1), y.repeat(3), calibration=(x[:6], y[:6]))
     assert SoftNeighbours(many).neighbours == 20
+    many.neighbours = 30
+    assert SoftNeighbours(many).neighbours == 30
 
 
 def ask_by_hand(problem, antigens, layers, metric, k, temperature):

@@ -74,7 +74,7 @@ def test_three_defences_are_attacked_and_the_finding_is_written(run):
         assert f"**{row['accuracy']:.3f} (" in document
     assert "`immunonet evaluate --protocol quick --dataset digits" in document
     assert "digits, linf eps 0.2, 12 images" in document
-    assert f"| RAILS | input | 0.25 | none | base | 10 | {rails['accuracy']:.3f} (" in document
+    assert f"| RAILS, T 50 | input | 0.25 | none | base | 10 | {rails['accuracy']:.3f} (" in document
     for name in ("accuracy", "abstention"):
         assert f"(figures/robustness-{name}.png)" in document
         assert Path(f"docs/figures/robustness-{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -115,7 +115,10 @@ def test_three_defences_are_attacked_and_the_finding_is_written(run):
         for one in other["evaluations"]:
             for image in one["per_example"]:
                 image["worst"] = worst_of_rails if one["defence"] == "rails" else 1.0
-        (advice,) = (line for line in finding.document(finding.merge([other]), "x").split("\n") if word in line)
+        advice, beside = (line for line in finding.document(finding.merge([other]), "x").split("\n") if word in line)
+        assert beside.startswith(
+            f"- digits, digits: the best RAILS (RAILS, input, T 50, voice 0.25) is {word} the best"
+        )
         assert advice == f"- digits, digits: in the worst case it is {word} no defence" + (
             "." if worst_of_rails == 1 else ": do not put it there for robustness."
         )

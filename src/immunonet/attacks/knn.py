@@ -28,20 +28,21 @@ class SoftNeighbours(Surrogate):
     over classes, mean over layers, log-softmax again. After Sitawarin & Wagner (2019, 2020).
 
     It is the first word on a defence, not the last: the vote knows nothing of maturation (no unrolled
-    generations), nor of a defence's own number of neighbours. What an attack on it finds must be tested again
-    on the defence itself: `AttackResult.success` is only about this surrogate.
+    generations). What an attack on it finds must be tested again on the defence itself: `AttackResult.success` is
+    only about this surrogate.
 
     `defence`: a fitted RAILS or DkNN. `neighbours` per class, at most the examples of the smallest class; None:
-    20, or as many as that class has. `temperature` > 0, or "auto": per layer 0.3 times the mean, over 100
-    repertoire examples, of the standard deviation of d^2 over their C x neighbours nearest. Raises ValueError or
-    TypeError that names the argument.
+    20, or a DkNN's own number if that is more, or as many as that class has. `temperature` > 0, or "auto": per layer
+    0.3 times the mean, over 100 repertoire examples, of the standard deviation of d^2 over their C x neighbours
+    nearest. Raises ValueError or TypeError that names the argument.
     """
 
     def __init__(
         self, defence: Defence, *, neighbours: int | None = None, temperature: float | Literal["auto"] = "auto"
     ) -> None:
         super().__init__(defence)
-        self.neighbours = _neighbours(neighbours, defence, 20)
+        own = defence.neighbours if isinstance(defence, DkNN) else 0
+        self.neighbours = _neighbours(neighbours, defence, max(20, own))
         self.temperatures = _temperatures(temperature, defence, self.neighbours, squared=True)
 
     def _vote(self, layer: int, features: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from immunonet.immune.settings import Maturation
+
 Case = dict[str, Any]
 
 
@@ -59,8 +61,8 @@ def cases(record: dict[str, Any]) -> list[Case]:
                     "layer": ", ".join(one["layers"]),
                     "maturation": worst["settings"].get("maturation", ()),
                     "space": worst["settings"].get("space"),
-                    "population": [m["population"] for m in worst["settings"].get("maturation", ())],
-                    "clones": _clones(worst["settings"].get("maturation", ())),
+                    "cells": cells(worst["settings"].get("maturation", ())),
+                    "neighbours": worst["settings"].get("neighbours"),
                     "voice": worst["settings"].get("voice", 0),
                     "dataset": worst["dataset"],
                     "net": worst["settings"]["net"],
@@ -75,7 +77,7 @@ def cases(record: dict[str, Any]) -> list[Case]:
                     "evaluation": one,
                 }
             )
-    same = ("defence", "layer", "maturation", "space", "voice", "dataset", "net", "eps", "norm", "n")
+    same = ("defence", "layer", "neighbours", "maturation", "space", "voice", "dataset", "net", "eps", "norm", "n")
     once: dict[str, Case] = {}
     for case in found:
         once.setdefault(json.dumps([case[key] for key in same]), case)
@@ -91,8 +93,19 @@ def _strongest(by: dict[str, Case], kinds: dict[str, str], kind: str) -> Case | 
     return min(mine, key=lambda row: float(row["accuracy"]), default=None)
 
 
-def _clones(maturations: Sequence[dict[str, Any]]) -> str:
-    """Return what was done to clones where it is not the default; records older than a setting did nothing."""
-    if any(m.get("recombination") for m in maturations):
-        return ", recombined"
-    return "" if any(m.get("alignment", 0) for m in maturations) else ", not aligned"
+def cells(maturations: Sequence[dict[str, Any]]) -> str:
+    """Return the settings of a RAILS, the same at each of its layers, as far as they are not the default; "" for none.
+
+    Records older than the setting of a clone did nothing to it.
+    """
+    if not maturations:
+        return ""
+    first, default = maturations[0], Maturation()
+    told = [f"T {first['population']}"]
+    told += [f"K {first['neighbours']}"] if first["neighbours"] != default.neighbours else []
+    told += [f"G {first['generations']}"] if first["generations"] != default.generations else []
+    if first.get("recombination"):
+        told.append("recombined")
+    elif not first.get("alignment"):
+        told.append("not aligned")
+    return ", ".join(told)

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from immunonet import _store
-from immunonet.evaluation.cases import Case, cases, merge
+from immunonet.evaluation.cases import Case, cases, cells, merge
 from immunonet.evaluation.statistics import mcnemar
 from immunonet.report.figures import accuracy_points, rejection_curves, save
 
@@ -161,7 +161,8 @@ def _choices(records: Sequence[dict[str, Any]]) -> list[str]:
         if "protocol" in settings and row["attack"] not in ("none", "pgd", "worst-case"):
             continue
         voice = f"{settings['voice']:g}" if "voice" in settings else ""
-        told = (settings["net"], NAMES[row["defence"]], ", ".join(settings["layers"]), voice)
+        name = ", ".join(filter(None, (NAMES[row["defence"]], cells(settings.get("maturation", ())))))
+        told = (settings["net"], name, " and ".join(settings["layers"]), voice)
         lines.append([*told, row["attack"], row["knows"], f"{row['n']}", _share(row)])
     heads = ("network", "defence", "layer", "voice", "attack", "knows", "images", "right")
     return [
@@ -181,11 +182,10 @@ def _groups(found: Sequence[Case]) -> list[list[Case]]:
 
 
 def _name(case: Case) -> str:
-    name = NAMES.get(case["defence"], str(case["defence"]))
-    cells = f", T {case['population'][0]}{case['clones']}" if case["population"] else ""
-    cells += ", cells there" if case["space"] else ""
-    cells += f", voice {case['voice']:g}" if case["voice"] else ""
-    return f"{name}, {case['layer']}{cells}" if case["layer"] else name
+    told = [NAMES.get(case["defence"], str(case["defence"])), case["layer"].replace(", ", " and ")]
+    told += [f"k {case['neighbours']}" if case["neighbours"] else case["cells"]]
+    told += ["cells there" if case["space"] else "", f"voice {case['voice']:g}" if case["voice"] else ""]
+    return ", ".join(filter(None, told))
 
 
 def _share(row: dict[str, Any] | None, *, named: bool = False) -> str:
@@ -309,7 +309,7 @@ def _findings(found: Sequence[Case]) -> list[str]:
                 text += f" {_against('The undefended network', base, case)}"
             peers = [other for other in group if other["defence"] == "dknn" and other["layer"] == case["layer"]]
             for peer in peers:
-                text += f" {_against('DkNN at the same layer', peer, case)}"
+                text += f" {_against(_name(peer), peer, case)}"
             lines.append(text)
     return ["\n".join(lines)]
 
@@ -397,6 +397,11 @@ def _advice(found: Sequence[Case]) -> list[str]:
             lines.append(
                 f"- {where}: in the worst case it is worse than no defence: do not put it there for robustness."
             )
+        peers = [case for case in group if case["defence"] == "dknn"]
+        if peer := max(peers, key=lambda case: float(case["worst"]["accuracy"]), default=None):
+            alone, other_alone, p = _paired(best, peer)
+            word = "not told apart from" if p >= 0.05 else "better than" if alone > other_alone else "worse than"
+            lines.append(f"- {where}: the best RAILS ({_name(best)}) is {word} the best DkNN ({_name(peer)}) there.")
     fixed = (
         "Robustness against attackers who know the defence is the column *worst case* and nothing else: where RAILS is "
         "not above the undefended network there, it is no protection from them. What it gives besides (an answer by "

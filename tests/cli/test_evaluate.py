@@ -37,9 +37,12 @@ def test_every_defence_meets_every_attack(run, digits_net):
     code, out, err = run(*SMALL, "--layer", "input", "--layer", "conv1", "--population", "conv1=20", "--json", "r.json")
     assert code == 0, err
     record, rows = by_key("r.json")
-    layers, attacks = ["input", "conv1"], ["none", "fgsm", "pgd", "soft-knn"]
+    attacks = ["none", "fgsm", "pgd", "soft-knn", "soft-clones"]
     assert list(rows) == [("cnn", a) for a in attacks[:3]] + [
-        (kind, at, a) for at in layers for kind in ("dknn", "rails") for a in attacks
+        (kind, at, a)
+        for at in ("input", "conv1")
+        for kind, its in (("dknn", attacks[:4]), ("rails", attacks))
+        for a in its
     ]
     assert set(record) == {"results", "environment", "command"}
     assert all(set(row) == KEYS for row in rows.values())
@@ -51,7 +54,8 @@ def test_every_defence_meets_every_attack(run, digits_net):
     assert rows["rails", "input", "pgd"]["settings"]["maturation"][0]["population"] == 40
     assert pgd["settings"]["attack"]["step"] == 0.03125
     assert rows["dknn", "conv1", "none"]["settings"]["neighbours"] == 75
-    assert rows["rails", "conv1", "soft-knn"]["knows"] == "defence"
+    assert rows["rails", "conv1", "soft-knn"]["knows"] == rows["rails", "conv1", "soft-clones"]["knows"] == "defence"
+    assert rows["rails", "conv1", "soft-clones"]["settings"]["surrogate"] == {"sharpness": [0.1]}
 
     test, train = data.load("digits", "test")[:20], data.load("digits", "train")
     moved = PGD(eps=1 / 8, step=1 / 32, iterations=3, random_start=False)(digits_net, test.x, test.y).adversarials
@@ -64,7 +68,7 @@ def test_every_defence_meets_every_attack(run, digits_net):
 
     table = Path("evaluation/table.md").read_text()
     assert table.startswith("| layer | defence | attack | knows | accuracy | 95 % interval | ms/image | foreign |\n")
-    assert len(re.findall(r"^\| (input|conv1) \|", table, re.M)) == 16
+    assert len(re.findall(r"^\| (input|conv1) \|", table, re.M)) == 18
     assert "conv1" in out
     assert f"{rows['rails', 'input', 'pgd']['accuracy']:.4f}" in out
     assert re.search(r"input, pgd: rails alone is right on \d+, dknn alone on \d+ of 20 images, p = ", out)
@@ -171,7 +175,10 @@ def test_the_networks_own_voice(run):
         (["--eps", "-0.1"], "eps must be a finite number in [0"),
         (["--step", "x"], "--step must be a number"),
         (["--norm", "l1"], "norm must be one of 'linf', 'l2'"),
-        (["--attack", "magic"], "--attack must be one of 'none', 'fgsm', 'pgd', 'soft-knn', got 'magic'"),
+        (
+            ["--attack", "magic"],
+            "--attack must be one of 'none', 'fgsm', 'pgd', 'soft-knn', 'soft-clones', got 'magic'",
+        ),
         (["--preset", "best"], "--preset must be one of"),
         (["--population", "many"], "--population must be a number, or LAYER=NUMBER for one of input, got 'many'"),
         (["--population", "fc1=10"], "--population must be a number, or LAYER=NUMBER"),

@@ -144,7 +144,8 @@ def evaluate(
     """Attack a classifier, DkNN and RAILS at each layer, and print how often they are right.
 
     The repertoire is the training set less the validation split, on which both are calibrated. Attacks: FGSM and
-    PGD (no random start) on the classifier, and PGD on a soft vote of each defence's own neighbours (soft-knn).
+    PGD (no random start) on the classifier, and PGD on a soft vote of each defence's own neighbours (soft-knn), or of
+    RAILS' clones (soft-clones).
     Finished parts and adversarial examples are kept in DIR, and the same command continues from them. The table
     is also written to DIR/table.md. With --protocol one page per defence is written instead, DIR/NAME.html.
     """
@@ -191,7 +192,9 @@ def evaluate(
         raise ValueError(f"--hidden needs submodules as layers, got --layer {wrong[0]}")
     others = [_other(text, name, target, len(images.classes)) for text in transfer or ()]
     on_base = [attack for attack in attacks if KNOWS[attack] != "defence"]
-    steps = len(test) * (len(on_base) + (3 if tune_dknn else 2) * len(layers) * len(attacks))
+    on_dknn = [attack for attack in attacks if attack != "soft-clones"]
+    of_dknn = (2 if tune_dknn else 1) * len(on_dknn)
+    steps = len(test) * (len(on_base) + len(layers) * (of_dknn + len(attacks)))
     steps += len(METRICS) * len(NEIGHBOURS) * len(layers) if tune_dknn else 0
     outcomes: list[Outcome] = []
     with common.progress() as bar:
@@ -233,20 +236,21 @@ def evaluate(
             _tell(found, out, json)
             return
 
-        def measure(kind: str, at: str | None, defence: nn.Module, **extra: Any) -> None:
-            for found in bench.run(kind, at, defence, attacks if at else on_base, **extra).values():
+        def measure(kind: str, at: str | None, defence: nn.Module, chosen: list[str], **extra: Any) -> None:
+            for found in bench.run(kind, at, defence, chosen, **extra).values():
                 outcomes.append(found)
                 done = " ".join(filter(None, (kind, at, found.row.attack)))
                 bar.console.print(f"{done}: {found.row.accuracy:.4f}", markup=False, highlight=False)
 
-        measure("cnn", None, net)
+        measure("cnn", None, net, on_base)
         for at in layers:
-            measure("dknn", at, DkNN(net, maps[at], neighbours=min(75, len(training))))
+            measure("dknn", at, DkNN(net, maps[at], neighbours=min(75, len(training))), on_dknn)
             if tune_dknn:
                 best = bench.tune_dknn(at, maps[at])
-                chosen = {key: best[key] for key in ("neighbours", "metric")}
-                measure("dknn-tuned", at, DkNN(net, maps[at], **chosen), tuning=best)
-            measure("rails", at, RAILS(net, maps[at], maturation=maturations[at], space=spaces[at], voice=voice))
+                tuned = DkNN(net, maps[at], neighbours=best["neighbours"], metric=best["metric"])
+                measure("dknn-tuned", at, tuned, on_dknn, tuning=best)
+            rails = RAILS(net, maps[at], maturation=maturations[at], space=spaces[at], voice=voice)
+            measure("rails", at, rails, attacks)
 
     rows = [_cells(found) for found in outcomes]
     table = Table(*(Column(name, no_wrap=True) for name in COLUMNS))

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from immunonet.attacks import SoftNeighbours
+from immunonet.attacks import SoftClones, SoftNeighbours
 from immunonet.defence import Defence
 from immunonet.features import evaluating
 from immunonet.rails import RAILS
@@ -224,7 +224,9 @@ def describe_attack(attack: Any) -> dict[str, Any]:
 
 
 def describe_surrogate(target: object) -> dict[str, Any]:
-    """Return the hyper-parameters of `SoftNeighbours` for the settings of a row; none of another model."""
+    """Return the hyper-parameters of a soft vote for the settings of a row; none of another model."""
+    if isinstance(target, SoftClones):
+        return {"surrogate": {"sharpness": target.sharpness}}
     if not isinstance(target, SoftNeighbours):
         return {}
     return {"surrogate": {"neighbours": target.neighbours, "temperatures": target.temperatures}}

@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from immunonet import _store
-from immunonet.attacks import ASK, FGSM, PGD, SoftNeighbours
+from immunonet.attacks import ASK, FGSM, PGD, SoftClones, SoftNeighbours
 from immunonet.attacks._surrogate import fewest_examples
 from immunonet.defence import Defence
 from immunonet.dknn import DkNN
@@ -29,7 +29,9 @@ from immunonet.features import Layer
 from immunonet.rails import RAILS
 
 # What the attacker differentiates, for every attack there is; without one, the least.
-KNOWS = {"none": "base", "fgsm": "base", "pgd": "base", "soft-knn": "defence"}
+KNOWS = {"none": "base", "fgsm": "base", "pgd": "base", "soft-knn": "defence", "soft-clones": "defence"}
+# Votes that know a defence; that of clones is only for RAILS.
+SURROGATES: dict[str, Callable[[Any], nn.Module]] = {"soft-knn": SoftNeighbours, "soft-clones": SoftClones}
 NEIGHBOURS = (1, 3, 5, 10, 20, 50, 75, 200)
 METRICS: tuple[Literal["cosine", "euclidean"], ...] = ("cosine", "euclidean")
 TUNING_IMAGES = 300
@@ -81,7 +83,7 @@ class Benchmark:
         self.attacks: dict[str, FGSM | PGD] = {
             "fgsm": FGSM(eps=pgd.eps, norm=pgd.norm, bounds=pgd.bounds),
             "pgd": pgd,
-            "soft-knn": pgd,
+            **dict.fromkeys(SURROGATES, pgd),
         }
         self.seeds, self.chunk = tuple(seeds), chunk
         self.advance = advance
@@ -98,19 +100,19 @@ class Benchmark:
         name = kind if layer is None else f"{kind} {layer}"
         settings = describe(defence) | {"layers": [] if layer is None else layer.split("+")} | extra
         self.journal.agree(f"settings of {name}", settings)
-        soft: SoftNeighbours | None = None
         outcomes = {}
         for attack in attacks:
+            vote: nn.Module | None = None
             for part in self._parts:
                 if (key := _key(name, attack, part)) not in self.journal:
                     self._fit(defence)
-                    if attack == "soft-knn" and soft is None:
-                        soft = SoftNeighbours(cast(Defence, defence))  # it refuses anything else
-                        if (surrogate := f"surrogate of {name}") not in self.journal:
-                            self.journal.add(surrogate, describe_surrogate(soft))
-                    self.journal.add(key, self._answer(defence, self._adversarials(name, attack, soft, part)))
+                    if attack in SURROGATES and vote is None:
+                        vote = SURROGATES[attack](defence)  # it refuses a defence that it does not know
+                        if (told := f"{attack} of {name}") not in self.journal:
+                            self.journal.add(told, describe_surrogate(vote))
+                    self.journal.add(key, self._answer(defence, self._adversarials(name, attack, vote, part)))
                 self.advance(part.stop - part.start)
-            known = self.journal[f"surrogate of {name}"] if attack == "soft-knn" else {}
+            known = self.journal[f"{attack} of {name}"] if attack in SURROGATES else {}
             outcomes[attack] = self._outcome(kind, name, attack, is_randomised(defence), settings | known)
         return outcomes
 
@@ -146,15 +148,15 @@ class Benchmark:
         if isinstance(defence, Defence) and not defence.feature_maps:
             defence.fit(*self.repertoire, calibration=self.calibration)
 
-    def _adversarials(self, name: str, attack: str, soft: SoftNeighbours | None, part: slice) -> Tensor:
+    def _adversarials(self, name: str, attack: str, vote: nn.Module | None, part: slice) -> Tensor:
         x, y = self.test[0][part], self.test[1][part]
         if attack == "none":
             return x
-        of = f"-{name}" if attack == "soft-knn" else ""
+        of = f"-{name}" if attack in SURROGATES else ""
         file = re.sub(r"[^\w.-]+", "-", f"{attack}{of}-{part.start}-{part.stop}") + ".safetensors"
         path = self.folder / "adversarials" / file
         if not path.exists():
-            target = soft if attack == "soft-knn" and soft is not None else self.base
+            target = self.base if vote is None else vote
             found = self.attacks[attack](target, x, y)
             _store.write_tensors(path, {"x": found.adversarials})
         return _store.read_tensors(path)["x"].to(x.device)

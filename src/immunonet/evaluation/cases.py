@@ -69,6 +69,7 @@ def cases(record: dict[str, Any]) -> list[Case]:
                     "eps": worst["eps"],
                     "norm": worst["norm"],
                     "n": worst["n"],
+                    "protocol": worst["settings"]["protocol"],
                     "clean": clean,
                     "paper": by["pgd"],
                     "transfer": _strongest(by, kinds, "transfer"),

@@ -201,7 +201,7 @@ def _grid(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def _table(group: Sequence[Case]) -> str:
-    heads = ("defence", "clean", "PGD on the network", "best transfer", "best adaptive", "worst case", "reliable")
+    heads = ("defence", "clean", "PGD on the network", "best transfer", "best adaptive", "worst case", "protocol")
     lines = [
         [
             _name(case),
@@ -210,7 +210,7 @@ def _table(group: Sequence[Case]) -> str:
             _share(case["transfer"], named=True),
             _share(case["adaptive"], named=True),
             f"**{_share(case['worst'])}**",
-            "no" if case["evaluation"]["unreliable"] else "yes",
+            case["protocol"] + (", unreliable" if case["evaluation"]["unreliable"] else ""),
         ]
         for case in group
     ]
@@ -337,8 +337,8 @@ def _paired(one: Case, other: Case) -> tuple[int, int, float]:
 def _limits(found: Sequence[Case]) -> list[str]:
     """Return what a reader could ask for and will not find, from the records: a bullet per protocol."""
     lines = []
-    for protocol in dict.fromkeys(case["worst"]["settings"]["protocol"] for case in found):
-        mine = [case for case in found if case["worst"]["settings"]["protocol"] == protocol]
+    for protocol in dict.fromkeys(case["protocol"] for case in found):
+        mine = [case for case in found if case["protocol"] == protocol]
         attacks = [a for case in mine for a in case["evaluation"]["attacks"].values() if a["kind"] != "none"]
         most = {
             name: max((a["calls"] for a in attacks if a["attack"]["method"] == name), default=0)

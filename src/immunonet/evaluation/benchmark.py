@@ -120,14 +120,16 @@ class Benchmark:
         """Return the `neighbours` and `metric` with which DkNN does best at the layers called `layer`.
 
         `accuracy` is the mean over the first 300 calibration images as they are and under PGD on the base; `knowing`:
-        the share of those images that are right as they are, under that PGD, and under PGD on ASK and on soft votes of
-        20 and of 100 neighbours per class. The fewest neighbours win a tie, then cosine.
+        the share of images (as many as are tested, at most those 300) that are right as they are, under that PGD, and
+        under PGD on ASK and on soft votes of 20 and of 100 neighbours per class. The fewest neighbours win a tie, then
+        cosine.
         """
         key = f"tuning dknn {layer}"
         if key in self.journal:
             self.advance(len(METRICS) * len(NEIGHBOURS))
         else:
-            x, y = (values[:TUNING_IMAGES].to(self.test[0].device) for values in self.calibration)
+            few = min(TUNING_IMAGES, len(self.test[1])) if knowing else TUNING_IMAGES
+            x, y = (values[:few].to(self.test[0].device) for values in self.calibration)
             versions = [x, self.pgd(self.base, x, y).adversarials]
             scores: dict[tuple[int, Literal["cosine", "euclidean"]], float] = {}
             for metric in METRICS:

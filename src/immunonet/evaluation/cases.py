@@ -58,7 +58,7 @@ def cases(record: dict[str, Any]) -> list[Case]:
             found.append(
                 {
                     "defence": one["defence"],
-                    "layer": ", ".join(one["layers"]),
+                    "layer": " and ".join(one["layers"]),
                     "maturation": worst["settings"].get("maturation", ()),
                     "space": worst["settings"].get("space"),
                     "cells": cells(worst["settings"].get("maturation", ())),

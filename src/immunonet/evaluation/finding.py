@@ -182,7 +182,7 @@ def _groups(found: Sequence[Case]) -> list[list[Case]]:
 
 
 def _name(case: Case) -> str:
-    told = [NAMES.get(case["defence"], str(case["defence"])), case["layer"].replace(", ", " and ")]
+    told = [NAMES.get(case["defence"], str(case["defence"])), case["layer"]]
     told += [f"k {case['neighbours']}" if case["neighbours"] else case["cells"]]
     told += ["cells there" if case["space"] else "", f"voice {case['voice']:g}" if case["voice"] else ""]
     return ", ".join(filter(None, told))

@@ -92,6 +92,14 @@ def test_noise_is_the_same_at_every_call_and_for_every_batch_unless_a_seed_says_
     torch.testing.assert_close(Eot(unrolled, draws=2, seed=3)(x[:8]).exp(), mean)
 
 
+def test_a_batch_has_as_many_antigens_as_fit_the_caches(problem):
+    """Cells of 4 values, 2 or 20 clones of each of 3 x 2 naive ones: 2**21 values hold 43,690 and 4,369 of them."""
+    rails = fitted(problem, "1")
+    assert Unrolled(rails, population=12).batch_size == 43_690
+    assert Unrolled(rails, population=120).batch_size == 4_369
+    assert Unrolled(rails, population=10**7).batch_size == 1
+
+
 def test_an_attack_on_it_breaks_a_rails_that_transfer_does_not(digits):
     net, x, y, x_train, y_train = digits
     maturation = Maturation(population=100, neighbours=5, generations=2)

@@ -44,6 +44,7 @@ def test_what_a_protocol_runs_on_each_defence(images, conv):
     assert not found["square"].method.early_stop
     assert found["square"].standing
     assert not found["unrolled"].standing
+    assert found["unrolled"].method.batch_size == found["unrolled"].target.batch_size
     assert {"unrolled-eot-5", "bpda-eot-5"} <= set(names(rails, conv, images, "standard", True))
 
     smooth = nn.Sequential(conv, nn.LogSoftmax(1))

@@ -18,6 +18,8 @@ from immunonet.rails import RAILS
 
 # Width of the soft plasma cut. Narrower ones follow the vote more closely.
 _WIDTH = 0.3
+# Values of the populations whose gradient still fits the caches: three times as fast as with ten times as many.
+_CACHED = 2**21
 
 
 class Unrolled(nn.Module):
@@ -43,8 +45,9 @@ class Unrolled(nn.Module):
     `population`, rounded up to a multiple of classes times its K, at least two for every naive cell. `seed`: of the
     noise, which is the same at every call, in every batch, and for every antigen; `unrolled(x, seed=...)` takes
     another, so that `Eot` can average over several.
-    It takes about (4 `generations` + 2) x `population` cells of memory per antigen, and their activations: choose the
-    attack's `batch_size` accordingly. Raises ValueError or TypeError that names the argument.
+    It takes about (4 `generations` + 2) x `population` cells of memory per antigen, and their activations: give an
+    attack on it the attribute `batch_size`, as many antigens as fit a processor's caches. Raises ValueError or
+    TypeError that names the argument.
     """
 
     def __init__(
@@ -68,6 +71,9 @@ class Unrolled(nn.Module):
             )
             for m in rails.maturations
         ]
+        cell = rails.members(0, torch.zeros(1, dtype=torch.long, device=rails.device)).numel()
+        most = max(rails.classes * m.per_class(rails.classes) for m in self._settings)
+        self.batch_size = max(1, _CACHED // (cell * most))
         near = probe_distances(rails, [m.neighbours for m in rails.maturations])
         self._widths = [max(width * float(d.flatten(1).std(1).mean()), 1e-12) for d in near]
 

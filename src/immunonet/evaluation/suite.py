@@ -234,10 +234,11 @@ def suite(
             for loss in losses:
                 add(f"apgd-{loss}-soft-clones", "adaptive", apgds[loss], clones)
             unrolled = attacks.Unrolled(defence)
-            add("unrolled", "adaptive", apgds["ce"], unrolled)
+            at_once = unrolled.batch_size
+            add("unrolled", "adaptive", dataclasses.replace(apgds["ce"], batch_size=at_once), unrolled)
             for draws in budget.draws:
-                averaged = attacks.Eot(unrolled, draws=draws)
-                add(f"unrolled-eot-{draws}", "adaptive", pgd, averaged, most=budget.checks)
+                averaged, method = attacks.Eot(unrolled, draws=draws), dataclasses.replace(pgd, batch_size=at_once)
+                add(f"unrolled-eot-{draws}", "adaptive", method, averaged, most=budget.checks)
         add("stealthy", "adaptive", pgd, attacks.Stealthy(near, defence))
         add("bpda-soft-knn", "adaptive", pgd, attacks.Bpda(light, backward=soft))
     if not undefended and has_gradient(subject, x[:8]):

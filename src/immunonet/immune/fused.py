@@ -100,8 +100,8 @@ def _contiguous(tensor: Tensor) -> Any:
 
 
 @njit(inline="always")
-def _uniform(n: Any, key0: Any, key1: Any) -> Any:
-    x = np.uint32(np.uint32(n * _GOLDEN) ^ key0)
+def _uniform(place: Any, key0: Any, key1: Any) -> Any:
+    x = np.uint32(place ^ key0)
     x = np.uint32(np.uint32(x ^ np.uint32(x >> _16)) * _FIRST)
     x = np.uint32(np.uint32(np.uint32(x ^ np.uint32(x >> _15)) + key1) * _SECOND)
     x = np.uint32(x ^ np.uint32(x >> _16))
@@ -110,20 +110,23 @@ def _uniform(n: Any, key0: Any, key1: Any) -> Any:
 
 @njit(cache=True)
 def _child(
-    out: Any, first: Any, second: Any, share: Any, start: Any, kc: Any, km: Any,
+    out: Any, first: Any, second: Any, share: Any, start: Any, steps: Any, kc: Any, km: Any,
     rate: Any, least: Any, most: Any, low: Any, high: Any,
 ) -> None:  # fmt: skip
     inverse = _ONE / max(rate, np.float32(1e-30))
     kc0, kc1, km0, km1 = kc[0], kc[1], km[0], km[1]
+    begin = np.uint32(start * _GOLDEN)
     for j in range(out.shape[0]):
-        n = np.uint32(start + np.uint32(j))
-        value = first[j] if _uniform(n, kc0, kc1) < share else second[j]
-        u = _uniform(n, km0, km1)
+        place = np.uint32(begin + steps[j])
+        # Only without loads inside its conditions can the loop work on several values at once.
+        a, b, least_value, most_value = first[j], second[j], low[j], high[j]
+        value = a if _uniform(place, kc0, kc1) < share else b
+        u = _uniform(place, km0, km1)
         signed = _TWO * u * inverse - _ONE
-        amount = (least + abs(signed) * (most - least)) * (high[j] - low[j])
+        amount = (least + abs(signed) * (most - least)) * (most_value - least_value)
         moved = value + amount if signed >= 0 else value - amount
         value = moved if u < rate else value
-        out[j] = min(max(value, low[j]), high[j])
+        out[j] = min(max(value, least_value), most_value)
 
 
 @njit(parallel=True, cache=True)
@@ -132,6 +135,7 @@ def _offspring(
     rate: Any, least: Any, most: Any, low: Any, high: Any,
 ) -> None:  # fmt: skip
     size, values = cells.shape[2], cells.shape[3]
+    steps = np.arange(values).astype(np.uint32) * _GOLDEN
     for f in prange(len(antigen)):
         b, c = antigen[f], label[f]
         family = cells[b, c]
@@ -139,7 +143,7 @@ def _offspring(
         for i in range(size):
             _child(
                 children[i], family[parents[f, i]], family[parents[f, size + i]], share[f, i],
-                np.uint32((c * size + i) * values), cross_keys[b], mutate_keys[b],
+                np.uint32((c * size + i) * values), steps, cross_keys[b], mutate_keys[b],
                 rate[b], least[b], most[b], low, high,
             )  # fmt: skip
         family[:] = children

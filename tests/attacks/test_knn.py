@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from immunonet import attacks
-from immunonet.attacks import ASK, PGD, AdvKnn, SoftNeighbours
+from immunonet.attacks import ASK, PGD, AdvKnn, SoftCount, SoftNeighbours
 from immunonet.dknn import DkNN
 from immunonet.rails import RAILS, Maturation
 
@@ -125,6 +125,62 @@ def test_as_many_neighbours_as_the_smallest_class_has_but_no_more_than_20_or_dkn
     assert SoftNeighbours(many).neighbours == 20
     many.neighbours = 30
     assert SoftNeighbours(many).neighbours == 30
+
+
+def count_by_hand(problem, antigens, layers, metric, k, n, width):
+    """SoftCount's docstring's formula; the edge r is a constant for the gradient."""
+    model, x, y = problem
+    votes = []
+    for layer in layers:
+        f = (lambda z: z) if layer == "input" else model[:2]
+        a, b = f(antigens), f(x)
+        if metric == "cosine":
+            a, b = nn.functional.normalize(a), nn.functional.normalize(b)
+        squares = (a[:, None] - b).square().sum(2)
+        r = squares.detach().sort(dim=1).values[:, k - 1 : k + 1].mean(1, keepdim=True)
+        counts = [((r - squares[:, y == c].sort(dim=1).values[:, :n]) / width).sigmoid().sum(1) for c in range(CLASSES)]
+        votes.append(torch.stack(counts, 1).log().log_softmax(1))
+    return torch.stack(votes).mean(0).log_softmax(1)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("layers", [["input"], ["input", "1"]])
+def test_soft_count_and_its_gradient_follow_the_formula(problem, metric, layers):
+    count = SoftCount(fitted(problem, metric, layers), width=0.05)
+    assert (count.counted, count.neighbours) == (5, PER_CLASS)
+    antigens = torch.rand(5, 4, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    found, expected = count(antigens), count_by_hand(problem, antigens, layers, metric, 5, PER_CLASS, 0.05)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    ours, theirs = (torch.autograd.grad(v[:, 1].sum(), antigens)[0] for v in (found, expected))
+    assert theirs.abs().max() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("k", [1, 5, 24, 36])
+def test_a_soft_count_with_a_sharp_edge_is_that_of_dknn(problem, k):
+    """DkNN's log((m + 1) / (k + C)) tells its m of k neighbours; of all 36 examples the edge halves the last."""
+    model, x, y = problem
+    dknn = DkNN(model, "input", neighbours=k, metric="euclidean").fit(x, y, calibration=(x[:6], y[:6]))
+    antigens = torch.rand(50, 4, generator=torch.Generator().manual_seed(3))
+    m = dknn(antigens).exp() * (k + CLASSES) - 1
+    found = SoftCount(dknn, width=1e-7)(antigens).exp()
+    torch.testing.assert_close(found, m / k, atol=1e-3 if k < 36 else 0.03, rtol=0)
+
+
+def test_soft_count_settings(problem):
+    _, x, y = problem
+    dknn = fitted(problem, "euclidean", "input")
+    spread = torch.cdist(x, x).square().std(1).mean()
+    assert SoftCount(dknn).widths == pytest.approx([0.1 * float(spread)], rel=1e-3)
+    assert SoftCount(dknn, neighbours=30).counted == 30
+    with pytest.raises(ValueError, match="neighbours must be at least 1 and at most 36, got 37"):
+        SoftCount(dknn, neighbours=37)
+    with pytest.raises(ValueError, match="width must be"):
+        SoftCount(dknn, width=0)
+    with pytest.raises(TypeError, match="dknn must be a DkNN, got RAILS"):
+        SoftCount(fitted(problem, "rails", "input"))
+    same = DkNN(problem[0], "input", neighbours=2).fit(torch.full_like(x, 0.5), y, calibration=(x[:6], y[:6]))
+    assert torch.isfinite(SoftCount(same)(x)).all()
 
 
 def ask_by_hand(problem, antigens, layers, metric, k, temperature):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from immunonet.attacks import ASK, PGD, SoftNeighbours
+from immunonet.attacks import ASK, PGD, SoftCount, SoftNeighbours
 from immunonet.dknn import DkNN
 from immunonet.evaluation import benchmark
 from immunonet.evaluation.benchmark import Benchmark
@@ -173,8 +173,9 @@ def test_tuning_by_attacks_that_know_the_neighbours_counts_inputs_right_in_all_v
     dknn.fit(x[:60], y[:60], calibration=(x[60:80], y[60:80]))
     right = dknn.predict(x[60:75]) == y[60:75]
     fewest = int(torch.bincount(y[:60]).min())
-    votes = [SoftNeighbours(dknn, neighbours=min(k, fewest)) for k in (20, 100)]
-    for target in (base, ASK(dknn), *votes):
+    # Two layers of 60 examples: of 75 and 200 neighbours there is nothing to count.
+    counts = [SoftCount(dknn, neighbours=k) for k in (5, 20)]
+    for target in (base, ASK(dknn), SoftNeighbours(dknn, neighbours=min(20, fewest)), *counts):
         right &= dknn.predict(bench.pgd(target, x[60:75], y[60:75]).adversarials) == y[60:75]
     assert found["accuracy"] == pytest.approx(float(right.float().mean()))
     assert (found["knowing"], found["images"]) == (True, 15)

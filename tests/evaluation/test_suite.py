@@ -33,7 +33,8 @@ def test_what_a_protocol_runs_on_each_defence(images, conv):
     knn = ["soft-knn", "apgd-ce-soft-knn", "apgd-dlr-soft-knn", "ask", "adv-knn"]
     rest = ["stealthy", "bpda-soft-knn", "bpda"]
     dknn = DkNN(conv, "input", neighbours=5).fit(*images)
-    assert list(names(dknn, conv, images, "quick", False)) == [*on_base, *knn, *rest, *asks]
+    counts = ["soft-count", "apgd-ce-soft-count", "apgd-dlr-soft-count"]
+    assert list(names(dknn, conv, images, "quick", False)) == [*on_base, *knn, *counts, *rest, *asks]
 
     rails = RAILS(conv, "input", maturation=Maturation(population=300)).fit(*images)
     found = names(rails, conv, images, "quick", True)

@@ -1,4 +1,4 @@
-"""Differentiable votes of nearest neighbours: SoftNeighbours, ASK and AdvKnn."""
+"""Differentiable votes of nearest neighbours: SoftNeighbours, SoftCount, ASK and AdvKnn."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from immunonet import _check
 from immunonet.attacks._surrogate import Surrogate, fewest_examples, probe_distances
 from immunonet.defence import Defence
 from immunonet.dknn import DkNN
+from immunonet.search import Index
 
 # A softer vote leaves the defence's own, harder one standing; a harder one gives gradients of few neighbours.
 _SHARPNESS = 0.3
+# Width of a soft count's edge. Narrower ones follow the count more closely.
+_WIDTH = 0.1
 # Of AdvKnn's heads.
 _BATCH, _RATE = 100, 1e-2
 
@@ -43,20 +46,59 @@ class SoftNeighbours(Surrogate):
         super().__init__(defence)
         own = defence.neighbours if isinstance(defence, DkNN) else 0
         self.neighbours = _neighbours(neighbours, defence, max(20, own))
-        self.temperatures = _temperatures(temperature, defence, self.neighbours, squared=True)
+        self.temperatures = _scales("temperature", temperature, defence, self.neighbours, _SHARPNESS, squared=True)
 
     def _vote(self, layer: int, features: Tensor) -> Tensor:
         index, temperature = self.defence.index(layer), self.temperatures[layer]
         with torch.no_grad():
             distances, near = index.nearest(features, self.neighbours)
             closeness = -distances.square() / temperature
-            weights = closeness.softmax(2)
-            # One antigen at a time: the features of its neighbours together may be large.
-            means = torch.stack([(w[:, :, None] * index.rows(i)).sum(1) for w, i in zip(weights, near, strict=True)])
+            means = _means(index, near, closeness.softmax(2))
         # The logsumexp climbs like the closeness of its weighted mean neighbour: that term, which adds nothing to the
         # value, carries the gradient.
         slope = -(features[:, None] - means).square().sum(2) / temperature
         return closeness.logsumexp(2) + slope - slope.detach()
+
+
+class SoftCount(Surrogate):
+    """A soft count of the examples that DkNN counts, for attacks that know it.
+
+    Per layer and class, the logit is the log of the sum of sigmoid((r - d^2) / width) over the examples of the class
+    nearest to the antigen, k of them or 20 if that is more; d as for `SoftNeighbours`, and r lies midway between the
+    squared distances of the k-th and the next of all. The examples are found anew at every call; they and r are
+    constants for the gradient. After Sitawarin & Wagner (2019), who keep both as they are without an attack.
+
+    Where k is large it follows DkNN far more closely than `SoftNeighbours`, whose vote is that of the nearest few. What
+    an attack on it finds must be tested again on DkNN itself.
+
+    `dknn`: a fitted DkNN. `neighbours`: k over all classes; None: DkNN's own. `width` > 0, or "auto": per layer 0.1
+    times the mean, over 100 repertoire examples, of the standard deviation of d^2 over the same examples. Raises
+    ValueError or TypeError that names the argument.
+    """
+
+    def __init__(self, dknn: DkNN, *, neighbours: int | None = None, width: float | Literal["auto"] = "auto") -> None:
+        if not isinstance(dknn, DkNN):
+            raise TypeError(f"dknn must be a DkNN, got {type(dknn).__name__}")
+        super().__init__(dknn)
+        counted = dknn.neighbours if neighbours is None else neighbours
+        self.counted = _check.integer("neighbours", counted, most=len(dknn.repertoire))
+        self.neighbours = _neighbours(None, dknn, max(20, self.counted))
+        self.widths = _scales("width", width, dknn, self.neighbours, _WIDTH, squared=True)
+
+    def _vote(self, layer: int, features: Tensor) -> Tensor:
+        index, width = self.defence.index(layer), self.widths[layer]
+        with torch.no_grad():
+            distances, near = index.nearest(features, self.neighbours)
+            squares = distances.square()
+            nearest = squares.flatten(1)
+            nearest = nearest.topk(min(self.counted + 1, nearest.shape[1]), dim=1, largest=False).values
+            inside = (nearest[:, -2:].mean(1)[:, None, None] - squares) / width
+            counts = F.logsigmoid(inside)
+            weights = counts.softmax(2) * torch.sigmoid(-inside)
+            share = weights.sum(2)
+            means = _means(index, near, weights / share[:, :, None].clamp(min=1e-12))
+        slope = -share * (features[:, None] - means).square().sum(2) / width
+        return counts.logsumexp(2) + slope - slope.detach()
 
 
 class ASK(Surrogate):
@@ -76,7 +118,7 @@ class ASK(Surrogate):
     ) -> None:
         super().__init__(defence)
         self.neighbours = _neighbours(neighbours, defence, 5)
-        self.temperatures = _temperatures(temperature, defence, self.neighbours, squared=False)
+        self.temperatures = _scales("temperature", temperature, defence, self.neighbours, _SHARPNESS, squared=False)
 
     def _vote(self, layer: int, features: Tensor) -> Tensor:
         index, temperature = self.defence.index(layer), self.temperatures[layer]
@@ -170,9 +212,18 @@ def _neighbours(value: int | None, defence: Defence, default: int) -> int:
     return _check.integer("neighbours", min(default, fewest) if value is None else value, most=fewest)
 
 
-def _temperatures(value: float | str, defence: Defence, neighbours: int, *, squared: bool) -> list[float]:
+def _scales(
+    name: str, value: float | str, defence: Defence, neighbours: int, share: float, *, squared: bool
+) -> list[float]:
+    """Return per layer the `value` called `name`, or `share` of the spread of distances, where it is "auto"."""
     if value != "auto":
-        return [_check.number("temperature", value, least=0, above=True)] * len(defence.layers)
+        return [_check.number(name, value, least=0, above=True)] * len(defence.layers)
     distances = probe_distances(defence, [neighbours] * len(defence.layers))
     found = [d.square() if squared else d for d in distances]
-    return [max(_SHARPNESS * float(d.flatten(1).std(1).mean()), 1e-12) for d in found]
+    return [max(share * float(d.flatten(1).std(1).mean()), 1e-12) for d in found]
+
+
+def _means(index: Index, near: Tensor, weights: Tensor) -> Tensor:
+    """Return the means `(B, C, D)` of the features of examples `near` under `weights`, both `(B, C, k)`."""
+    # One antigen at a time: the features of its neighbours together may be large.
+    return torch.stack([(w[:, :, None] * index.rows(i)).sum(1) for w, i in zip(weights, near, strict=True)])

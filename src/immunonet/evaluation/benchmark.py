@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import _store
-from immunonet.attacks import ASK, FGSM, PGD, SoftClones, SoftNeighbours
+from immunonet.attacks import ASK, FGSM, PGD, SoftClones, SoftCount, SoftNeighbours
 from immunonet.attacks._surrogate import fewest_examples
 from immunonet.defence import Defence
 from immunonet.dknn import DkNN
@@ -33,6 +33,8 @@ KNOWS = {"none": "base", "fgsm": "base", "pgd": "base", "soft-knn": "defence", "
 # Votes that know a defence; that of clones is only for RAILS.
 SURROGATES: dict[str, Callable[[Any], nn.Module]] = {"soft-knn": SoftNeighbours, "soft-clones": SoftClones}
 NEIGHBOURS = (1, 3, 5, 10, 20, 50, 75, 200)
+# Those whose soft counts are attacked when the number is chosen.
+COUNTED = (5, 20, 75, 200)
 METRICS: tuple[Literal["cosine", "euclidean"], ...] = ("cosine", "euclidean")
 TUNING_IMAGES = 300
 
@@ -121,8 +123,8 @@ class Benchmark:
 
         `accuracy` is the mean over the first 300 calibration images as they are and under PGD on the base; `knowing`:
         the share of images (as many as are tested, at most those 300) that are right as they are, under that PGD, and
-        under PGD on ASK and on soft votes of 20 and of 100 neighbours per class. The fewest neighbours win a tie, then
-        cosine.
+        under PGD on ASK, on a soft vote of 20 neighbours per class, and on soft counts of 5, 20, 75 and 200. The fewest
+        neighbours win a tie, then cosine.
         """
         key = f"tuning dknn {layer}"
         if key in self.journal:
@@ -204,9 +206,9 @@ def neighbour_scores(
 
 
 def _votes(dknn: DkNN) -> list[nn.Module]:
-    """Return differentiable votes of few, some and many neighbours: who knows DkNN fits the attack to its number."""
-    fewest = fewest_examples(dknn)
-    return [ASK(dknn), *(SoftNeighbours(dknn, neighbours=min(k, fewest)) for k in (20, 100))]
+    """Return differentiable votes of few to many neighbours: who knows DkNN fits the attack to its number."""
+    counts = [SoftCount(dknn, neighbours=k) for k in COUNTED if k <= dknn.neighbours]
+    return [ASK(dknn), SoftNeighbours(dknn, neighbours=min(20, fewest_examples(dknn))), *counts]
 
 
 def _key(name: str, attack: str, part: slice) -> str:

@@ -79,9 +79,10 @@ def document(record: dict[str, Any], source: str) -> str:
         "## How it was measured",
         "The protocol (`immunonet evaluate --protocol`): FGSM, PGD, momentum PGD and APGD (cross-entropy and DLR) on "
         "the network; PGD and APGD on a soft vote of the defence's own neighbours (after Sitawarin & Wagner), ASK, "
-        "AdvKnn, the same on a soft vote of the clones that RAILS brings near the antigen, RAILS unrolled with its "
-        "generations, a stealthy variant that also avoids looking foreign, BPDA with "
-        "the network and with the soft vote; noise, Square and HopSkipJump on a light twin of RAILS (T 200, G 3). What "
+        "AdvKnn, the same on a soft count of the neighbours that DkNN counts, and on a soft vote of the clones that "
+        "RAILS brings near the antigen, RAILS unrolled with its generations, a stealthy variant that also avoids "
+        "looking foreign, BPDA with the network and with the soft vote; noise, Square and HopSkipJump on a light twin "
+        "of RAILS (T 200, G 3). What "
         "is found is tested on the defence itself: each candidate on few draws, which its row is counted on, the worst "
         "few of every image on more, and the worst of those on as many others. Attacks that only ask take fewer images "
         "(their number stands in the record) and pass over those that are broken already. Carlini et al.'s checklist "

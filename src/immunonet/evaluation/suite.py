@@ -16,6 +16,7 @@ from immunonet import _check, attacks
 from immunonet.attacks import AttackResult
 from immunonet.attacks._norms import NORMS, random_within, size
 from immunonet.defence import Defence
+from immunonet.dknn import DkNN
 from immunonet.evaluation.asking import LogProbabilities, Subject, light_twin
 from immunonet.rails import RAILS
 
@@ -228,6 +229,11 @@ def suite(
             add(f"apgd-{loss}-soft-knn", "adaptive", apgds[loss], soft)
         add("ask", "adaptive", pgd, attacks.ASK(defence))
         add("adv-knn", "adaptive", pgd, attacks.AdvKnn(defence))
+        if isinstance(defence, DkNN):
+            near = attacks.SoftCount(defence)
+            add("soft-count", "adaptive", pgd, near)
+            for loss in losses:
+                add(f"apgd-{loss}-soft-count", "adaptive", apgds[loss], near)
         if isinstance(defence, RAILS):
             clones = near = attacks.SoftClones(defence)
             add("soft-clones", "adaptive", pgd, clones)

@@ -16,8 +16,8 @@ from immunonet.immune.maturation import mutation_range, temperatures
 from immunonet.immune.settings import Maturation
 from immunonet.rails import RAILS
 
-# Width of the soft plasma cut. Narrower ones follow the vote more closely.
-_WIDTH = 0.3
+# Width of the soft plasma cut. A wider one leaves the defence's own, harder cut standing.
+_WIDTH = 0.1
 # Values of the populations whose gradient still fits the caches: three times as fast as with ten times as many.
 _CACHED = 2**21
 

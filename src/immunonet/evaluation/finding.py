@@ -285,7 +285,7 @@ def _costs(found: Sequence[Case]) -> str:
 
 
 def _setting(case: Case) -> str:
-    return f"{case['net']}, {case['norm']} {case['eps']:.3g}"
+    return f"{case['net']}, {case['norm']} {case['eps']:.3g}, {case['n']} images"
 
 
 def _where(case: Case) -> str:

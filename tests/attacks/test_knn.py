@@ -127,15 +127,20 @@ def test_as_many_neighbours_as_the_smallest_class_has_but_no_more_than_20_or_dkn
     assert SoftNeighbours(many).neighbours == 30
 
 
+def compared(problem, antigens, layer, metric):
+    """What a defence compares of antigens and examples at one layer."""
+    model, x, _ = problem
+    f = (lambda z: z) if layer == "input" else model[:2]
+    found = f(antigens), f(x)
+    return tuple(map(nn.functional.normalize, found)) if metric == "cosine" else found
+
+
 def count_by_hand(problem, antigens, layers, metric, k, n, width):
     """SoftCount's docstring's formula; the edge r is a constant for the gradient."""
-    model, x, y = problem
+    y = problem[2]
     votes = []
     for layer in layers:
-        f = (lambda z: z) if layer == "input" else model[:2]
-        a, b = f(antigens), f(x)
-        if metric == "cosine":
-            a, b = nn.functional.normalize(a), nn.functional.normalize(b)
+        a, b = compared(problem, antigens, layer, metric)
         squares = (a[:, None] - b).square().sum(2)
         r = squares.detach().sort(dim=1).values[:, k - 1 : k + 1].mean(1, keepdim=True)
         counts = [((r - squares[:, y == c].sort(dim=1).values[:, :n]) / width).sigmoid().sum(1) for c in range(CLASSES)]
@@ -185,13 +190,10 @@ def test_soft_count_settings(problem):
 
 def ask_by_hand(problem, antigens, layers, metric, k, temperature):
     """ASK's docstring's formula: minus the mean distance to the k nearest of a class, over the temperature."""
-    model, x, y = problem
+    y = problem[2]
     votes = []
     for layer in layers:
-        f = (lambda z: z) if layer == "input" else model[:2]
-        a, b = f(antigens), f(x)
-        if metric == "cosine":
-            a, b = nn.functional.normalize(a), nn.functional.normalize(b)
+        a, b = compared(problem, antigens, layer, metric)
         d = (a[:, None] - b).norm(dim=2)
         means = [d[:, y == c].sort(dim=1).values[:, :k].mean(1) for c in range(CLASSES)]
         votes.append((-torch.stack(means, 1) / temperature).log_softmax(1))

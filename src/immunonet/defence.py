@@ -255,6 +255,11 @@ class Defence(models.Asking, abc.ABC):
                 setattr(twin, name, self.__dict__[name])
         return twin
 
+    def identity(self) -> list[Any]:
+        """Return all that answers depend on: kind, settings, layers, the model, and the repertoire if it is fitted."""
+        fitted = [self.repertoire.x, self.repertoire.y, *self.calibration.buffers()] if self.feature_maps else None
+        return [type(self).__qualname__, self._all_settings(), list(self._layers), self.model, fitted]
+
     def _all_settings(self) -> dict[str, Any]:
         return self._settings() | {"bounds": self.bounds.pairs(), "false_alarm": self.false_alarm}
 

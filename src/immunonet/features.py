@@ -68,7 +68,7 @@ def described(
     taps = [m for m in maps if m.tap is not None]
     names = list(dict.fromkeys([*(str(m.tap) for m in taps), *([] if space is None else [space])]))
     rows = min([m.rows for m in taps] + ([ROWS] if space is not None else []), default=ROWS)
-    formats = {m._format for m in taps}
+    formats = {m.memory_format for m in taps}
     one_format = formats.pop() if len(formats) == 1 else torch.preserve_format
     found: dict[str, Tensor] = {}
     for start in range(0, max(1, len(x)), rows) if names else ():

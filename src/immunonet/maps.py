@@ -34,10 +34,16 @@ class FeatureMap:
     def __init__(self, name: str, function: Callable[[Tensor], Any]) -> None:
         self.name = name
         self._function = function
-        self._format = torch.preserve_format
+        # A bool, because a memory format cannot be pickled.
+        self._channels_last = False
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """How the cells are laid out for the model."""
+        return torch.channels_last if self._channels_last else torch.preserve_format
 
     def _output(self, cells: Tensor) -> Any:
-        return models.call(self._function, cells, self._format)
+        return models.call(self._function, cells, self.memory_format)
 
     def _watched(self) -> list[nn.Module]:
         """Return the networks that run."""
@@ -56,12 +62,12 @@ class FeatureMap:
         self.rows = max(16, CHUNK_VALUES // max([features.shape[1], 1, *widths]))
         if cells.ndim == 4:
             # Convolutions run about twice as fast; models that reshape by view refuse it.
-            self._format = torch.channels_last
+            self._channels_last = True
             with contextlib.suppress(RuntimeError):
                 found = self(cells)
                 if found.shape == features.shape and torch.allclose(found, features, rtol=1e-3, atol=1e-4):
                     return
-            self._format = torch.preserve_format
+            self._channels_last = False
 
     def __call__(self, cells: Tensor) -> Tensor:
         """Return the features `(n, D)`, in one piece; ValueError unless the layer gives one tensor row per cell."""
@@ -114,7 +120,7 @@ class LayerMap(FeatureMap):
 
     def _output(self, cells: Tensor) -> Any:
         module, side = layer_parts(self.name)
-        (found,) = models.outputs(self.model, [module], cells, memory_format=self._format)
+        (found,) = models.outputs(self.model, [module], cells, memory_format=self.memory_format)
         return found if side is None else averaged(found, self.name, side)
 
 
@@ -133,7 +139,7 @@ class TailMap(LayerMap):
     def _output(self, cells: Tensor) -> Any:
         module, side = layer_parts(self.name)
         dummy = self._dummy.to(cells.device).expand(1 if self._single else len(cells), *self._dummy.shape[1:])
-        given = self._space, models.own(self.model, cells, self._format)
+        given = self._space, models.own(self.model, cells, self.memory_format)
         (found,) = models.outputs(self.model, [module], dummy, given=given)
         return found if side is None else averaged(found, self.name, side)
 

@@ -180,7 +180,7 @@ def test_models_that_reshape_by_view_answer_alike(images):
         net = ByView(safe).eval()
         defence = RAILS(net, "last", maturation=dataclasses.replace(FULL, population=60), seed=0).fit(*images)
         expected = torch.channels_last if safe else torch.preserve_format
-        assert defence.feature_maps[0]._format == expected
+        assert defence.feature_maps[0].memory_format == expected
         answers.append(defence.respond(images[0][:10]))
         assert_close(defence.features(images[0][:10])[0], net(images[0][:10]), rtol=1e-4, atol=1e-5)
     alike(*answers)

@@ -6,6 +6,7 @@ After Carlini et al. (2019), Athalye et al. (2018), Croce & Hein (2020, AutoAtta
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from immunonet.evaluation.suite import Budget, Model, Planned
 from immunonet.evaluation.verdict import choose, worst
 
 DOUBLED = " doubled"
+# Factors of a network's logits, which change no label.
+SCALES = (0.01, 1.0, 100.0)
 MULTIPLES = (0.0, 0.25, 0.5, 1.0, 2.0)
 _FEW = 5
 
@@ -45,7 +48,7 @@ def checks(
     `wanted`: the attacks `planned` as they were before a budget in minutes cut them.
     """
     seeds, n = runner.seeds[report], min(budget.checks, len(runner.x))
-    found, curves = [eps_zero(runner, planned, seeds[:1])], {}
+    found, curves = [eps_zero(runner, planned, seeds[:1]), *scale(runner, planned, n)], {}
     if strongest is not None and strongest.attack.method.eps > 0:
         name = strongest.attack.name
         shown = {attack.name: attack for attack in planned if attack.name in ("pgd", name)}
@@ -96,6 +99,8 @@ def flags(
             probabilities(runner.network, x),
             zero_gradients({name: targets[name] for name in distinct.values()}, x, y),
             batch(runner.subject, runner.x, runner.seeds, repeatable),
+            steady(runner.network, x),
+            agreement(runner.subject, x, runner.seeds, repeatable),
         ]
         return [dataclasses.asdict(flag) for flag in found]
 
@@ -120,6 +125,39 @@ def eps_zero(runner: Runner, planned: Sequence[Planned], seeds: Sequence[int]) -
     changed = runner.once("check eps 0", measure)
     detail = f"{len(planned)} attacks, {len(x)} images" + (f"; changed under {', '.join(changed)}" if changed else "")
     return Check("eps 0 gives the clean answers", not changed, detail)
+
+
+class _Scaled(models.Asking):
+    """A network whose logits are multiplied by a number."""
+
+    def __init__(self, network: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.network, self.factor = network, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return models.logits(self.network, x).double() * self.factor
+
+
+def scale(runner: Runner, planned: Sequence[Planned], n: int) -> list[Check]:
+    """An attack must find as much however large the network's logits are: where they stop it, it only looks robust.
+
+    Checked for PGD, if it is planned, on the first n images.
+    """
+    x, y = runner.x[:n], runner.y[:n]
+    attack = next((a for a in planned if a.name == "pgd"), None)
+    if attack is None:
+        return []
+
+    def measure() -> list[list[bool]]:
+        found = [dataclasses.replace(attack, target=_Scaled(runner.network, f))(x, y).adversarials for f in SCALES]
+        return [(runner.base.labels(points)[0][0] == y.cpu()).tolist() for points in found]
+
+    right = torch.tensor(runner.once("check scale", measure))
+    means = right.double().mean(1).tolist()
+    low, high = statistics.interval(right[SCALES.index(1.0)][None])
+    points = ", ".join(f"x {factor:g}: {mean:.3f}" for factor, mean in zip(SCALES, means, strict=True))
+    detail = f"accuracy of the network under pgd with its logits {points}, {len(x)} images"
+    return [Check("the scale of the logits does not matter", all(low <= mean <= high for mean in means), detail)]
 
 
 def curve(runner: Runner, attack: Planned, n: int, reach: float, seeds: Sequence[int]) -> dict[str, Any]:
@@ -232,6 +270,23 @@ def batch(subject: Subject, x: Tensor, seeds: Sequence[int], repeatable: bool) -
     differing = int(((together != alone) | (together != backwards)).sum())
     # A sum that is computed in another order may tip an answer on the edge, no more.
     return Flag(name, differing > max(1, len(x) // 16), f"{differing} of {len(x)} answers differ alone or in reverse")
+
+
+def steady(base: nn.Module, x: Tensor) -> Flag:
+    """A network whose answers change by themselves, or with the batch, cannot be attacked by what it said before."""
+    wrong = models.unsteady(functools.partial(models.logits, base), x)
+    return Flag("the network is unsteady", wrong is not None, f"it {wrong}" if wrong else "the same answers each time")
+
+
+def agreement(subject: Subject, x: Tensor, seeds: Sequence[int], repeatable: bool) -> Flag:
+    """Attacks follow the log-probabilities, and labels are counted: where they differ attacks aim beside the mark."""
+    name = "labels are not those of the log-probabilities"
+    if not repeatable:
+        return Flag(name, False, "not tested: the answers are random and take no seed")
+    asked = Subject(subject.defence, classes=subject.classes, fixed=seeds[0] if seeds else 0)
+    with torch.no_grad():
+        differing = int((asked(x).argmax(1).cpu() != asked.labels(x, seeds[:1])[0][0]).sum())
+    return Flag(name, differing > len(x) // 8, f"{differing} of {len(x)} answers differ")
 
 
 def failed(faults: Counter[str]) -> Flag:

@@ -294,6 +294,11 @@ class Defence(nn.Module, abc.ABC):
         source = rows if file is None else FeatureFile(file, rows, len(y), on_progress=on_progress)
         return SignatureIndex(source, order, counts, on_progress=on_progress)
 
+    def _fitted_on(self) -> str:
+        if not self.feature_maps:
+            return "not fitted"
+        return f"fitted on {len(self.repertoire):,} examples of {self.classes} classes"
+
     def _require_fit(self) -> None:
         if not self.feature_maps:
             name = type(self).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -27,6 +27,8 @@ LOSS = 2**-10
 ROWS = 500
 # Values of the examples' features that are computed or read at once: near the size of a last-level cache.
 CHUNK_VALUES = 2**22
+# Examples of a class whose features are computed again to count those that are equally near.
+COUNTED = 256
 # Examples by which a feature file is recognised.
 PROBES = 8
 
@@ -54,7 +56,16 @@ class Index(Protocol):
         """D, the values of a feature vector."""
 
     def nearest(self, features: Tensor, k: int, *, by_class: bool = True) -> tuple[Tensor, Tensor]:
-        """Return distances and examples of the k nearest of every class, `(B, C, k)`, or of all, `(B, k)`."""
+        """Return distances and examples of the k nearest of every class, `(B, C, k)`, or of all, `(B, k)`.
+
+        Which of those that are exactly as near as the last are found says nothing: `within` counts them all.
+        """
+
+    def within(self, features: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many examples of every class lie within `radius` `(B,)`, and their least number, `(B, C)`.
+
+        The number is N, that of all examples, where there is none.
+        """
 
     def rows(self, examples: Tensor) -> Tensor:
         """Return the features `(*, D)` of examples `(*)`."""
@@ -126,7 +137,7 @@ class ExactIndex(Kept):
         """Take features `(N, D)`, overwritten, of examples `order` `(N,)`, by class; `counts` per class."""
         super().__init__()
         # Small norms keep the digits of small distances in the quadratic expansion.
-        centre = features.mean(0)
+        centre = _centre(features, order)
         keys = features.sub_(centre)
         self.counts = counts
         self.register_buffer("keys", keys, persistent=False)
@@ -157,6 +168,18 @@ class ExactIndex(Kept):
                 distances, index = self._screened(queries, self.signatures, counts, k)
         found = self.order[index]
         return (distances, found) if by_class else (distances[:, 0], found[:, 0])
+
+    def within(self, features: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many examples of every class lie within `radius` `(B,)`, and their least number, `(B, C)`."""
+        step = max(1, flocking.CHUNK_VALUES // len(self.keys))
+        found = []
+        with torch.autocast(features.device.type, enabled=False):
+            for some, limit in zip((features - self.centre).split(step), radius.split(step), strict=True):
+                inside = flocking.exact(some, self.keys) <= limit[:, None]
+                numbers = torch.where(inside, self.order, len(self.order))
+                found.append(_tally(numbers.split(self.counts, 1), len(self.order)))
+        numbers_within, least = zip(*found, strict=True)
+        return torch.cat(numbers_within), torch.cat(least)
 
     def rows(self, examples: Tensor) -> Tensor:
         """Return the features `(*, D)` of examples `(*)`."""
@@ -192,15 +215,12 @@ class SignatureIndex(Kept):
         """Take the features by example, and the examples `order` `(N,)`, grouped by class; `counts` per class."""
         super().__init__()
         self._rows, self.counts = rows, counts
-        signatures = Signatures.of(computed(rows, order[_spread(len(order))]), DIRECTIONS)
+        # A sample of every class, whatever their order.
+        ordered = torch.cat(sorted(order.split(counts), key=lambda group: int(group[0])))
+        signatures = Signatures.of(computed(rows, ordered[_spread(len(order))]), DIRECTIONS)
         assert signatures is not None
-        parts = []
-        for part in order.split(ROWS):
-            parts.append(signatures.sign(rows(part)))
-            if on_progress is not None:
-                on_progress(sum(map(len, parts)), len(order))
-        signatures.keep(torch.cat(parts))
         self.signatures = signatures
+        signatures.keep(computed(lambda examples: signatures.sign(rows(examples)), order, on_progress))
         self.register_buffer("order", order, persistent=False)
 
     @property
@@ -219,6 +239,16 @@ class SignatureIndex(Kept):
             near.append(nearest)
             found.append(examples.gather(1, best))
         return (torch.stack(near, 1), torch.stack(found, 1)) if by_class else (near[0], found[0])
+
+    def within(self, features: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many examples of every class lie within `radius` `(B,)`, and their least number, `(B, C)`.
+
+        Only the `COUNTED` of a class with the nearest signatures are looked at.
+        """
+        candidates = self._candidates(features, self.counts, COUNTED)
+        inside = self._distances(features, torch.cat(candidates, 1)) <= radius[:, None]
+        numbers = torch.where(inside, torch.cat(candidates, 1), len(self.order))
+        return _tally(numbers.split([c.shape[1] for c in candidates], 1), len(self.order))
 
     def rows(self, examples: Tensor) -> Tensor:
         """Return the features `(*, D)` of examples `(*)`, computed or read now."""
@@ -247,7 +277,7 @@ class SignatureIndex(Kept):
             # An example at a time: its few differences stay in the cache. An empty batch has no examples.
             for row, own in zip(self._rows(part) if len(part) else (), pairs, strict=False):
                 antigens = own // candidates.shape[1]
-                out[own] = torch.linalg.vector_norm(features[antigens].sub_(row), dim=1)
+                out[own] = flocking.exact(features[antigens], row[None])[:, 0]
         return out.view_as(candidates)
 
 
@@ -317,6 +347,24 @@ def _spread(n: int) -> Tensor:
     return torch.linspace(0, n - 1, min(SAMPLE, n)).long()
 
 
+def _centre(features: Tensor, order: Tensor) -> Tensor:
+    """Return a point `(D,)` near the mean of `features` `(N, D)`, whose examples have the numbers `order` `(N,)`.
+
+    It has few binary digits, so that differences of whole numbers, say, stay exact, and equal distances equal; and it
+    is the same whatever the order.
+    """
+    mean = torch.stack([features[some].sum(0) for some in order.argsort().split(ROWS)]).sum(0) / len(features)
+    low, high = features.aminmax(dim=0)
+    step = (high - low).log2().floor().sub(5).exp2()
+    near = (mean / step).round() * step
+    return torch.where(near.isfinite(), near, low)
+
+
+def _tally(numbers: Sequence[Tensor], n: int) -> tuple[Tensor, Tensor]:
+    """Return how many of each class's `numbers` `(B, m)` are below n, and the least of them, `(B, C)`."""
+    return torch.stack([(own < n).sum(1) for own in numbers], 1), torch.stack([own.amin(1) for own in numbers], 1)
+
+
 def auto_budget() -> int:
     """Return a quarter of the machine's memory in bytes, or 2 GiB where that is not told."""
     if not hasattr(os, "sysconf"):  # Windows
@@ -325,11 +373,17 @@ def auto_budget() -> int:
 
 
 def computed(rows: Rows, examples: Tensor, on_progress: Progress | None = None) -> Tensor:
-    """Return the features of examples, computed `ROWS` at a time into one tensor."""
+    """Return the features of examples, computed `ROWS` at a time, by their numbers, into one tensor.
+
+    A network rounds by the size of a batch: none is smaller than the others, so that equal examples have equal
+    features, and which examples share one depends on no class.
+    """
+    n, places = len(examples), examples.argsort()
     first = rows(examples[:1])
-    out = first.new_empty(len(examples), first.shape[1])
-    for start in range(0, len(examples), ROWS):
-        out[start : start + ROWS] = rows(examples[start : start + ROWS])
+    out = first.new_empty(n, first.shape[1])
+    for start in range(0, n, ROWS):
+        some = places[max(0, min(start, n - ROWS)) : start + ROWS]
+        out[some] = rows(examples[some])
         if on_progress is not None:
-            on_progress(min(start + ROWS, len(examples)), len(examples))
+            on_progress(min(start + ROWS, n), n)
     return out

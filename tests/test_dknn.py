@@ -153,6 +153,7 @@ def test_equally_near_examples_share_the_places_that_are_left(grid, budget):
     dknn.fit(x, y, calibration=(queries, truth))
     counts, nearness = fractions(x, y, queries, classes, k, layers)
     places = torch.tensor([[float(place) for place in row] for row in counts])
+    assert_close(dknn.predict_proba(queries), places / (2 * k))
     assert_close(dknn(queries).exp(), (places + 1) / (2 * k + classes), rtol=1e-5, atol=1e-5)
     scores = [2 * k - counts[i][c] for i, c in enumerate(truth.tolist())]
     near = 1e-4  # What comes of different sums may differ by rounding: p lies between the strict and the lax count.
@@ -346,7 +347,9 @@ def test_more_neighbours_than_examples():
         DkNN(Two(), "input", neighbours=7).fit(*REPERTOIRE, calibration=REPERTOIRE)
 
 
-@pytest.mark.parametrize("method", ["predict", "p_values", "credibility", "confidence", "foreign", "forward", "save"])
+@pytest.mark.parametrize(
+    "method", ["predict", "predict_proba", "p_values", "credibility", "confidence", "foreign", "forward", "save"]
+)
 def test_unfitted(method, tmp_path):
     argument = tmp_path if method == "save" else column(0.5)
     with pytest.raises(ValueError, match=r"this DkNN is not fitted: call dknn.fit\(x, y\) with the training set first"):

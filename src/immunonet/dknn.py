@@ -81,6 +81,11 @@ class DkNN(Defence):
         nearest = self._nearest(self._inputs(x))
         return torch.cat([torch.stack([self._label(part, k)[0] for k in counts]) for part in nearest], dim=1)
 
+    def predict_proba(self, x: Any) -> Tensor:
+        """Return the share `(B, C)` float32 of each label among the neighbours, which sums to 1."""
+        counts, _ = self._neighbourhood(self._inputs(x))
+        return counts / (self.neighbours * len(self.layers))
+
     def p_values(self, x: Any) -> Tensor:
         """Return the conformal p-value `(B, C)` of every label: how usual its nonconformity is on calibration data."""
         counts, _ = self._neighbourhood(self._inputs(x))
@@ -102,7 +107,7 @@ class DkNN(Defence):
     def forward(self, x: Any) -> Tensor:
         """Return finite log-probabilities `(B, C)`: log((m + 1) / (n + C)) for m of n neighbours with the label.
 
-        Their argmax is what `predict` says: where labels tie, its label is put first by some millionths.
+        Their argmax is what `predict` says: where labels tie, its label is put first by about a millionth.
         """
         found = [self._label(nearest, self.neighbours) for nearest in self._nearest(self._inputs(x))]
         labels, counts = (torch.cat(column) for column in zip(*found, strict=True))
@@ -135,6 +140,7 @@ class DkNN(Defence):
             missed[rows] = (within - self._count(labels[rows])).clamp(min=0)
         return _Near(keys, distances, labels, missed)
 
+    @torch.no_grad()
     def _label(self, nearest: Sequence[_Near], k: int) -> tuple[Tensor, Tensor]:
         """Return labels `(B,)` by the k nearest of every layer, and how many of them each label has, `(B, C)`."""
 

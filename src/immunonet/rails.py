@@ -135,7 +135,7 @@ class RAILS(Defence):
     def forward(self, x: Any, seed: int | None = None) -> Tensor:
         """Return finite log-probabilities `(B, C)`: log((n v + 1) / (n + C)) for n plasma cells and votes v.
 
-        Their argmax is what `predict` says: where votes tie, its label is put first by some millionths.
+        Their argmax is what `predict` says: where votes tie, its label is put first by about a millionth.
         """
         parts = list(self._answers(x, seed, None))
         votes, labels = torch.cat([part.votes for part in parts]), torch.cat([part.labels for part in parts])

@@ -11,8 +11,8 @@ from immunonet.immune import noise
 
 # Shares that differ by less are even: sums over layers are rounded.
 EVEN = 1e-6
-# Of the logs of two probabilities: more than float32 loses in a softmax of up to a million labels.
-GAP = 2.0**-18
+# Of the logs of two probabilities, as a share of them: four units in the last place, more than a softmax loses.
+GAP = 2.0**-21
 
 Settle = Callable[[Tensor, Tensor], Sequence[Tensor]]
 """Scores `(R, C)`, the first the more telling, for rows `(R,)` whose labels `(R, C)` are even in all else."""
@@ -77,12 +77,12 @@ def lots(numbers: Tensor) -> Tensor:
 def decided(logs: Tensor, labels: Tensor) -> Tensor:
     """Return log-probabilities `(B, C)` whose argmax are `labels` `(B,)`, before and after a log-softmax.
 
-    Rows whose label leads by less than float32 can keep are changed, by a few millionths, and sum to 1 as before.
+    Rows whose label leads by less than float32 can keep are changed, by about a millionth, and sum to 1 as before.
     """
     chosen = labels[:, None]
     own = logs.gather(1, chosen)
     others = logs.scatter(1, chosen, -torch.inf).amax(1, keepdim=True)
-    raised = torch.maximum(own, others + GAP)
+    raised = torch.maximum(own, others * (1 - GAP))
     # Exactly 0 where nothing was raised.
     return logs.scatter(1, chosen, raised) - (raised.exp() - own.exp()).log1p()
 

@@ -1,8 +1,11 @@
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from torch.testing import assert_close
@@ -92,6 +95,158 @@ def test_layers_are_counted_together():
     # Nonconformity: label 0 has 6 - 5 = 1, label 1 has 6 - 1 = 5. The one calibration score is 5.
     assert_close(dknn.p_values(column(0.45)), torch.tensor([[1.0, 1.0]]))
     assert_close(dknn(column(0.45)).exp(), torch.tensor([[6 / 8, 2 / 8]]))
+
+
+# Equally near examples.
+
+
+class Many(nn.Module):
+    """Logits of a number of classes, which DkNN only counts."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, x):
+        return x.flatten(1)[:, :1].expand(-1, self.classes) * 4.0
+
+
+def halved(x):
+    """A layer that tells less: half of the columns."""
+    return x[:, : (x.shape[1] + 1) // 2]
+
+
+@st.composite
+def grids(draw):
+    """Examples and queries on a grid, where nearly every distance is met several times; labels, and k."""
+    classes, n = draw(st.integers(2, 4)), draw(st.integers(8, 60))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    levels, width = draw(st.sampled_from([1, 2, 3])), draw(st.integers(1, 3))
+    x, queries = (torch.randint(0, levels, (m, width), generator=g).float() / 4 for m in (n, 12))
+    y = torch.cat([torch.arange(classes), torch.randint(0, classes, (n - classes,), generator=g)])
+    return x, y, queries, torch.randint(0, classes, (12,), generator=g), classes, draw(st.integers(1, min(n, 12)))
+
+
+def fractions(x, y, queries, classes, k, layers):
+    """The places of every label among the k nearest, as fractions, and minus their summed distance; exactly."""
+    counts, nearness = [[Fraction()] * classes for _ in queries], np.zeros((len(queries), classes))
+    for layer in layers:
+        squares = (16 * (layer(queries)[:, None] - layer(x)).square().sum(2)).long().tolist()
+        for row, places in enumerate(counts):
+            edge = sorted(squares[row])[k - 1]
+            left, level = k - sum(s < edge for s in squares[row]), sum(s == edge for s in squares[row])
+            for s, label in zip(squares[row], y.tolist(), strict=True):
+                place = Fraction(1) if s < edge else Fraction(left, level) if s == edge else Fraction()
+                places[label] += place
+                nearness[row, label] -= float(place) * (s / 16) ** 0.5
+    return counts, nearness
+
+
+@settings(max_examples=25, deadline=None)
+@given(grids(), st.booleans())
+def test_equally_near_examples_share_the_places_that_are_left(grid, budget):
+    x, y, queries, truth, classes, k = grid
+    layers = [lambda x: x, halved]
+    dknn = DkNN(
+        Many(classes), ["input", halved], neighbours=k, metric="euclidean", **{"memory_budget": 1} if budget else {}
+    )
+    dknn.fit(x, y, calibration=(queries, truth))
+    counts, nearness = fractions(x, y, queries, classes, k, layers)
+    places = torch.tensor([[float(place) for place in row] for row in counts])
+    assert_close(dknn.predict_proba(queries), places / (2 * k))
+    assert_close(dknn(queries).exp(), (places + 1) / (2 * k + classes), rtol=1e-5, atol=1e-5)
+    scores = [2 * k - counts[i][c] for i, c in enumerate(truth.tolist())]
+    near = 1e-4  # What comes of different sums may differ by rounding: p lies between the strict and the lax count.
+    for sign, compare in ((near, torch.ge), (-near, torch.le)):
+        p = [[(sum(s >= 2 * k - c + sign for s in scores) + 1) / 13 for c in row] for row in counts]
+        assert compare(dknn.p_values(queries), torch.tensor(p) - sign / 1e3).all()
+    for own in {1, (k + 1) // 2, k}:
+        counts, nearness = fractions(x, y, queries, classes, own, layers)
+        for label, places, sums in zip(dknn.predict_each(queries, [own])[0].tolist(), counts, nearness, strict=True):
+            first = [c for c in range(classes) if places[c] == max(places)]
+            assert label in first
+            assert sums[label] >= max(sums[first]) - 1e-5
+
+
+@settings(max_examples=25, deadline=None)
+@given(grids(), st.sampled_from(["cosine", "euclidean"]), st.booleans(), st.randoms())
+def test_the_names_of_labels_decide_nothing(grid, metric, budget, random):
+    x, y, queries, truth, classes, k = grid
+    names = torch.tensor(random.sample(range(classes), classes))
+    found = []
+    for labels, answers in ((y, truth), (names[y], names[truth])):
+        options = {"memory_budget": 1} if budget else {}
+        dknn = DkNN(Many(classes), ["input", halved], neighbours=k, metric=metric, **options)
+        found.append(dknn.fit(x, labels, calibration=(queries, answers)))
+    one, other = found
+    assert torch.equal(names[one.predict(queries)], other.predict(queries))
+    assert torch.equal(names[one.predict_each(queries, [1, k])], other.predict_each(queries, [1, k]))
+    assert torch.equal(one.p_values(queries), other.p_values(queries)[:, names])
+    assert torch.equal(one(queries), other(queries)[:, names])
+    for method in ("credibility", "confidence", "familiarity"):
+        assert torch.equal(getattr(one, method)(queries), getattr(other, method)(queries))
+
+
+@settings(max_examples=25, deadline=None)
+@given(grids())
+def test_the_modules_argmax_is_what_predict_says(grid):
+    x, y, queries, truth, classes, k = grid
+    dknn = DkNN(Many(classes), ["input", halved], neighbours=k, metric="euclidean").fit(
+        x, y, calibration=(queries, truth)
+    )
+    found = dknn(queries)
+    assert torch.isfinite(found).all()
+    for form in (found, found.log_softmax(1), found.exp()):
+        assert torch.equal(form.argmax(1), dknn.predict(queries))
+    assert_close(found.exp().sum(1), torch.ones(12), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 5, 10, 75])
+def test_the_majority_of_equal_rows_is_found_whatever_its_name(k):
+    """Every cell of a table of three binary columns holds nine tenths of one class."""
+    x = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3).repeat(40, 1)
+    major = (x[:, 0] != x[:, 1]).long()
+    y = torch.where(torch.arange(320) // 8 % 10 == 0, 1 - major, major)
+    for labels, truth in ((y, major), (1 - y, 1 - major)):
+        dknn = DkNN(Two(), "input", neighbours=k, metric="euclidean").fit(x, labels, calibration=(x[:80], labels[:80]))
+        assert torch.equal(dknn.predict(x[:8]), truth[:8])
+        # The nearest forty are the cell's own: up to there the vote is nine to one.
+        if k < 40:
+            assert_close(dknn(x[:8]).exp().amax(1), torch.full((8,), (0.9 * k + 1) / (k + 2)))
+
+
+def test_a_layer_that_tells_nothing_is_asked_about_its_majority():
+    x, y = torch.rand(5000, 2), (torch.arange(5000) % 4 == 0).long()
+    dknn = DkNN(Two(), lambda x: 0 * x, neighbours=3, metric="euclidean").fit(x, y, calibration=(x[:50], y[:50]))
+    assert_close(dknn(x[:4]).exp(), torch.tensor([[(2.25 + 1) / 5, (0.75 + 1) / 5]]).expand(4, 2))
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_without_equal_distances_every_neighbour_counts_one(metric, images, functional_conv):
+    """The plain count, to the last bit."""
+    x, y = images
+    queries = torch.rand(100, 1, 6, 6, generator=torch.Generator().manual_seed(3))
+    dknn = DkNN(functional_conv, ["2", "5"], neighbours=10, metric=metric).fit(x, y, calibration=(x[:9], y[:9]))
+    counts, nearness = torch.zeros(100, 3), torch.zeros(100, 3)
+    for layer, features in enumerate(dknn.features(queries)):
+        near, found = dknn.index(layer).nearest(dknn._keys(features), 10, by_class=False)
+        near = near.square() / 2 if metric == "cosine" else near
+        counts.scatter_add_(1, y[found], torch.ones_like(near))
+        nearness.scatter_add_(1, y[found], -near)
+    tied = counts == counts.amax(1, keepdim=True)
+    assert tied.sum(1).gt(1).any()
+    assert torch.equal(dknn.predict(queries), nearness.masked_fill(~tied, -torch.inf).argmax(1))
+    plain = ((counts + 1) / 23).log()
+    assert torch.equal(dknn(queries)[tied.sum(1) == 1], plain[tied.sum(1) == 1])
+    below = torch.searchsorted(dknn.calibration.label_scores, 20 - counts)
+    assert torch.equal(dknn.p_values(queries), (10 - below).float() / 10)
+
+
+def test_what_is_printed_of_it(line):
+    assert "layers=['input'], neighbours=3, metric='euclidean', fitted on 6 examples of 2 classes" in repr(line)
+    assert "layers=['input', 'square'], neighbours=75, metric='cosine', not fitted" in repr(
+        DkNN(Two(), ["input", torch.square])
+    )
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
@@ -192,7 +347,9 @@ def test_more_neighbours_than_examples():
         DkNN(Two(), "input", neighbours=7).fit(*REPERTOIRE, calibration=REPERTOIRE)
 
 
-@pytest.mark.parametrize("method", ["predict", "p_values", "credibility", "confidence", "foreign", "forward", "save"])
+@pytest.mark.parametrize(
+    "method", ["predict", "predict_proba", "p_values", "credibility", "confidence", "foreign", "forward", "save"]
+)
 def test_unfitted(method, tmp_path):
     argument = tmp_path if method == "save" else column(0.5)
     with pytest.raises(ValueError, match=r"this DkNN is not fitted: call dknn.fit\(x, y\) with the training set first"):

@@ -2,6 +2,9 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as trying
+from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
@@ -242,6 +245,92 @@ def test_credibility_by_hand():
     assert_close(r.credibility, torch.tensor([0.8]))
 
 
+# Even votes.
+
+
+def table(copies, minority):
+    """A table of three binary columns: `copies` rows a cell, `minority` of which are not of its majority, `major`."""
+    x = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3).repeat(copies, 1)
+    major = (x[:, 0] != x[:, 1]).long()
+    return x, torch.where(torch.arange(len(x)) // 8 < minority, 1 - major, major), major
+
+
+@pytest.mark.parametrize("generations", [0, 3])
+def test_equal_rows_of_two_classes_are_settled_by_how_many_there_are(generations):
+    # Three naive cells of both classes are the antigen itself, so that nothing evolves and every cell ties.
+    x, y, major = table(13, 3)
+    maturation = Maturation(population=60, neighbours=3, generations=generations)
+    for labels, truth in ((y, major), (1 - y, 1 - major)):
+        rails = RAILS(Head(lambda o: o[:, :2], 3), "input", maturation=maturation, seed=0)
+        r = rails.fit(x, labels, calibration=(x[:24], labels[:24])).respond(x[:8])
+        assert r.votes.tolist() == [[0.5, 0.5]] * 8
+        assert torch.equal(r.labels, truth[:8])
+        assert torch.equal(rails(x[:8]).argmax(1), r.labels)
+        # Every label has half of the three nearest, in calibration as here.
+        assert r.credibility.tolist() == [1.0] * 8
+
+
+def test_rows_in_equal_number_are_settled_by_lot():
+    x, y, _ = table(12, 6)
+    maturation = Maturation(population=60, neighbours=3)
+    one, other = (
+        RAILS(Head(lambda o: o[:, :2], 3), "input", maturation=maturation, seed=0)
+        .fit(x, labels, calibration=(x, labels))
+        .predict(x[:8])
+        for labels in (y, 1 - y)
+    )
+    assert torch.equal(one, 1 - other)
+    assert len(one.unique()) == 2
+
+
+@trying(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), classes=st.integers(2, 4), k=st.integers(1, 3), plasma=st.floats(0.1, 0.9))
+def test_the_names_of_labels_decide_nothing(seed, classes, k, plasma):
+    """On a grid, where nearly every distance is met several times, by cells that do not mutate."""
+    g = torch.Generator().manual_seed(seed)
+    x, antigens = (torch.randint(0, 3, (n, 2), generator=g).float() / 2 for n in (40, 12))
+    y, truth = torch.arange(40) % classes, torch.randint(0, classes, (12,), generator=g)
+    names = torch.randperm(classes, generator=g)
+    still = Maturation(population=24, neighbours=k, generations=0, mutation_rate=0.0, plasma=plasma, memory=0.0)
+    found = []
+    for labels, answers in ((y, truth), (names[y], names[truth])):
+        rails = RAILS(Head(lambda o: o, 2, classes), ["input", lambda x: x[:, :1]], maturation=still, seed=0)
+        rails.fit(x, labels, calibration=(antigens, answers))
+        found.append((rails.respond(antigens), rails(antigens), rails.familiarity(antigens)))
+    (one, logs, far), (other, other_logs, other_far) = found
+    assert torch.equal(names[one.labels], other.labels)
+    assert torch.equal(one.votes, other.votes[:, names])
+    assert torch.equal(one.credibility, other.credibility)
+    assert torch.equal(far, other_far)
+    assert torch.equal(logs, other_logs[:, names])
+    for form in (logs, logs.log_softmax(1), logs.exp()):
+        assert torch.equal(form.argmax(1), one.labels)
+
+
+@pytest.mark.parametrize("voice", [0.0, 0.5])
+@pytest.mark.parametrize("layers", ["2", ["2", "0"]])
+def test_the_modules_argmax_is_what_predict_says(functional_conv, images, layers, voice):
+    # A plasma cell of every class: without a voice all votes are even.
+    maturation = Maturation(population=3, neighbours=1, generations=1, plasma=1.0, memory=0.0)
+    rails = RAILS(functional_conv, layers, maturation=maturation, seed=0, voice=voice).fit(*images)
+    found, labels = rails(images[0]), rails.predict(images[0])
+    assert len(labels.unique()) > 1
+    for form in (found, found.log_softmax(1), found.exp()):
+        assert torch.equal(form.argmax(1), labels)
+    assert_close(found.exp().sum(1), torch.ones(90), rtol=0, atol=1e-6)
+    if not voice:
+        assert_close(rails.predict_proba(images[0]), torch.full((90, 3), 1 / 3))
+
+
+def test_what_is_printed_of_it(functional_conv, images):
+    rails = RAILS(functional_conv, ["2", "0"], maturation=SMALL, voice=0.25)
+    words = "layers=['2', '0'], maturation=Maturation(population=60, neighbours=3, generations=3), "
+    assert words + "voice=0.25, seed=None, not fitted" in repr(rails)
+    assert words + "voice=0.25, seed=None, fitted on 86 examples of 3 classes" in repr(rails.fit(*images))
+    other = RAILS(functional_conv, ["2", "0"], maturation=[SMALL, Maturation()], space="0", seed=4)
+    assert "generations=3), Maturation()], space='0', seed=4, not fitted" in repr(other)
+
+
 # Fitting.
 
 
@@ -265,9 +354,9 @@ def test_the_repertoire_keeps_the_given_order(functional_conv, images):
 class Head(nn.Module):
     """A layer, and logits that a function changes."""
 
-    def __init__(self, change):
+    def __init__(self, change, width=4, classes=3):
         super().__init__()
-        self.layer = nn.Linear(4, 3)
+        self.layer = nn.Linear(width, classes)
         self.change = change
 
     def forward(self, x):

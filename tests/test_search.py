@@ -155,6 +155,75 @@ def test_no_antigens(kind):
     assert near.shape == index.shape == (0, 3, 4)
 
 
+@pytest.mark.parametrize("chunk", [2**22, 50])
+@pytest.mark.parametrize("kind", [exact, by_signature])
+def test_examples_within_a_radius_are_counted_per_class(kind, chunk, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    keys, queries = (torch.randint(0, 4, (n, 3), generator=g).float() for n in (120, 9))
+    y = torch.arange(120) % 3
+    squares = (queries[:, None] - keys).square().sum(2)
+    # The radius is that of an example: of as near ones there are several.
+    radius = squares.sort(dim=1).values[:, 20].sqrt()
+    monkeypatch.setattr(search.flocking, "CHUNK_VALUES", chunk)
+    counts, least = kind(keys, y).within(queries, radius)
+    inside = squares <= radius.square().round()[:, None]
+    numbers = torch.where(inside, torch.arange(120), 120)
+    assert torch.equal(counts, torch.stack([inside[:, y == c].sum(1) for c in range(3)], 1))
+    assert torch.equal(least, torch.stack([numbers[:, y == c].amin(1) for c in range(3)], 1))
+    assert (kind(keys, y).within(queries, torch.full((9,), -1.0))[1] == 120).all()
+
+
+def test_equal_rows_are_equally_near_in_a_class_of_any_size():
+    """A class of few examples is searched in another way than one of many."""
+    keys, _ = mixture(900, 37, 1)
+    y = torch.arange(900) // 880
+    keys[880:] = keys[:20]
+    index = exact(keys, y)
+    near, found = index.nearest(keys[:20] + 0.01, 1)
+    assert torch.equal(found[:, :, 0], torch.stack([torch.arange(20), torch.arange(880, 900)], 1))
+    assert torch.equal(near[:, 0], near[:, 1])
+    assert (index.within(keys[:20] + 0.01, near[:, 0, 0])[0] == 1).all()
+
+
+def test_distances_of_whole_numbers_are_exact():
+    g = torch.Generator().manual_seed(0)
+    keys, queries = (torch.randint(0, 10, (n, 5), generator=g).float() for n in (700, 30))
+    keys[:, 4], queries[:, 4] = 3000.0, 3000.0
+    near, found = exact(keys, torch.arange(700) % 3).nearest(queries, 4)
+    assert torch.equal(near.square().round(), (queries[:, None, None] - keys[found]).square().sum(3))
+    assert torch.equal(near, near.square().round().sqrt())
+
+
+@pytest.mark.parametrize("kind", [exact, by_signature])
+def test_the_names_of_classes_move_no_distance(kind):
+    keys, y = mixture(700, 20, 3)
+    queries, _ = mixture(30, 20, 3, seed=1)
+    named, renamed = kind(keys, y).nearest(queries, 5), kind(keys, 2 - y).nearest(queries, 5)
+    assert torch.equal(named[0], renamed[0].flip(1))
+    assert torch.equal(named[1], renamed[1].flip(1))
+
+
+def test_batches_follow_the_examples_numbers_and_none_is_smaller(monkeypatch):
+    monkeypatch.setattr(search, "ROWS", 20)
+    keys, _ = mixture(50, 6, 2)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    asked = []
+
+    def rows(examples):
+        asked.append(examples.tolist())
+        return keys[examples]
+
+    assert torch.equal(computed(rows, order), keys[order])
+    assert asked == [[*range(16)], [*range(16, 33)], [*range(33, 50)]]
+    assert torch.equal(computed(rows, order[:7]), keys[order[:7]])
+
+
+def test_features_of_no_width_to_speak_of():
+    for keys in (torch.full((40, 3), 1e30), torch.full((40, 3), 7e-41), torch.tensor([[0.0], [1e-42]]).repeat(20, 3)):
+        near, _ = exact(keys, torch.arange(40) % 2).nearest(keys[:2], 3)
+        assert torch.isfinite(near).all()
+
+
 @pytest.fixture
 def screened(monkeypatch):
     monkeypatch.setattr(search, "MANY_VALUES", 0)
@@ -202,10 +271,10 @@ def test_progress_is_told_up_to_the_total(monkeypatch):
     keys, y = mixture(50, 6, 2)
     told = []
     by_signature(keys, y, on_progress=lambda done, total: told.append((done, total)))
-    assert told == [(20, 50), (40, 50), (50, 50)]
+    assert told == [(16, 50), (33, 50), (50, 50)]
     told.clear()
     assert torch.equal(computed(lambda e: keys[e], torch.arange(50), lambda *part: told.append(part)), keys)
-    assert told == [(20, 50), (40, 50), (50, 50)]
+    assert told == [(16, 50), (33, 50), (50, 50)]
 
 
 # Defences that search by signature.

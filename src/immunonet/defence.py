@@ -14,7 +14,7 @@ from immunonet import _check, _store, models
 from immunonet.features import Layer, as_layers, build, check_names, described, layer_names, witnessed
 from immunonet.maps import FeatureMap
 from immunonet.repertoire import Calibration, Repertoire, check_classes, gather, hold_out
-from immunonet.search import ROWS, ExactIndex, FeatureFile, Index, Progress, SignatureIndex, auto_budget
+from immunonet.search import ExactIndex, FeatureFile, Index, Progress, SignatureIndex, auto_budget, batches
 from immunonet.witness import Witness
 
 FORMAT = 1
@@ -335,18 +335,23 @@ class Defence(models.Asking, abc.ABC):
 
     def _pass(self, order: Tensor, keys: list[Tensor | None], on_progress: Progress | None) -> None:
         """Let every example pass through the model once: fill what indices compare, and the range of the cells."""
-        ranges = []
-        for start in range(0, len(order), ROWS):
-            cells, features = self._described(self.repertoire.x[order[start : start + ROWS]])
+        place, ranges = order.argsort(), []
+        for some in batches(len(order)):
+            cells, features = self._described(self.repertoire.x[some])
             channels = cells.movedim(1, 0).flatten(1) if cells.ndim > 1 else cells[None]
             ranges.append((channels.amin(1), channels.amax(1)))
             for out, found in zip(keys, features, strict=True):
                 if out is not None:
-                    out[start : start + ROWS] = self._keys(found)
+                    out[place[some]] = self._keys(found)
             if on_progress is not None:
-                on_progress(min(start + ROWS, len(order)), len(order))
+                on_progress(some.stop, len(order))
         low, high = (torch.stack(ends) for ends in zip(*ranges, strict=True))
         self._cell_range = _check.Bounds(tuple(low.amin(0).tolist()), tuple(high.amax(0).tolist()))
+
+    def _fitted_on(self) -> str:
+        if not self.feature_maps:
+            return "not fitted"
+        return f"fitted on {len(self.repertoire):,} examples of {self.classes} classes"
 
     def _require_fit(self) -> None:
         if not self.feature_maps:
@@ -386,7 +391,7 @@ class Defence(models.Asking, abc.ABC):
             out = models.logits(self.model, probe)
         except Exception as error:
             raise ValueError(f"model fails on inputs of shape {tuple(probe.shape)}: {error}") from error
-        models.warn_of_probabilities(out)
+        models.warn_of_probabilities(models.logits(self.model, x[:: max(1, len(x) // PROBES)][:PROBES]))
         return int(out.shape[1])
 
 

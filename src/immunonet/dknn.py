@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
@@ -12,16 +13,33 @@ from immunonet import _check
 from immunonet.defence import Defence
 from immunonet.features import Layer
 from immunonet.immune import sensing
+from immunonet.immune.consensus import decided, lots, shared, winner
 from immunonet.repertoire import Calibration
 
 QUERIES = 256
 
 
+@dataclass(frozen=True)
+class _Near:
+    """What one layer finds near B inputs, of which its index compares `keys` `(B, D)`.
+
+    `distances` and `labels` `(B, n)` of the nearest, one more than are counted unless there are no more; `missed`
+    `(B, C)`: examples of every class exactly as near as the last of them, where it is as near as the one before.
+    """
+
+    keys: Tensor
+    distances: Tensor
+    labels: Tensor
+    missed: Tensor
+
+
 class DkNN(Defence):
     """Deep k-nearest neighbours (Papernot & McDaniel 2018, arXiv 1803.04765) around a classifier.
 
-    The label is the one that most of the neighbours over all layers carry; ties go to the label whose
-    neighbours have the smaller summed distance.
+    The label is the one that most of the neighbours over all layers carry. Examples that are exactly as near as the
+    k-th share the places that those nearer leave, so that a label's number need not be whole. Ties go to the label
+    whose neighbours have the smaller summed distance, then by lot: a hash of the least number among each label's
+    examples that near. The order of labels decides nothing.
 
     Args:
         model: any classifier, inputs `(B, *S)` to logits `(B, C)`.
@@ -55,22 +73,22 @@ class DkNN(Defence):
 
     def predict(self, x: Any) -> Tensor:
         """Return labels `(B,)` int64 of inputs `(B, *S)`."""
-        counts, nearness, _ = self._neighbourhood(self._inputs(x))
-        return _most(counts, nearness)
+        return torch.cat([self._label(nearest, self.neighbours)[0] for nearest in self._nearest(self._inputs(x))])
 
-    @torch.no_grad()
     def predict_each(self, x: Any, neighbours: Sequence[int]) -> Tensor:
         """Return labels `(len(neighbours), B)` int64 of inputs `(B, *S)` by so many nearest, at most the DkNN's own."""
         counts = [_check.integer("neighbours", k, most=self.neighbours) for k in neighbours]
-        found = []
-        for part in self._inputs(x).split(QUERIES):
-            nearest = self._nearest(part)
-            found.append(torch.stack([_most(*self._votes(nearest, k)) for k in counts]))
-        return torch.cat(found, dim=1)
+        nearest = self._nearest(self._inputs(x))
+        return torch.cat([torch.stack([self._label(part, k)[0] for k in counts]) for part in nearest], dim=1)
+
+    def predict_proba(self, x: Any) -> Tensor:
+        """Return the share `(B, C)` float32 of each label among the neighbours, which sums to 1."""
+        counts, _ = self._neighbourhood(self._inputs(x))
+        return counts / (self.neighbours * len(self.layers))
 
     def p_values(self, x: Any) -> Tensor:
         """Return the conformal p-value `(B, C)` of every label: how usual its nonconformity is on calibration data."""
-        counts, _, _ = self._neighbourhood(self._inputs(x))
+        counts, _ = self._neighbourhood(self._inputs(x))
         return sensing.p_values(self.calibration.label_scores, self._nonconformity(counts))
 
     def credibility(self, x: Any) -> Tensor:
@@ -83,58 +101,99 @@ class DkNN(Defence):
 
     def familiarity(self, x: Any) -> Tensor:
         """Return the p-value `(B,)` of each input's distance to its nearest examples: foreign ones have a small one."""
-        _, _, far = self._neighbourhood(self._inputs(x))
+        _, far = self._neighbourhood(self._inputs(x))
         return self.calibration.familiarity(far)
 
     def forward(self, x: Any) -> Tensor:
-        """Return finite log-probabilities `(B, C)`: log((m + 1) / (n + C)) for m of n neighbours with the label."""
-        counts, _, _ = self._neighbourhood(self._inputs(x))
+        """Return finite log-probabilities `(B, C)`: log((m + 1) / (n + C)) for m of n neighbours with the label.
+
+        Their argmax is what `predict` says: where labels tie, its label is put first by about a millionth.
+        """
+        found = [self._label(nearest, self.neighbours) for nearest in self._nearest(self._inputs(x))]
+        labels, counts = (torch.cat(column) for column in zip(*found, strict=True))
         n = self.neighbours * len(self.layers)
-        return ((counts + 1) / (n + self.classes)).log()
+        return decided(((counts + 1) / (n + self.classes)).log(), labels)
+
+    def _neighbourhood(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each label's neighbours `(B, C)` over all layers, and the mean distances `(B, L)` to them."""
+        counts, far = [], []
+        for nearest in self._nearest(x):
+            counts.append(self._votes(nearest, self.neighbours)[0])
+            means = [self._measured(near.distances[:, : self.neighbours]).mean(1) for near in nearest]
+            far.append(torch.stack(means, dim=1))
+        return torch.cat(counts), torch.cat(far)
 
     @torch.no_grad()
-    def _neighbourhood(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each label's neighbours over all layers, minus their summed distance, and mean distances `(B, L)`."""
-        parts = [self._search(part) for part in x.split(QUERIES)]
-        counts, nearness, far = (torch.cat(column) for column in zip(*parts, strict=True))
-        return counts, nearness, far
+    def _nearest(self, x: Tensor) -> Iterator[list[_Near]]:
+        """Yield what every layer finds near inputs `(B, *S)`, `QUERIES` of them at a time."""
+        for part in x.split(QUERIES):
+            yield [self._near(self._keys(f), layer) for layer, f in enumerate(self._described(part)[1])]
 
-    def _search(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        nearest = self._nearest(x)
-        far = torch.stack([distances.mean(1) for distances, _ in nearest], dim=1)
-        return *self._votes(nearest, self.neighbours), far
+    def _near(self, keys: Tensor, layer: int) -> _Near:
+        index, k = self.index(layer), self.neighbours
+        distances, found = index.nearest(keys, min(k + 1, len(self.repertoire)), by_class=False)
+        labels = self.repertoire.y[found]
+        missed = torch.zeros(len(keys), self.classes, dtype=torch.long, device=keys.device)
+        rows = (distances[:, k:] == distances[:, k - 1 : k]).nonzero()[:, 0]
+        if len(rows):
+            within, _ = index.within(keys[rows], distances[rows, k])
+            missed[rows] = (within - self._count(labels[rows])).clamp(min=0)
+        return _Near(keys, distances, labels, missed)
 
-    def _nearest(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return per layer the distances and labels `(B, neighbours)` of the nearest examples, nearest first."""
-        nearest = []
-        for i, features in enumerate(self._described(x)[1]):
-            distances, found = self.index(i).nearest(self._keys(features), self.neighbours, by_class=False)
-            if self.metric == "cosine":
-                # Of unit vectors, half the squared distance is one minus the cosine.
-                distances = distances.square() / 2
-            nearest.append((distances, self.repertoire.y[found]))
-        return nearest
+    @torch.no_grad()
+    def _label(self, nearest: Sequence[_Near], k: int) -> tuple[Tensor, Tensor]:
+        """Return labels `(B,)` by the k nearest of every layer, and how many of them each label has, `(B, C)`."""
 
-    def _votes(self, nearest: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+        def settle(rows: Tensor, _: Tensor) -> tuple[Tensor]:
+            drawn = [
+                lots(self.index(layer).within(near.keys[rows], near.distances[rows, k - 1])[1])
+                for layer, near in enumerate(nearest)
+            ]
+            return (torch.stack(drawn).sum(0),)
+
+        counts, nearness = self._votes(nearest, k)
+        return winner(counts / (k * len(nearest)), nearness, settle), counts
+
+    def _votes(self, nearest: Sequence[_Near], k: int) -> tuple[Tensor, Tensor]:
         """Return each label's number among the k nearest of every layer, and minus their summed distance, `(B, C)`."""
-        counts = nearest[0][0].new_zeros(len(nearest[0][0]), self.classes)
+        counts = nearest[0].distances.new_zeros(len(nearest[0].keys), self.classes)
         nearness = torch.zeros_like(counts)
-        for distances, labels in nearest:
-            counts.scatter_add_(1, labels[:, :k], torch.ones_like(distances[:, :k]))
-            nearness.scatter_add_(1, labels[:, :k], -distances[:, :k])
+        for near in nearest:
+            edge = near.distances[:, k - 1 : k]
+            inside, at = near.distances < edge, near.distances == edge
+            nearer = self._count(near.labels, inside)
+            level = self._count(near.labels, at) + near.missed * (edge == near.distances[:, -1:])
+            number = shared(nearer, level, k)
+            whole = level.sum(1, keepdim=True) == k - nearer.sum(1, keepdim=True)
+            nearness.scatter_add_(1, near.labels, -self._measured(near.distances) * (inside | (at & whole)))
+            nearness -= torch.where(whole, 0, self._measured(edge) * (number - nearer))
+            counts += number
         return counts, nearness
+
+    def _count(self, labels: Tensor, which: Tensor | None = None) -> Tensor:
+        """Return how many of `labels` `(B, n)`, of those in `which`, are each, `(B, C)` int64."""
+        ones = torch.ones_like(labels) if which is None else which.long()
+        return ones.new_zeros(len(labels), self.classes).scatter_add_(1, labels, ones)
+
+    def _measured(self, distances: Tensor) -> Tensor:
+        # Of unit vectors, half the squared distance is one minus the cosine.
+        return distances.square() / 2 if self.metric == "cosine" else distances
 
     def _nonconformity(self, counts: Tensor) -> Tensor:
         return self.neighbours * len(self.layers) - counts
 
     def _calibrate(self, x: Tensor, y: Tensor) -> Calibration:
-        counts, _, far = self._neighbourhood(x)
+        counts, far = self._neighbourhood(x)
         return Calibration.of(self._nonconformity(counts).gather(1, y[:, None])[:, 0], far)
 
     def _keys(self, features: Tensor) -> Tensor:
         if self.metric == "euclidean":
             return features
         return features.div_(torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp(min=1e-12))
+
+    def extra_repr(self) -> str:
+        """Return layers, settings and what it is fitted on, in words."""
+        return f"layers={list(self.layers)}, neighbours={self.neighbours}, metric={self.metric!r}, {self._fitted_on()}"
 
     def _least_per_class(self) -> int:
         return 1
@@ -148,9 +207,3 @@ class DkNN(Defence):
     @classmethod
     def _from_settings(cls, model: nn.Module, layers: Any, settings: dict[str, Any]) -> Self:
         return cls(model, layers, **settings)
-
-
-def _most(counts: Tensor, nearness: Tensor) -> Tensor:
-    """Return the label `(B,)` with the most neighbours; a tie goes to the smaller summed distance."""
-    tied = counts == counts.amax(1, keepdim=True)
-    return nearness.masked_fill(~tied, -torch.inf).argmax(1)

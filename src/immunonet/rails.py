@@ -17,7 +17,7 @@ from immunonet import _check
 from immunonet.defence import Defence
 from immunonet.features import Layer
 from immunonet.immune import sensing
-from immunonet.immune.consensus import winner
+from immunonet.immune.consensus import decided, lots, winner
 from immunonet.immune.maturation import Matured, Naive, flocked, mature
 from immunonet.immune.noise import Noise, derive, identities
 from immunonet.immune.operators import Family
@@ -134,10 +134,14 @@ class RAILS(Defence):
         )
 
     def forward(self, x: Any, seed: int | None = None) -> Tensor:
-        """Return finite log-probabilities `(B, C)`: log((n v + 1) / (n + C)) for n plasma cells and votes v."""
-        votes = self.predict_proba(x, seed)
+        """Return finite log-probabilities `(B, C)`: log((n v + 1) / (n + C)) for n plasma cells and votes v.
+
+        Their argmax is what `predict` says: where votes tie, its label is put first by about a millionth.
+        """
+        parts = list(self._answers(x, seed, None))
+        votes, labels = torch.cat([part.votes for part in parts]), torch.cat([part.labels for part in parts])
         n = sum(settings.sizes(self.classes)[0] for settings in self.maturations)
-        return ((n * votes + 1) / (n + self.classes)).log()
+        return decided(((n * votes + 1) / (n + self.classes)).log(), labels)
 
     @torch.no_grad()
     def naive(self, x: Any, layer: int = 0) -> tuple[Tensor, Tensor]:
@@ -230,7 +234,7 @@ class RAILS(Defence):
         flocks = [(naive.distances, naive.index) for naive in antigens.naive]
         credibility, foreign = self._sense(flocks)
         return ImmuneResponse(
-            labels=winner(votes, _fitness(ends, flocks)),
+            labels=winner(votes, _fitness(ends, flocks), functools.partial(self._settle, antigens)),
             votes=votes,
             credibility=credibility,
             foreign=foreign,
@@ -240,6 +244,15 @@ class RAILS(Defence):
             trace=tuple(traces) if trace else None,
         )
 
+    def _settle(self, antigens: _Antigens, rows: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many examples are at least as near as the nearest naive cells of classes `among`, and lots."""
+        counts = drawn = torch.zeros_like(among, dtype=torch.long)
+        for layer, naive in enumerate(antigens.naive):
+            nearest = naive.distances[rows].amin(2).masked_fill(~among, -torch.inf)
+            inside, first = self.index(layer).within(antigens.features[layer][rows], nearest.amax(1))
+            counts, drawn = counts + inside, drawn + lots(first)
+        return counts, drawn
+
     @torch.no_grad()
     def _known(self, x: Tensor) -> Tensor | None:
         """Return what the model itself says of antigens `x` `(B, *S)`: its softmax `(B, C)`, if it has a voice."""
@@ -247,13 +260,12 @@ class RAILS(Defence):
 
     def _neighbourhood(self, flocks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Return nonconformity `(B, C)` summed over layers, and the mean distance to the K nearest `(B, L)`."""
-        overall = [sensing.overall_nearest(distances) for distances, _ in flocks]
-        counts = torch.stack([sensing.nonconformity(labels, self.classes) for _, labels in overall]).sum(0)
-        return counts, torch.stack([near.mean(1) for near, _ in overall], dim=1)
+        counts = torch.stack([sensing.nonconformity(distances) for distances, _ in flocks]).sum(0)
+        return counts, torch.stack([sensing.remoteness(distances) for distances, _ in flocks], dim=1)
 
     def _sense(self, flocks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         counts, far = self._neighbourhood(flocks)
-        credibility = sensing.p_values(self.calibration.label_scores, counts.float()).amax(1)
+        credibility = sensing.p_values(self.calibration.label_scores, counts).amax(1)
         return credibility, self.calibration.familiarity(far).le(self.false_alarm)
 
     def _calibrate(self, x: Tensor, y: Tensor) -> Calibration:
@@ -290,6 +302,19 @@ class RAILS(Defence):
     def _keys(self, features: Tensor) -> Tensor:
         return features
 
+    def extra_repr(self) -> str:
+        """Return layers, settings that differ from their defaults, and what it is fitted on, in words."""
+        own = [_changes(maturation) for maturation in self.maturations]
+        parts = [
+            f"layers={list(self.layers)}",
+            "maturation=" + (own[0] if len(set(own)) == 1 else f"[{', '.join(own)}]"),
+            *([f"space={self.space!r}"] if self.space is not None else []),
+            *([f"voice={self.voice:g}"] if self.voice else []),
+            f"seed={self.seed}",
+            self._fitted_on(),
+        ]
+        return ", ".join(parts)
+
     def _least_per_class(self) -> int:
         return max(m.neighbours for m in self.maturations)
 
@@ -314,6 +339,12 @@ class RAILS(Defence):
 
 def _to_antigens(feature_map: FeatureMap, antigens: Tensor, features: Tensor, cells: Tensor, family: Family) -> Tensor:
     return feature_map.distances(cells, family, antigens, features)
+
+
+def _changes(maturation: Maturation) -> str:
+    """Return what makes a maturation of the defaults."""
+    values, usual = vars(maturation), vars(Maturation())
+    return f"Maturation({', '.join(f'{name}={value!r}' for name, value in values.items() if value != usual[name])})"
 
 
 def _per_layer(maturation: Any, layers: int) -> tuple[Maturation, ...]:

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Labels that a response shows of itself.
+SHOWN = 8
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Cells:
     """B cells of a batch of antigens, n per antigen, fittest first (per layer, where there are several).
 
@@ -22,6 +25,9 @@ class Cells:
     label: Tensor
     affinity: Tensor
     origin: Tensor
+
+    def __repr__(self) -> str:
+        return f"Cells(x {_shape(self.x)})"
 
     def part(self, cells: slice) -> Cells:
         """Return a slice of each antigen's cells."""
@@ -38,7 +44,7 @@ class Cells:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trace:
     """The learning curve of one layer's maturation, generation 0 (expansion) to G.
 
@@ -51,6 +57,9 @@ class Trace:
     votes: Tensor
     entropy: Tensor
 
+    def __repr__(self) -> str:
+        return f"Trace(votes {_shape(self.votes)})"
+
     @staticmethod
     def cat(parts: Sequence[Trace]) -> Trace:
         """Return the curves of several batches of antigens as one."""
@@ -62,7 +71,7 @@ class Trace:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImmuneResponse:
     """The answer of RAILS to a batch of antigens.
 
@@ -70,7 +79,8 @@ class ImmuneResponse:
     conformal p-value of the best-supported label among the naive cells. `foreign` `(B,)` bool: the antigen
     is farther from the repertoire than all but `false_alarm` of the calibration examples. `generations`
     `(B,)` int64, the last generation that ran (the most over layers). `plasma`, `memory`: the cells that
-    voted and those kept. `trace`: one `Trace` per layer if asked for.
+    voted and those kept. Of cells exactly as near as the last plasma cell any may be in `plasma` or in `memory`, but
+    all of them have a share in `votes`. `trace`: one `Trace` per layer if asked for.
     """
 
     labels: Tensor
@@ -81,3 +91,21 @@ class ImmuneResponse:
     plasma: Cells
     memory: Cells
     trace: tuple[Trace, ...] | None = None
+
+    def __repr__(self) -> str:
+        n, first = len(self.labels), self.labels[:SHOWN].tolist()
+        parts = [
+            f"{n} antigen{'s' * (n != 1)}",
+            f"labels {', '.join(map(str, first))}{', ...' * (n > SHOWN)}",
+            f"{int(self.foreign.sum())} foreign",
+            f"votes {_shape(self.votes)}",
+            f"plasma {_shape(self.plasma.x)}",
+            f"memory {_shape(self.memory.x)}",
+        ]
+        if self.trace:
+            parts.append(f"trace {len(self.trace)} x {_shape(self.trace[0].votes)}")
+        return f"ImmuneResponse({'; '.join(parts)})"
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

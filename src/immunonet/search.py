@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -27,6 +28,8 @@ LOSS = 2**-10
 ROWS = 500
 # Values of the examples' features that are computed or read at once: near the size of a last-level cache.
 CHUNK_VALUES = 2**22
+# Examples of a class whose features are computed again to count those that are equally near.
+COUNTED = 256
 # Examples by which a feature file is recognised.
 PROBES = 8
 
@@ -54,7 +57,16 @@ class Index(Protocol):
         """D, the values of a feature vector."""
 
     def nearest(self, features: Tensor, k: int, *, by_class: bool = True) -> tuple[Tensor, Tensor]:
-        """Return distances and examples of the k nearest of every class, `(B, C, k)`, or of all, `(B, k)`."""
+        """Return distances and examples of the k nearest of every class, `(B, C, k)`, or of all, `(B, k)`.
+
+        Which of those that are exactly as near as the last are found says nothing: `within` counts them all.
+        """
+
+    def within(self, features: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many examples of every class lie within `radius` `(B,)`, and their least number, `(B, C)`.
+
+        The number is N, that of all examples, where there is none.
+        """
 
     def rows(self, examples: Tensor) -> Tensor:
         """Return the features `(*, D)` of examples `(*)`."""
@@ -126,7 +138,7 @@ class ExactIndex(Kept):
         """Take features `(N, D)`, overwritten, of examples `order` `(N,)`, by class; `counts` per class."""
         super().__init__()
         # Small norms keep the digits of small distances in the quadratic expansion.
-        centre = features.mean(0)
+        centre = _centre(features, order)
         keys = features.sub_(centre)
         self.counts = counts
         self.register_buffer("keys", keys, persistent=False)
@@ -157,6 +169,18 @@ class ExactIndex(Kept):
                 distances, index = self._screened(queries, self.signatures, counts, k)
         found = self.order[index]
         return (distances, found) if by_class else (distances[:, 0], found[:, 0])
+
+    def within(self, features: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many examples of every class lie within `radius` `(B,)`, and their least number, `(B, C)`."""
+        step = max(1, flocking.CHUNK_VALUES // len(self.keys))
+        found = []
+        with torch.autocast(features.device.type, enabled=False):
+            for some, limit in zip((features - self.centre).split(step), radius.split(step), strict=True):
+                inside = flocking.exact(some, self.keys) <= limit[:, None]
+                numbers = torch.where(inside, self.order, len(self.order))
+                found.append(_tally(numbers.split(self.counts, 1), len(self.order)))
+        numbers_within, least = zip(*found, strict=True)
+        return torch.cat(numbers_within), torch.cat(least)
 
     def rows(self, examples: Tensor) -> Tensor:
         """Return the features `(*, D)` of examples `(*)`."""
@@ -192,15 +216,12 @@ class SignatureIndex(Kept):
         """Take the features by example, and the examples `order` `(N,)`, grouped by class; `counts` per class."""
         super().__init__()
         self._rows, self.counts = rows, counts
-        signatures = Signatures.of(computed(rows, order[_spread(len(order))]), DIRECTIONS)
+        # A sample of every class, whatever their order.
+        ordered = torch.cat(sorted(order.split(counts), key=lambda group: int(group[0])))
+        signatures = Signatures.of(computed(rows, ordered[_spread(len(order))]), DIRECTIONS)
         assert signatures is not None
-        parts = []
-        for part in order.split(ROWS):
-            parts.append(signatures.sign(rows(part)))
-            if on_progress is not None:
-                on_progress(sum(map(len, parts)), len(order))
-        signatures.keep(torch.cat(parts))
         self.signatures = signatures
+        signatures.keep(computed(lambda examples: signatures.sign(rows(examples)), order, on_progress))
         self.register_buffer("order", order, persistent=False)
 
     @property
@@ -219,6 +240,16 @@ class SignatureIndex(Kept):
             near.append(nearest)
             found.append(examples.gather(1, best))
         return (torch.stack(near, 1), torch.stack(found, 1)) if by_class else (near[0], found[0])
+
+    def within(self, features: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many examples of every class lie within `radius` `(B,)`, and their least number, `(B, C)`.
+
+        Only the `COUNTED` of a class with the nearest signatures are looked at.
+        """
+        candidates = self._candidates(features, self.counts, COUNTED)
+        inside = self._distances(features, torch.cat(candidates, 1)) <= radius[:, None]
+        numbers = torch.where(inside, torch.cat(candidates, 1), len(self.order))
+        return _tally(numbers.split([c.shape[1] for c in candidates], 1), len(self.order))
 
     def rows(self, examples: Tensor) -> Tensor:
         """Return the features `(*, D)` of examples `(*)`, computed or read now."""
@@ -247,7 +278,7 @@ class SignatureIndex(Kept):
             # An example at a time: its few differences stay in the cache. An empty batch has no examples.
             for row, own in zip(self._rows(part) if len(part) else (), pairs, strict=False):
                 antigens = own // candidates.shape[1]
-                out[own] = torch.linalg.vector_norm(features[antigens].sub_(row), dim=1)
+                out[own] = flocking.exact(features[antigens], row[None])[:, 0]
         return out.view_as(candidates)
 
 
@@ -317,6 +348,24 @@ def _spread(n: int) -> Tensor:
     return torch.linspace(0, n - 1, min(SAMPLE, n)).long()
 
 
+def _centre(features: Tensor, order: Tensor) -> Tensor:
+    """Return a point `(D,)` near the mean of `features` `(N, D)`, whose examples have the numbers `order` `(N,)`.
+
+    It has few binary digits, so that differences of whole numbers, say, stay exact, and equal distances equal; and it
+    is the same whatever the order.
+    """
+    mean = torch.stack([features[some].sum(0) for some in order.argsort().split(ROWS)]).sum(0) / len(features)
+    low, high = features.aminmax(dim=0)
+    step = (high - low).log2().floor().sub(5).exp2()
+    near = (mean / step).round() * step
+    return torch.where(near.isfinite(), near, low)
+
+
+def _tally(numbers: Sequence[Tensor], n: int) -> tuple[Tensor, Tensor]:
+    """Return how many of each class's `numbers` `(B, m)` are below n, and the least of them, `(B, C)`."""
+    return torch.stack([(own < n).sum(1) for own in numbers], 1), torch.stack([own.amin(1) for own in numbers], 1)
+
+
 def auto_budget() -> int:
     """Return a quarter of the machine's memory in bytes, or 2 GiB where that is not told."""
     if not hasattr(os, "sysconf"):  # Windows
@@ -324,6 +373,25 @@ def auto_budget() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
-def computed(rows: Rows, examples: Tensor) -> Tensor:
-    """Return the features of examples, computed `ROWS` at a time."""
-    return torch.cat([rows(part) for part in examples.split(ROWS)])
+def computed(rows: Rows, examples: Tensor, on_progress: Progress | None = None) -> Tensor:
+    """Return the features of examples, computed about `ROWS` at a time, by their numbers, into one tensor."""
+    places = examples.argsort()
+    out: Tensor | None = None
+    for some in batches(len(examples)):
+        found = rows(examples[places[some]])
+        out = found.new_empty(len(examples), found.shape[1]) if out is None else out
+        out[places[some]] = found
+        if on_progress is not None:
+            on_progress(some.stop, len(examples))
+    assert out is not None
+    return out
+
+
+def batches(n: int) -> Iterator[slice]:
+    """Yield the parts in which n examples are computed: `ROWS` at most, all of nearly one size.
+
+    A network rounds by the size of a batch: a small last one would part equal examples.
+    """
+    count = math.ceil(n / ROWS)
+    for i in range(count):
+        yield slice(i * n // count, (i + 1) * n // count)

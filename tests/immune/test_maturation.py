@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from immunonet import RAILS, Maturation
-from immunonet.immune.maturation import Naive, mature, mutation_range, temperatures
+from immunonet.immune.maturation import Naive, _candidates, mature, mutation_range, temperatures
 from immunonet.immune.noise import Noise
 
 LEVEL = 1e-4
@@ -316,6 +316,26 @@ def test_an_antigen_stops_after_generations_of_one_label(script, early_stop, las
     assert end.generations.tolist() == [last]
     assert end.votes.tolist() == [votes]
     assert_close(end.best, -torch.tensor([script[last]]).amin(2))
+
+
+TIED = [[0.1, 0.2], [0.2, 0.4]]
+
+
+def test_no_class_is_alone_while_another_is_as_near_as_the_last_plasma_cell():
+    # Two vote: the cell at .1, and half of each of those at .2.
+    for script in ([TIED] * 4, [TIED[::-1]] * 4):
+        play = Play([[table] for table in script], early_stop=2)
+        assert play.end.generations.tolist() == [3]
+        assert sorted(play.end.votes[0].tolist()) == [0.25, 0.75]
+        assert play.end.votes.argmax(1).tolist() == [script[0].index(TIED[0])]
+        assert_close(play.curve.votes[:, 0], play.end.votes.expand(4, -1))
+
+
+@pytest.mark.parametrize("names", [[0, 1, 2], [2, 0, 1], [1, 0, 2]])
+def test_classes_as_near_as_the_last_candidate_evolve_too(names):
+    nearest = torch.tensor([0.3, 0.3, 0.4])[names]
+    settings_ = Maturation(population=6, neighbours=1, candidates=1)
+    assert _candidates(nearest[None, :, None], settings_).tolist() == [(nearest < 0.35).tolist()]
 
 
 def test_antigens_stop_apart_and_keep_their_last_values():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from immunonet.immune.sensing import nonconformity, overall_nearest, p_values
+from immunonet.immune.sensing import nonconformity, p_values, remoteness
 
 
 def test_the_textbook_rule_by_hand():
@@ -22,14 +22,20 @@ def test_p_values_of_exchangeable_scores_are_valid():
 
 
 def test_nonconformity_counts_the_other_labels():
-    assert nonconformity(torch.tensor([[0, 0, 2], [1, 1, 1]]), 4).tolist() == [[1, 3, 2, 3], [3, 0, 3, 3]]
+    # The nearest three of all: .1 .3 of class 0 and .2 of class 2; then all of class 1.
+    distances = torch.tensor([[[0.1, 0.3, 0.9], [4, 5, 6], [0.2, 0.7, 0.8]], [[4, 5, 6], [1, 2, 3], [7, 8, 9]]])
+    assert nonconformity(distances).tolist() == [[1, 3, 2], [3, 0, 3]]
 
 
-def test_the_nearest_over_all_classes():
+def test_what_is_equally_near_shares_the_neighbourhood():
+    # One of three places is taken; three at .2 share the others, so that class 0 has 1 + 2 / 3 and class 1 4 / 3.
+    distances = torch.tensor([[[0.1, 0.2, 0.9], [0.2, 0.2, 0.9]]])
+    torch.testing.assert_close(nonconformity(distances), torch.tensor([[3 - 5 / 3, 3 - 4 / 3]]))
+
+
+def test_the_mean_distance_to_the_nearest_over_all_classes():
     distances = torch.tensor([[[1.0, 4.0], [2.0, 3.0], [0.5, 9.0]]])
-    near, labels = overall_nearest(distances)
-    assert near.tolist() == [[0.5, 1.0]]
-    assert labels.tolist() == [[2, 0]]
+    assert remoteness(distances).tolist() == [0.75]
 
 
 @pytest.mark.parametrize("n", [18, 19])

@@ -152,7 +152,7 @@ class HopSkipJump(Attack):
             reach = spread(radius.repeat(times).clamp(min=1e-12), points)
             tried = (around + reach * noise).clamp(problem.low, problem.high)
             hit = self._fools(problem._replace(y=problem.y.repeat(times)), tried)
-            sign, noise = torch.where(hit, 1.0, -1.0), (tried - around) / reach
+            sign, noise = torch.where(hit, 1.0, -1.0).to(points.dtype), (tried - around) / reach
             total += noise.unflatten(0, (times, n)).sum(0)
             along += (spread(sign, noise) * noise).unflatten(0, (times, n)).sum(0)
             score += sign.view(times, n).sum(0)

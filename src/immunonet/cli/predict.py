@@ -85,8 +85,7 @@ def answers(defence: Defence, x: Tensor, seed: int) -> list[dict[str, Any]]:
             response.foreign,
         )
     elif isinstance(defence, DkNN):
-        n = defence.neighbours * len(defence.layers)
-        labels, votes = defence.predict(x), (defence(x).exp() * (n + defence.classes) - 1) / n
+        labels, votes = defence.predict(x), defence.predict_proba(x)
         credibility, foreign = defence.credibility(x), defence.foreign(x)
     shares = votes.gather(1, labels[:, None])[:, 0]
     columns = (labels.tolist(), shares.tolist(), credibility.tolist(), foreign.tolist())

@@ -10,7 +10,7 @@ from torch import Tensor
 SLACK = 8
 # What a distance squared loses in the expansion, at most, as a share of the squared norms.
 LOSS = 2**-20
-# Values of the candidates' features that are gathered at once.
+# Values of the candidates' features that are gathered, or distances that are taken, at once.
 CHUNK_VALUES = 2**22
 # Up to this many times as many keys as candidates, all are ranked.
 FEW = 4
@@ -25,28 +25,37 @@ def nearest(queries: Tensor, keys: Tensor, squares: Tensor, k: int) -> tuple[Ten
     """
     m = min(len(keys), k + SLACK)
     if len(keys) <= FEW * m:
-        every = _distances(queries, keys).topk(k, dim=1, largest=False)
-        return every.values, every.indices
+        return _among_all(queries, keys, k)
     rough = torch.addmm(squares, queries, keys.T, alpha=-2)
     farthest, candidates = smallest(rough, m)
     distances, index = rank(queries, keys, candidates, k)
     own = torch.linalg.vector_norm(queries, dim=1).square()
     unsure = distances[:, -1].square() > farthest[:, -1] + own - LOSS * (own + squares.max())
     if bool(unsure.any()):
-        distances[unsure], index[unsure] = _distances(queries[unsure], keys).topk(k, dim=1, largest=False)
+        distances[unsure], index[unsure] = _among_all(queries[unsure], keys, k)
     return distances, index
 
 
-def _distances(queries: Tensor, keys: Tensor) -> Tensor:
+def exact(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return the Euclidean distances `(*, n, N)` of `queries` `(*, n, D)` to `keys` `(*, N, D)`, pair by pair.
+
+    Every distance that decides comes from here: rounded in one way, equal keys are equally near.
+    """
     return torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _among_all(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    step = max(1, CHUNK_VALUES // len(keys))
+    found = [exact(part, keys).topk(k, dim=1, largest=False) for part in queries.split(step)]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
 
 def rank(queries: Tensor, keys: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the exact distances and indices, each `(B, k)`, of the nearest of `candidates` `(B, m)`, in order."""
     step = max(1, CHUNK_VALUES // (candidates.shape[1] * keys.shape[1]))
     pairs = zip(queries.split(step), candidates.split(step), strict=True)
-    exact = torch.cat([(keys[c] - q[:, None]).norm(dim=2) for q, c in pairs])
-    distances, order = exact.topk(k, dim=1, largest=False)
+    near = torch.cat([exact(q[:, None], keys[c])[:, 0] for q, c in pairs])
+    distances, order = near.topk(k, dim=1, largest=False)
     return distances, candidates.gather(1, order)
 
 

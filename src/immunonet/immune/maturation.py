@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from immunonet.immune import backend, operators
-from immunonet.immune.consensus import consensus, entropy
+from immunonet.immune.consensus import consensus, cut, entropy
 from immunonet.immune.noise import Noise
 from immunonet.immune.operators import Family, Mutation
 from immunonet.immune.settings import Maturation
@@ -34,6 +34,7 @@ class Matured:
     """The end of a maturation: `votes` `(B, C)`, `best` `(B, C)` the affinity of each class's fittest cell.
 
     `generations` `(B,)` is the last that ran. Plasma and memory cells come fittest first; none unless they are kept.
+    Of cells exactly as near as the last plasma cell some are among them and some are not; all share in the votes.
     """
 
     votes: Tensor
@@ -128,13 +129,13 @@ def mature(
         rows = evolving.any(1).nonzero()[:, 0]
         distances = population.distances[rows]
         _decay(mutation, nearest_yet, rows, distances.sum((1, 2)), settings)
-        near, labels = _plasma(distances, n_plasma)
+        edge, fittest = cut(distances, n_plasma), distances.amin(2)
         if curve is not None:
-            curve.record(generation, rows, distances, consensus(labels, classes))
+            curve.record(generation, rows, distances, consensus(distances, n_plasma))
         if settings.prune is not None:
-            evolving[rows] &= distances.amin(2) <= near[:, -1:] * (1 + settings.prune)
+            evolving[rows] &= fittest <= edge * (1 + settings.prune)
         if settings.early_stop is not None:
-            streak[rows] = torch.where((labels == labels[:, :1]).all(1), streak[rows] + 1, 0)
+            streak[rows] = torch.where((fittest <= edge).sum(1) == 1, streak[rows] + 1, 0)
             evolving[rows[streak[rows] >= settings.early_stop]] = False
         ended = rows[~evolving[rows].any(1)]
         generations[ended] = generation
@@ -165,10 +166,10 @@ def mutation_range(settings: Maturation, naive: Tensor, bounds: tuple[Tensor, Te
 
 
 def _candidates(naive_distances: Tensor, settings: Maturation) -> Tensor:
-    """Return whether each class `(B, C)` is one of the nearest few, whose cells evolve."""
+    """Return whether each class `(B, C)` is one of the nearest few, or as near as the last; their cells evolve."""
     classes = naive_distances.shape[1]
-    nearest = naive_distances.amin(2).topk(min(settings.candidates or classes, classes), dim=1, largest=False).indices
-    return torch.zeros_like(naive_distances[:, :, 0], dtype=torch.bool).scatter(1, nearest, True)
+    nearest = naive_distances.amin(2)
+    return nearest <= cut(nearest[..., None], min(settings.candidates or classes, classes))
 
 
 def _clones(population: _Population, family: Family) -> tuple[Tensor, Tensor]:
@@ -207,32 +208,26 @@ def _breed(
 
 def _decay(mutation: Mutation, nearest_yet: Tensor, rows: Tensor, total: Tensor, settings: Maturation) -> None:
     """Shrink rate and range of antigens whose population's summed affinity fell below its best so far."""
-    factor = torch.where(total > nearest_yet[rows], settings.decay, 1.0)
+    factor = torch.where(total > nearest_yet[rows], settings.decay, 1.0).to(total.dtype)
     mutation.rate[rows] = (mutation.rate[rows] * factor).clamp(min=settings.rates[0])
     mutation.most[rows] = torch.maximum(mutation.most[rows] * factor, mutation.least[rows])
     nearest_yet[rows] = torch.minimum(nearest_yet[rows], total)
 
 
-def _plasma(distances: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return distances and labels, each `(B, n)`, of the n fittest of a population `(B, C, P)`, fittest first."""
-    near, index = distances.flatten(1).topk(n, dim=1, largest=False)
-    return near, index // distances.shape[2]
-
-
 def _harvest(population: _Population, generations: Tensor, settings: Maturation, keep_cells: bool) -> Matured:
     classes, size = population.distances.shape[1:]
     n_plasma, n_memory = settings.sizes(classes)
-    near, top = population.distances.flatten(1).topk(n_plasma + n_memory, dim=1, largest=False)
     kept = n_plasma + n_memory if keep_cells else 0
+    near, top = population.distances.flatten(1).topk(kept, dim=1, largest=False)
     rows = torch.arange(len(top), device=top.device)[:, None]
     cells = Cells(
-        x=population.cells.flatten(1, 2)[rows, top[:, :kept]],
-        label=top[:, :kept] // size,
-        affinity=-near[:, :kept],
-        origin=population.origin.flatten(1).gather(1, top[:, :kept]),
+        x=population.cells.flatten(1, 2)[rows, top],
+        label=top // size,
+        affinity=-near,
+        origin=population.origin.flatten(1).gather(1, top),
     )
     return Matured(
-        votes=consensus(top[:, :n_plasma] // size, classes),
+        votes=consensus(population.distances, n_plasma),
         best=-population.distances.amin(2),
         generations=generations,
         plasma=cells.part(slice(None, n_plasma)),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Odd constants of the "lowbias32" integer hash (C. Wellons, "Prospecting for hash functions", 2018), and 2**32 / phi.
 FIRST, SECOND, GOLDEN = 0x7FEB352D, 0x846CA68B, 0x9E3779B9
-_MASK = 0xFFFFFFFF
+MASK = 0xFFFFFFFF
 
 
 class Noise:
@@ -30,7 +30,7 @@ class Noise:
         """Return keys `(B, 2)` int64 in [0, 2**32), independent for every generation and use."""
         seeds = self._seeds[:1] if self._shared else self._seeds
         found = np.array([derive(seed, generation, use) for seed in seeds], dtype=np.int64)
-        keys = torch.from_numpy(np.stack([found & _MASK, found >> 32], 1))
+        keys = torch.from_numpy(np.stack([found & MASK, found >> 32], 1))
         return keys.expand(len(self._seeds), 2).to(device)
 
     def draw(self, generation: int, use: str, family: tuple[Tensor, Tensor], count: int) -> Tensor:
@@ -45,9 +45,9 @@ def uniform(keys: Tensor, start: Tensor, count: int) -> Tensor:
     `keys` `(F, 2)`, `start` `(F,)`, int64.
     """
     n = start[:, None] + torch.arange(count, device=keys.device)
-    x = ((n * GOLDEN) & _MASK) ^ keys[:, :1]
-    x = ((x ^ (x >> 16)) * FIRST) & _MASK
-    x = (((x ^ (x >> 15)) + keys[:, 1:]) * SECOND) & _MASK
+    x = ((n * GOLDEN) & MASK) ^ keys[:, :1]
+    x = ((x ^ (x >> 16)) * FIRST) & MASK
+    x = (((x ^ (x >> 15)) + keys[:, 1:]) * SECOND) & MASK
     x = x ^ (x >> 16)
     return (x >> 8).float() * 2.0**-24
 

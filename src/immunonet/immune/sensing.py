@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from immunonet.immune.consensus import counted
+
 
 def p_values(calibration: Tensor, scores: Tensor) -> Tensor:
     """Return conformal p-values, the shape of `scores`: (how many calibration scores are >= the score, + 1) / (n + 1).
@@ -15,14 +17,16 @@ def p_values(calibration: Tensor, scores: Tensor) -> Tensor:
     return (len(calibration) - below + 1).float() / (len(calibration) + 1)
 
 
-def nonconformity(neighbours: Tensor, classes: int) -> Tensor:
-    """Return `(B, C)`: for every label, how many of the neighbours' labels `(B, k)` differ from it."""
-    votes = torch.nn.functional.one_hot(neighbours, classes).sum(1)
-    return neighbours.shape[1] - votes
+def nonconformity(distances: Tensor) -> Tensor:
+    """Return `(B, C)`: for every label, how many of the K nearest carry another.
 
-
-def overall_nearest(distances: Tensor) -> tuple[Tensor, Tensor]:
-    """Return distances and labels, each `(B, K)`, of the K nearest among the K nearest of every class `(B, C, K)`."""
+    `distances` `(B, C, K)`: of each class's K nearest. Those that are exactly as near as the K-th of all share the
+    places that those nearer leave.
+    """
     k = distances.shape[2]
-    near, index = distances.flatten(1).topk(k, dim=1, largest=False)
-    return near, index // k
+    return k - counted(distances, k)
+
+
+def remoteness(distances: Tensor) -> Tensor:
+    """Return the mean distance `(B,)` to the K nearest, from `distances` `(B, C, K)` to each class's K nearest."""
+    return distances.flatten(1).topk(distances.shape[2], dim=1, largest=False).values.mean(1)

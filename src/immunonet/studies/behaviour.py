@@ -214,12 +214,12 @@ def senses(defence: RAILS | DkNN, x: Tensor) -> dict[str, Tensor]:
     """
     if isinstance(defence, DkNN):
         credibility = defence.credibility(x)
-        far = defence._neighbourhood(x)[2]
+        far = defence._neighbourhood(x)[1]
     else:
-        naive = [sensing.overall_nearest(defence.naive(x, layer)[1]) for layer in range(len(defence.layers))]
-        counts = torch.stack([sensing.nonconformity(labels, defence.classes) for _, labels in naive]).sum(0)
-        credibility = sensing.p_values(defence.calibration.label_scores, counts.float()).amax(1)
-        far = torch.stack([near.mean(1) for near, _ in naive], dim=1)
+        naive = [defence.naive(x, layer)[1] for layer in range(len(defence.layers))]
+        counts = torch.stack([sensing.nonconformity(distances) for distances in naive]).sum(0)
+        credibility = sensing.p_values(defence.calibration.label_scores, counts).amax(1)
+        far = torch.stack([sensing.remoteness(distances) for distances in naive], dim=1)
     distance = (far / defence.calibration.scales).sum(1)
     p = sensing.p_values(defence.calibration.strangeness, distance)
     return {"credibility": credibility, "distance": distance, "distance_p": p}

@@ -14,9 +14,9 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Column, Table
-from torch import nn
+from torch import Tensor, nn
 
-from immunonet import RAILS, DkNN, Maturation, _check, _store, data
+from immunonet import RAILS, DkNN, Maturation, _check, _store, data, zoo
 from immunonet.attacks import PGD
 from immunonet.cli import common
 from immunonet.defence import Defence
@@ -24,7 +24,7 @@ from immunonet.evaluation import protocol as protocols
 from immunonet.evaluation.asking import LogProbabilities
 from immunonet.evaluation.benchmark import KNOWS, METRICS, NEIGHBOURS, Benchmark, Outcome
 from immunonet.evaluation.outcome import Evaluation
-from immunonet.evaluation.records import envelope
+from immunonet.evaluation.records import Row, envelope
 from immunonet.evaluation.statistics import mcnemar
 from immunonet.evaluation.suite import PROTOCOLS
 from immunonet.features import Layer
@@ -42,10 +42,7 @@ COLUMNS = ("layer", "defence", "attack", "knows", "accuracy", "95 % interval", "
 
 
 def evaluate(
-    dataset: Annotated[
-        str,
-        typer.Option("--dataset", help=f"{', '.join(data.DATASETS)}, a Parquet file, or a folder of class folders."),
-    ],
+    dataset: common.DatasetOption,
     model: common.ModelOption = None,
     weights: common.WeightsOption = None,
     layer: Annotated[
@@ -91,7 +88,19 @@ def evaluate(
     ] = None,
     n: Annotated[
         int | None,
-        typer.Option("--n", min=1, help="The first so many images. Default: 1000; with --protocol 100 to 1000."),
+        typer.Option(
+            "--n",
+            min=1,
+            help="So many images, a fixed random sample. Default: 1000; with --protocol 100 to 1000.",
+        ),
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--slice",
+            metavar="FROM:TO",
+            help="Instead of --n: the images at these places in the order of the file, as 0:1000 for the first 1,000.",
+        ),
     ] = None,
     split: Annotated[
         str,
@@ -135,6 +144,10 @@ def evaluate(
         int | None, typer.Option("--validation", min=1, help="Size of the validation split, as given to train.")
     ] = None,
     chunk: Annotated[int, typer.Option("--chunk", min=1, help="Images per part that is kept.")] = 100,
+    image: common.ImageOption = None,
+    label: common.LabelOption = None,
+    size: common.SizeOption = None,
+    background: common.BackgroundOption = "white",
     seed: common.SeedOption = 0,
     device: common.DeviceOption = "cpu",
     data_dir: common.DataOption = None,
@@ -168,19 +181,28 @@ def evaluate(
     }
     _check.choice("--split", split, ("test", "validation"))
     _check.number("--voice", voice, least=0, most=1, below=True)
-    size = _check.fraction("--eps", eps)
-    step_size = size / 4 if step is None else _check.fraction("--step", step)
-    pgd = PGD(eps=size, step=step_size, iterations=iterations or 20, norm=norm, random_start=False)
+    radius = _check.fraction("--eps", eps)
+    step_size = radius / 4 if step is None else _check.fraction("--step", step)
+    pgd = PGD(eps=radius, step=step_size, iterations=iterations or 20, norm=norm, random_start=False)
+    between = None if part is None else _between(part)
+    if between is not None and n is not None:
+        raise ValueError("--slice goes without --n: it says which images and how many")
     common.prepare(out, json)
-    images = common.resolve_dataset(dataset, "train", data_dir)
-    training, held_out = (images[part] for part in data.split(len(images), validation))
+    how: dict[str, Any] = {"image": image, "label": label, "size": size, "background": background}
+    images = common.resolve_dataset(dataset, "train", data_dir, **how)
+    training, held_out = (images[chosen] for chosen in data.split(len(images), validation))
     count = n or (budget.images if budget else 1000)
     if split == "validation":
-        if len(held_out) <= count:
-            raise ValueError(f"--n must leave some of the {len(held_out)} validation images, got {count}")
-        test, held_out = held_out[:count], held_out[count:]
+        chosen, where, rest = _chosen(len(held_out), count, between)
+        if not len(rest):
+            option, given = ("--n", count) if part is None else ("--slice", part)
+            raise ValueError(f"{option} must leave some of the {len(held_out)} validation images, got {given}")
+        test, held_out = held_out[chosen], held_out[rest]
     else:
-        test = common.resolve_dataset(dataset, "test", data_dir)[:count]
+        test = common.resolve_dataset(dataset, "test", data_dir, **how, classes=images.classes)
+        chosen, where, _ = _chosen(len(test), count, between)
+        # In random order, so that tuning, which takes the first few, has some of every class.
+        test, held_out = test[chosen], held_out[data.sample(len(held_out))]
     name = common.model_name(model, images)
     net = common.load_model(name, weights, target, classes=len(images.classes))
     common.check_model(name, net, images)
@@ -207,8 +229,10 @@ def evaluate(
             "repertoire": len(training),
             "calibration": len(held_out),
             "split": split,
+            # A smaller sample is the first part of a larger one, so that a folder serves samples of all sizes.
+            "order": "random" if between is None else f"file, from {between[0]}",
             "device": target.type,
-        }
+        } | common.told(how)
         bench = Benchmark(
             out,
             shared,
@@ -225,10 +249,10 @@ def evaluate(
         if protocol is not None:
             bar.update(task, visible=False)
             found = _by_protocol(
-                bench, shared, maps, maturations, spaces, voice, kinds, tune_dknn,
+                bench, shared, maps, maturations, spaces, voice, kinds, tune_dknn, where,
                 defend={
                     "minutes": minutes, "black_box": black_box, "protocol": protocol,
-                    "eps": size, "norm": norm, "seed": seed,
+                    "eps": radius, "norm": norm, "seed": seed,
                 },
                 transfer=others,
                 say=lambda text: bar.console.print(text, markup=False, highlight=False),
@@ -238,7 +262,7 @@ def evaluate(
 
         def measure(kind: str, at: str | None, defence: nn.Module, chosen: list[str], **extra: Any) -> None:
             for found in bench.run(kind, at, defence, chosen, **extra).values():
-                outcomes.append(found)
+                outcomes.append(dataclasses.replace(found, row=_placed(found.row, where)))
                 done = " ".join(filter(None, (kind, at, found.row.attack)))
                 bar.console.print(f"{done}: {found.row.accuracy:.4f}", markup=False, highlight=False)
 
@@ -273,6 +297,7 @@ def _by_protocol(
     voice: float,
     kinds: list[str],
     tune_dknn: bool,
+    where: dict[str, Any] | list[int],
     *,
     defend: dict[str, Any],
     transfer: list[nn.Module],
@@ -299,23 +324,56 @@ def _by_protocol(
         if isinstance(defence, Defence):
             defence.fit(*bench.repertoire, calibration=bench.calibration)
         layers = {} if layer is None else {"layers": layer.split("+")}
-        found.append(
-            protocols.evaluate(
-                defence,
-                x,
-                y,
-                base=net,
-                transfer=transfer,
-                name=kind,
-                base_name="cnn",
-                folder=bench.folder,
-                settings=shared | layers | extra,
-                dataset=shared["dataset"],
-                on_progress=say,
-                **defend,
-            )
+        one = protocols.evaluate(
+            defence,
+            x,
+            y,
+            base=net,
+            transfer=transfer,
+            name=kind,
+            base_name="cnn",
+            folder=bench.folder,
+            settings=shared | layers | extra,
+            dataset=shared["dataset"],
+            on_progress=say,
+            **defend,
         )
+        placed: dict[str, Any] = {
+            "rows": tuple(_placed(row, where) for row in one.rows),
+            "verdict": _placed(one.verdict, where),
+            "base_verdict": _placed(one.base_verdict, where),
+        }
+        found.append(dataclasses.replace(one, **placed))
     return found
+
+
+def _placed(row: Row, where: dict[str, Any] | list[int]) -> Row:
+    """Return a row that says which images of the dataset its `n` are: the first of those of the whole evaluation."""
+    if isinstance(where, dict):
+        first: Any = where | {"sample": [row.n, where["sample"][1]]}
+    else:
+        first = [where[0], where[0] + row.n]
+    return dataclasses.replace(row, settings=row.settings | {"slice": first})
+
+
+def _between(text: str) -> tuple[int, int]:
+    """Read FROM:TO; ValueError for anything else."""
+    start, _, stop = text.partition(":")
+    if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+        raise ValueError(f"--slice must be FROM:TO, two numbers such as 0:1000, got {text!r}")
+    return int(start), int(stop)
+
+
+def _chosen(n: int, count: int, between: tuple[int, int] | None) -> tuple[Tensor, dict[str, Any] | list[int], Tensor]:
+    """Return the places of the images to evaluate on, what a row says about them, and the others in random order."""
+    order = data.sample(n)
+    if between is None:
+        few = min(count, n)
+        return order[:few], {"sample": [few, n], "seed": 0}, order[few:]
+    start, stop = between
+    if stop > n:
+        raise ValueError(f"--slice must end at {n}, the number of images, or before, got {start}:{stop}")
+    return torch.arange(start, stop), [start, stop], order[(order < start) | (order >= stop)]
 
 
 def _tell(found: list[Evaluation], out: Path, json: Path | None) -> None:
@@ -349,9 +407,11 @@ def _tell(found: list[Evaluation], out: Path, json: Path | None) -> None:
 
 
 def _other(text: str, model: str, device: torch.device, classes: int) -> nn.Module:
-    """Return the network of `FILE` (weights of `model`) or `MODEL=FILE`."""
-    named, _, file = text.rpartition("=")
-    return common.load_model(named or model, Path(file), device, classes=classes)
+    """Return the network of `FILE` (weights of `model`) or `MODEL=FILE`; a file's own name may hold "=" as well."""
+    named, found, file = text.partition("=")
+    if not found or Path(text).is_file() or not (named in zoo.NAMES or ":" in named):
+        named, file = model, text
+    return common.load_model(named, Path(file), device, classes=classes)
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -14,17 +14,17 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Column, Table
-from torch import Tensor, nn
+from torch import nn
 
 from immunonet import RAILS, DkNN, Maturation, _check, _store, data, zoo
 from immunonet.attacks import PGD
-from immunonet.cli import common
+from immunonet.cli import common, places
 from immunonet.defence import Defence
 from immunonet.evaluation import protocol as protocols
 from immunonet.evaluation.asking import LogProbabilities
 from immunonet.evaluation.benchmark import KNOWS, METRICS, NEIGHBOURS, Benchmark, Outcome
 from immunonet.evaluation.outcome import Evaluation
-from immunonet.evaluation.records import Row, envelope
+from immunonet.evaluation.records import envelope
 from immunonet.evaluation.statistics import mcnemar
 from immunonet.evaluation.suite import PROTOCOLS
 from immunonet.features import Layer
@@ -184,7 +184,7 @@ def evaluate(
     radius = _check.fraction("--eps", eps)
     step_size = radius / 4 if step is None else _check.fraction("--step", step)
     pgd = PGD(eps=radius, step=step_size, iterations=iterations or 20, norm=norm, random_start=False)
-    between = None if part is None else _between(part)
+    between = None if part is None else places.between(part)
     if between is not None and n is not None:
         raise ValueError("--slice goes without --n: it says which images and how many")
     common.prepare(out, json)
@@ -193,14 +193,14 @@ def evaluate(
     training, held_out = (images[chosen] for chosen in data.split(len(images), validation))
     count = n or (budget.images if budget else 1000)
     if split == "validation":
-        chosen, where, rest = _chosen(len(held_out), count, between)
+        chosen, where, rest = places.chosen(len(held_out), count, between)
         if not len(rest):
             option, given = ("--n", count) if part is None else ("--slice", part)
             raise ValueError(f"{option} must leave some of the {len(held_out)} validation images, got {given}")
         test, held_out = held_out[chosen], held_out[rest]
     else:
         test = common.resolve_dataset(dataset, "test", data_dir, **how, classes=images.classes)
-        chosen, where, _ = _chosen(len(test), count, between)
+        chosen, where, _ = places.chosen(len(test), count, between)
         # In random order, so that tuning, which takes the first few, has some of every class.
         test, held_out = test[chosen], held_out[data.sample(len(held_out))]
     name = common.model_name(model, images)
@@ -262,7 +262,7 @@ def evaluate(
 
         def measure(kind: str, at: str | None, defence: nn.Module, chosen: list[str], **extra: Any) -> None:
             for found in bench.run(kind, at, defence, chosen, **extra).values():
-                outcomes.append(dataclasses.replace(found, row=_placed(found.row, where)))
+                outcomes.append(dataclasses.replace(found, row=places.placed(found.row, where)))
                 done = " ".join(filter(None, (kind, at, found.row.attack)))
                 bar.console.print(f"{done}: {found.row.accuracy:.4f}", markup=False, highlight=False)
 
@@ -339,41 +339,12 @@ def _by_protocol(
             **defend,
         )
         placed: dict[str, Any] = {
-            "rows": tuple(_placed(row, where) for row in one.rows),
-            "verdict": _placed(one.verdict, where),
-            "base_verdict": _placed(one.base_verdict, where),
+            "rows": tuple(places.placed(row, where) for row in one.rows),
+            "verdict": places.placed(one.verdict, where),
+            "base_verdict": places.placed(one.base_verdict, where),
         }
         found.append(dataclasses.replace(one, **placed))
     return found
-
-
-def _placed(row: Row, where: dict[str, Any] | list[int]) -> Row:
-    """Return a row that says which images of the dataset its `n` are: the first of those of the whole evaluation."""
-    if isinstance(where, dict):
-        first: Any = where | {"sample": [row.n, where["sample"][1]]}
-    else:
-        first = [where[0], where[0] + row.n]
-    return dataclasses.replace(row, settings=row.settings | {"slice": first})
-
-
-def _between(text: str) -> tuple[int, int]:
-    """Read FROM:TO; ValueError for anything else."""
-    start, _, stop = text.partition(":")
-    if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
-        raise ValueError(f"--slice must be FROM:TO, two numbers such as 0:1000, got {text!r}")
-    return int(start), int(stop)
-
-
-def _chosen(n: int, count: int, between: tuple[int, int] | None) -> tuple[Tensor, dict[str, Any] | list[int], Tensor]:
-    """Return the places of the images to evaluate on, what a row says about them, and the others in random order."""
-    order = data.sample(n)
-    if between is None:
-        few = min(count, n)
-        return order[:few], {"sample": [few, n], "seed": 0}, order[few:]
-    start, stop = between
-    if stop > n:
-        raise ValueError(f"--slice must end at {n}, the number of images, or before, got {start}:{stop}")
-    return torch.arange(start, stop), [start, stop], order[(order < start) | (order >= stop)]
 
 
 def _tell(found: list[Evaluation], out: Path, json: Path | None) -> None:

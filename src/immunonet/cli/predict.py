@@ -80,7 +80,8 @@ def predict(
                 journal.add(str(start), answers(fitted, x[start : start + chunk].to(target), seed))
     found = (answer for start in range(0, len(x), chunk) for answer in journal[str(start)])
     results = [
-        {"input": name, "name": record["classes"][answer["label"]]} | answer
+        # A network may know more classes than a training set without names has shown.
+        {"input": name, "name": dict(enumerate(record["classes"])).get(answer["label"], str(answer["label"]))} | answer
         for name, answer in zip(names, found, strict=True)
     ]
     typer.echo("input\tlabel\tshare\tcredibility\tforeign")

@@ -68,6 +68,8 @@ def reproduce(
     study = studies.load(name or study_file or "")
     title = name or (study_file.stem if study_file else "")
     own_weights = dataset is None or dataset == study.dataset
+    if dataset is not None:  # files of one's own may be in the order of their classes
+        study = dataclasses.replace(study, order="random" if Path(dataset).exists() else study.order)
     study = dataclasses.replace(study, dataset=dataset or study.dataset)
     out = out or Path("runs") / title
     target = common.resolve_device(device)

@@ -237,12 +237,18 @@ def test_load_from_the_hub(hub, parquet, name, asked):
     assert hub == [asked]
 
 
-def test_a_dataset_of_the_hub(hub):
+def test_a_dataset_of_the_hub(hub, tmp_path, monkeypatch):
     assert data.splits("hf:some/thing") == ("test",)
     assert len(data.read("hf:some/thing:large", "test")) == 3
     assert hub == [("some/thing", None), ("some/thing", "large")]
     with pytest.raises(ValueError, match="hf:some/thing has no split 'train', it has test"):
         data.read("hf:some/thing", "train")
+    # The library would take a folder of that name for it.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "thing").mkdir(parents=True)
+    with pytest.raises(ValueError, match="hf:some/thing is of the hub, but some/thing lies here too"):
+        data.read("hf:some/thing", "test")
+    (tmp_path / "some" / "thing").rmdir()
     # Nothing else is looked for there: a wrong path is no name of a stranger's dataset.
     hub.clear()
     with pytest.raises(FileNotFoundError, match="there is no 'some/thing'"):
@@ -415,8 +421,10 @@ def test_class_folders_have_no_columns(folder):
 
 
 def test_digits_have_no_size():
-    with pytest.raises(ValueError, match=r"size \(--size\) must be left out with digits"):
+    with pytest.raises(ValueError, match="size must be left out with digits, which are 8x8 numbers"):
         data.load("digits", "test", size=16)
+    with pytest.raises(ValueError, match="label must be left out with digits"):
+        data.load("digits", "test", label="kind")
 
 
 def test_files_of_images_and_parquet_come_through_the_same_door(folder, tmp_path):

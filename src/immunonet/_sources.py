@@ -218,6 +218,8 @@ def _hub_builder(source: str | Path) -> Any:
     if start or not name:
         raise FileNotFoundError(f"there is no {str(source)!r}; a dataset of the Hugging Face hub is hf:OWNER/NAME")
     repository, _, config = name.partition(":")
+    if Path(repository).exists():
+        raise ValueError(f"{source} is of the hub, but {repository} lies here too: give that path, or run elsewhere")
     library = require("datasets", "data")
     with _reached(source):
         return library.load_dataset_builder(repository, config or None)

@@ -78,9 +78,12 @@ def load(
     split: str,
     *,
     directory: str | Path | None = None,
+    image: str | None = None,
+    label: str | None = None,
     size: int | None = None,
     background: str = "white",
-    **columns: Any,
+    classes: Sequence[str] | None = None,
+    labelled: bool = True,
 ) -> Images:
     """Return the "train" or "test" split of a benchmark dataset, one of `DATASETS`, in its original order.
 
@@ -92,11 +95,13 @@ def load(
     """
     _check.choice("name", name, DATASETS)
     _check.choice("split", split, SPLITS)
-    options = {"size": size, "background": background} | columns
     if name == "digits":
-        if size is not None:
-            raise ValueError("size (--size) must be left out with digits, which are 8x8 numbers and no picture files")
+        given = {"image": image, "label": label, "size": size}
+        if wrong := [option for option, value in given.items() if value is not None]:
+            raise ValueError(f"{wrong[0]} must be left out with digits, which are 8x8 numbers and no picture files")
         return _digits(split)
+    options: dict[str, Any] = {"image": image, "label": label, "size": size, "background": background}
+    options |= {"classes": classes, "labelled": labelled}
     directory = directory or os.environ.get("IMMUNONET_DATA") or None
     file = f"{name}-{split}.parquet"
     if directory is not None and (path := Path(directory) / file).is_file():

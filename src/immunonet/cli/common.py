@@ -96,6 +96,14 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def is_path(dataset: str) -> bool:
+    """Return whether there is a file or folder of that name, and say so where a built-in dataset has it too."""
+    path = Path(dataset)
+    if dataset in data.DATASETS and path.exists():
+        _note(f"{dataset}: taking what lies in {path.resolve()}, not the built-in dataset")
+    return path.exists()
+
+
 def resolve_dataset(
     dataset: str,
     split: str | None,
@@ -113,28 +121,26 @@ def resolve_dataset(
     classes, or of `classes` if they are given. `label` and `options` are those of `data.read`.
     """
     options["label"] = label
-    path = Path(dataset)
-    if dataset in data.DATASETS and not path.exists():
+    there = is_path(dataset)
+    if dataset in data.DATASETS and not there:
         if split is None:
             raise ValueError(f"{dataset} has two splits: name one, as train or test")
         return data.load(dataset, split, directory=directory, classes=classes, **options)
-    if dataset in data.DATASETS:
-        console.print(f"{dataset}: taking what lies in {path.resolve()}, not the built-in dataset", soft_wrap=True)
-    elif not path.exists() and not dataset.startswith("hf:"):
+    if not there and not dataset.startswith("hf:"):
         raise FileNotFoundError(f"DATASET must be {SOURCES}; there is no {dataset!r}")
-    there = data.splits(dataset)
+    splits = data.splits(dataset)
     if split is None:
         return data.read(dataset, classes=classes, **options)
-    if "train" in there and classes is None and split != "train":
+    if "train" in splits and classes is None and split != "train":
         classes = data.classes_of(dataset, "train", label=label)
-    tests = [name for name in ("test", "validation") if name in there]
+    tests = [name for name in ("test", "validation") if name in splits]
     if split == "train" and tests:
         return data.read(dataset, "train", classes=classes, **options)
     if tests:
         if tests[0] != split:
-            console.print(f"{dataset} has no test split: its validation split is taken as test", soft_wrap=True)
+            _note(f"{dataset} has no test split: its validation split is taken as test")
         return data.read(dataset, tests[0], classes=classes, **options)
-    images = data.read(dataset, "train" if there else None, classes=classes, **options)
+    images = data.read(dataset, "train" if splits else None, classes=classes, **options)
     if len(images) < 2:
         if split == "test":
             raise ValueError(f"{dataset} has one image and no test split: there is nothing to test on")
@@ -145,7 +151,11 @@ def resolve_dataset(
 
 def told(how: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a record holds of how images were read: the options that are not as they are by default."""
-    return {option: value for option, value in how.items() if value not in (None, data.BACKGROUNDS[0])}
+    return {k: v for k, v in how.items() if v is not None and (k, v) != ("background", data.BACKGROUNDS[0])}
+
+
+def _note(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def model_name(model: str | None, images: data.Images) -> str:

@@ -142,8 +142,7 @@ def read(
     names: list[str] = []
     parts: list[Tensor] = []
     for one in inputs:
-        path = Path(one)
-        there = path.exists()
+        path, there = Path(one), common.is_path(one)
         if files := _files(path) if there else []:
             x = data.read_images(files, size=size, background=background)
             names += map(str, files)

@@ -217,7 +217,7 @@ def test_a_users_own_model(command, digits, monkeypatch):
         (["digits", "--model", "my_networks:word"], "must return a torch.nn.Module, got str"),
         (["digits", "--model", "residual"], r"--model residual does not take images of shape \(1, 8, 8\)"),
         (["digits", "--model", "my_networks:narrow"], r"logits of shape \(2, 10\) .* got \(2, 3\)"),
-        (["digits", "--model", "my_networks:pair"], r"logits of shape \(2, 10\) .* got tuple"),
+        (["digits", "--model", "my_networks:pair"], r"logits of shape \(2, 10\) .* got \(2, 1, 8, 8\)"),
         (["digits", "--device", "nowhere"], "--device must be one of cpu.* got 'nowhere'"),
         (["digits", "--validation", "5000"], "validation must be at least 1 and at most 1436, got 5000"),
         (["digits", "--lr", "0"], "lr must be a finite number"),

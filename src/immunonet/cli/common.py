@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from immunonet import _store, data, zoo
+from immunonet import _store, data, models, zoo
 from immunonet.evaluation.records import envelope
-from immunonet.features import Layer, layer_parts
+from immunonet.features import Layer
+from immunonet.maps import layer_parts
 
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file.")]
 OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that the files are written to.")]
@@ -229,26 +230,24 @@ def check_model(model: str, net: nn.Module, images: data.Images) -> None:
 
     Of images without names of classes the network may know more classes than occur.
     """
-    known = next(net.parameters(), None)
-    if known is None:
+    if next(net.parameters(), None) is None:
         raise ValueError(
             f"--model {model} has no parameters: keep its layers as attributes of the module or in a ModuleList, as a "
             "plain list hides them"
         )
-    x = images.x[:2].to(known.device)
+    x = images.x[:2]
     try:
-        logits = net(x)
+        logits = models.ask(net, x)
     except Exception as error:  # whatever a user's network raises
         raise ValueError(
             f"--model {model} does not take images of shape {tuple(x.shape[1:])} ({_blame(error)})"
         ) from error
-    found = tuple(getattr(logits, "shape", ()))
-    wanted = (len(x), len(images.classes))
+    found, wanted = tuple(logits.shape), (len(x), len(images.classes))
     more = not images.named and len(found) == 2 and found[0] == wanted[0] and found[1] > wanted[1]
     if found != wanted and not more:
         raise ValueError(
             f"--model {model} must return logits of shape {wanted} "
-            f"for {len(x)} images of {len(images.classes)} classes, got {found or type(logits).__name__}"
+            f"for {len(x)} images of {len(images.classes)} classes, got {found}"
         )
 
 

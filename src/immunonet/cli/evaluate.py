@@ -229,7 +229,6 @@ def evaluate(
             "repertoire": len(training),
             "calibration": len(held_out),
             "split": split,
-            # A smaller sample is the first part of a larger one, so that a folder serves samples of all sizes.
             "order": "random" if between is None else f"file, from {between[0]}",
             "device": target.type,
         } | common.told(how)
@@ -249,7 +248,7 @@ def evaluate(
         if protocol is not None:
             bar.update(task, visible=False)
             found = _by_protocol(
-                bench, shared, maps, maturations, spaces, voice, kinds, tune_dknn, where,
+                bench, shared, where, maps, maturations, spaces, voice, kinds, tune_dknn,
                 defend={
                     "minutes": minutes, "black_box": black_box, "protocol": protocol,
                     "eps": radius, "norm": norm, "seed": seed,
@@ -262,7 +261,8 @@ def evaluate(
 
         def measure(kind: str, at: str | None, defence: nn.Module, chosen: list[str], **extra: Any) -> None:
             for found in bench.run(kind, at, defence, chosen, **extra).values():
-                outcomes.append(dataclasses.replace(found, row=places.placed(found.row, where)))
+                row = dataclasses.replace(found.row, settings=found.row.settings | {"slice": where})
+                outcomes.append(dataclasses.replace(found, row=row))
                 done = " ".join(filter(None, (kind, at, found.row.attack)))
                 bar.console.print(f"{done}: {found.row.accuracy:.4f}", markup=False, highlight=False)
 
@@ -291,13 +291,13 @@ def evaluate(
 def _by_protocol(
     bench: Benchmark,
     shared: dict[str, Any],
+    where: dict[str, Any] | list[int],
     maps: dict[str, Layer | list[Layer]],
     maturations: dict[str, Maturation],
     spaces: dict[str, str | None],
     voice: float,
     kinds: list[str],
     tune_dknn: bool,
-    where: dict[str, Any] | list[int],
     *,
     defend: dict[str, Any],
     transfer: list[nn.Module],
@@ -324,26 +324,22 @@ def _by_protocol(
         if isinstance(defence, Defence):
             defence.fit(*bench.repertoire, calibration=bench.calibration)
         layers = {} if layer is None else {"layers": layer.split("+")}
-        one = protocols.evaluate(
-            defence,
-            x,
-            y,
-            base=net,
-            transfer=transfer,
-            name=kind,
-            base_name="cnn",
-            folder=bench.folder,
-            settings=shared | layers | extra,
-            dataset=shared["dataset"],
-            on_progress=say,
-            **defend,
+        found.append(
+            protocols.evaluate(
+                defence,
+                x,
+                y,
+                base=net,
+                transfer=transfer,
+                name=kind,
+                base_name="cnn",
+                folder=bench.folder,
+                settings=shared | {"slice": where} | layers | extra,
+                dataset=shared["dataset"],
+                on_progress=say,
+                **defend,
+            )
         )
-        placed: dict[str, Any] = {
-            "rows": tuple(places.placed(row, where) for row in one.rows),
-            "verdict": places.placed(one.verdict, where),
-            "base_verdict": places.placed(one.base_verdict, where),
-        }
-        found.append(dataclasses.replace(one, **placed))
     return found
 
 

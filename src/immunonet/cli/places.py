@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from immunonet import data
-from immunonet.evaluation.records import Row
-
-
-def placed(row: Row, where: dict[str, Any] | list[int]) -> Row:
-    """Return a row that says which images of the dataset its `n` are: the first of those of the whole evaluation."""
-    if isinstance(where, dict):
-        first: Any = where | {"sample": [row.n, where["sample"][1]]}
-    else:
-        first = [where[0], where[0] + row.n]
-    return dataclasses.replace(row, settings=row.settings | {"slice": first})
 
 
 def between(text: str) -> tuple[int, int]:

@@ -23,8 +23,9 @@ from immunonet.evaluation.asking import (
     describe_surrogate,
     is_randomised,
 )
+from immunonet.evaluation.identity import identity
 from immunonet.evaluation.journal import Journal
-from immunonet.evaluation.records import Row
+from immunonet.evaluation.records import VERSION, Row
 from immunonet.features import Layer
 from immunonet.rails import RAILS
 
@@ -78,7 +79,15 @@ class Benchmark:
         advance: Callable[[int], None] = lambda steps: None,
     ) -> None:
         self.folder = folder
-        own = {"pgd": describe_attack(pgd)["attack"], "seeds": list(seeds), "chunk": chunk}
+        own = {
+            "pgd": describe_attack(pgd)["attack"],
+            "seeds": list(seeds),
+            "chunk": chunk,
+            "version": VERSION,
+            "base": identity(base),
+            "images": {name: _store.digest(part) for name, part in (("test", test), ("repertoire", repertoire))},
+            "calibration images": _store.digest(calibration),
+        }
         self.journal = Journal(folder / "parts.jsonl", settings | own)
         self.base, self.repertoire, self.calibration, self.test = base, repertoire, calibration, test
         self.pgd = pgd
@@ -101,7 +110,8 @@ class Benchmark:
         """
         name = kind if layer is None else f"{kind} {layer}"
         settings = describe(defence) | {"layers": [] if layer is None else layer.split("+")} | extra
-        self.journal.agree(f"settings of {name}", settings)
+        # Layers may be functions, of which a name says little.
+        self.journal.agree(f"settings of {name}", settings | {"layer": identity(getattr(defence, "_layers", ()))})
         outcomes = {}
         for attack in attacks:
             vote: nn.Module | None = None

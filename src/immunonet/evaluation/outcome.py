@@ -28,7 +28,10 @@ _SHOWN = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What is evaluated, under which names and against which attacker; `told`: the caller's settings for the rows."""
+    """What is evaluated, under which names and against which attacker; `told`: the caller's settings for the rows.
+
+    `order`: the place, among the images that the caller gave, of each one as it is attacked.
+    """
 
     name: str
     base_name: str
@@ -39,6 +42,7 @@ class Claim:
     norm: str
     bounds: _check.Bounds
     told: dict[str, Any]
+    order: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +173,13 @@ def outcome(
             }
             for trial in trials
         },
-        "per_example": per_example(trials[0], found, names, runner.y, report),
+        "per_example": [
+            {"image": place} | told
+            for place, told in sorted(
+                zip(claim.order, per_example(trials[0], found, names, runner.y, report), strict=False),
+                key=lambda item: item[0],
+            )
+        ],
         "abstention": abstention(trials, select, report),
         "disagreement": {
             "none": _differing(trials[0].labels[report], trials[0].base_labels),
@@ -210,7 +220,7 @@ def _model_info(claim: Claim, runner: Runner, cost: dict[str, Any], clean: Tenso
 
 def _row(trial: Trial, runs: slice, settings: dict[str, Any], fields: dict[str, Any]) -> Row:
     attack = trial.attack
-    done = {"slice": [0, trial.n], "attempted": int(trial.attempted.sum())}
+    done = {"sample": trial.n, "attempted": int(trial.attempted.sum())}
     return Row.of(
         trial.correct[runs],
         **fields,

@@ -11,20 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, _store
-from immunonet.attacks._base import logits_of
+from immunonet import _check, _store, models
 from immunonet.attacks._norms import NORMS
 from immunonet.evaluation import sanity
 from immunonet.evaluation.asking import Subject, describe
 from immunonet.evaluation.cost import measure
+from immunonet.evaluation.identity import identity
 from immunonet.evaluation.outcome import Claim, Evaluation, outcome
+from immunonet.evaluation.records import VERSION
 from immunonet.evaluation.runner import Runner, Trial
 from immunonet.evaluation.runner import describe as describe_planned
 from immunonet.evaluation.suite import PROTOCOLS, Budget, Planned, afford, seconds_per_call, suite
 from immunonet.evaluation.verdict import completed, standing, worst_case
-from immunonet.features import evaluating
 
 _PROBED = 8
+# How far probabilities may move before a defence counts as another one.
+_STEADY = 0.05
 # Images on which an attack is compared with itself at twice the steps.
 _PAIRED = 100
 # An evaluation takes longer than its attacks and answers alone: checks, curves, costs.
@@ -71,12 +73,14 @@ def evaluate(
         protocol: "quick", "standard" or "full".
         minutes: what the evaluation may take. A few answers are timed, and the plan is cut beforehand to fit; None: all
             images.
-        black_box: the first so many images are those of attacks that only ask; None: the protocol's number.
+        black_box: so many images, a random sample, are those of attacks that only ask; None: the protocol's number.
         seed: same seed, same result.
         transfer: further networks like `base`, trained independently.
         dataset, name, base_name: names for the rows; None: the defence's own.
         settings: more of them for the rows (JSON), among them what results depend on and no other argument tells.
-        folder: finished attacks are kept there, and the same call continues from them; None: nothing is kept.
+        folder: finished attacks are kept there, and the same call continues from them; None: nothing is kept. What is
+            kept is keyed by the images, the attacks, and all that can be read of networks and defence (weights,
+            settings, repertoire, code); a defence that answers otherwise all the same is a ValueError.
         on_progress: hears of the plan and of every attack.
 
     Raises:
@@ -96,16 +100,19 @@ def evaluate(
     for network in (base, *transfer):
         if not isinstance(network, nn.Module):
             raise TypeError(f"base and transfer must be torch.nn.Modules, got {type(network).__name__}")
-    bounds = getattr(defence, "bounds", None) or _check.Bounds.of("bounds", (0.0, 1.0))
+    bounds = _bounds(defence)
     device = next((parameter.device for parameter in base.parameters()), torch.device("cpu"))
     x = _check.inputs("x", x, bounds=bounds).to(device)
     y = _check.labels("y", y, n=len(x)).to(device)
     if not len(x):
         raise ValueError("x must hold at least one input")
+    # Where only some images are attacked they are a random sample, whatever order they were given in.
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order.to(device)], y[order.to(device)]
     reach = sanity.reach_of(bounds, x, norm)
     _check.number("eps", eps, least=0, most=reach)
-    with torch.no_grad(), evaluating(base):
-        classes = logits_of(base, x[:1]).shape[1]
+    with torch.no_grad():
+        classes = models.logits(base, x[:1]).shape[1]
     _check.labels("y", y, n=len(x), classes=classes)
     subject = Subject(defence, classes=classes)
     subject.check(x)
@@ -120,7 +127,7 @@ def evaluate(
     )  # fmt: skip
     claim = Claim(
         name=name or _name(defence), base_name=base_name, dataset=dataset, protocol=protocol, seed=seed,
-        eps=float(eps), norm=norm, bounds=bounds, told=settings or {},
+        eps=float(eps), norm=norm, bounds=bounds, told=settings or {}, order=tuple(order.tolist()),
     )  # fmt: skip
     known = {
         "name": claim.name,
@@ -130,14 +137,16 @@ def evaluate(
         "seed": seed,
         "budget": dataclasses.asdict(budget),
         "minutes": minutes,
+        "version": VERSION,
         "images": _store.digest([x, y]),
-        "weights": [_store.digest(network.state_dict().values()) for network in (base, *transfer)],
-        "defence": {"type": type(defence).__name__} | describe(defence),
+        "networks": [identity(network) for network in (base, *transfer)],
+        "defence": {"type": type(defence).__name__, "identity": identity(defence)} | describe(defence),
         "attacks": {attack.name: describe_planned(attack) for attack in wanted},
     }
     path = None if folder is None else Path(folder)
     seeds = (*selection[:few], *counted[:few])
     runner = Runner(subject, base, x, y, seeds=seeds, settings=known, folder=path, told=on_progress)
+    _same_answers(runner, x[:_PROBED])
     planned, plan = _afford(wanted, runner, budget, minutes)
     trials = _attack(runner, planned, select, selection)
     found = worst_case(runner, trials, select, finalists=budget.finalists, selection=selection, report=counted)
@@ -152,6 +161,33 @@ def evaluate(
         claim, runner, trials, found, checks=checks, flags=flags, select=select, report=report,
         ablations=budget.ablations, record={"randomized": randomised, "plan": plan, "curves": curves, "cost": costs},
     )  # fmt: skip
+
+
+def _same_answers(runner: Runner, x: Tensor) -> None:
+    """Keep the defence's answers to a few inputs, or raise ValueError where others are kept: it changed unseen."""
+    if runner.journal is None:
+        return
+
+    def ask() -> Tensor:
+        runner.subject.rewind()
+        with torch.no_grad():
+            answer: Tensor = runner.subject(x).exp().cpu()
+        return answer
+
+    found = ask()
+    if not torch.allclose(found, ask(), atol=_STEADY):
+        raise ValueError(
+            "folder must be left out: the defence answers at random even under one seed of torch, so that what is kept "
+            "there could not be told from the results of another one. Give it an argument `seed`"
+        )
+    kept = torch.tensor(runner.once("answers to a few inputs", found.tolist), dtype=found.dtype)
+    moved = (kept - found).abs().amax(1) > _STEADY
+    # A sum in another order may tip a tie.
+    if int(moved.sum()) > max(1, len(x) // 8):
+        raise ValueError(
+            f"{runner.journal.path} holds results of a defence that answered {int(moved.sum())} of {len(x)} inputs "
+            "otherwise, though nothing else about it looks changed: give another folder, or remove that file"
+        )
 
 
 def _afford(
@@ -211,6 +247,14 @@ def _strongest(trials: Sequence[Trial], select: slice) -> Trial | None:
     gradient = [trial for trial in trials if not trial.attack.standing and sanity.DOUBLED not in trial.attack.name]
     found = [trial for trial in gradient if hasattr(trial.attack.method, "iterations")]
     return min(found, key=lambda trial: float(trial.correct[select].double().mean()), default=None)
+
+
+def _bounds(defence: Any) -> _check.Bounds:
+    """Return the valid range of a defence's inputs: its own `bounds`, whatever form they have, or [0, 1]."""
+    found = getattr(defence, "bounds", None)
+    if isinstance(found, _check.Bounds):
+        return found
+    return _check.Bounds.of("defence.bounds", (0.0, 1.0) if found is None else found)
 
 
 def _name(defence: Any) -> str:

@@ -18,6 +18,9 @@ from torch import Tensor
 from immunonet import _check
 from immunonet.evaluation import statistics
 
+VERSION = 2
+"""Of what is kept between runs: raised whenever an attack, or how it is counted, gives other numbers than before."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:

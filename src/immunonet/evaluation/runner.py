@@ -18,6 +18,7 @@ from immunonet import _check, _store
 from immunonet.defence import Defence
 from immunonet.evaluation.asking import LogProbabilities, Subject
 from immunonet.evaluation.journal import Journal
+from immunonet.evaluation.records import VERSION
 from immunonet.evaluation.suite import Planned
 
 CHUNK = 100
@@ -195,7 +196,7 @@ class Runner:
             whose = (
                 self.settings
                 if attack.kind != "transfer"
-                else {"images": self.settings["images"], "base": self.settings["weights"]}
+                else {"images": self.settings["images"], "base": self.settings["networks"], "version": VERSION}
             )
             known = _store.fingerprint([whose, key, describe(attack), chosen.tolist()])
             path = self.folder / "adversarials" / f"{attack.name}-{known[:16]}.safetensors"

@@ -6,6 +6,7 @@ After Carlini et al. (2019), Athalye et al. (2018), Croce & Hein (2020, AutoAtta
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -14,17 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check
+from immunonet import _check, models
 from immunonet.attacks import FGSM
+from immunonet.attacks._losses import log_odds
 from immunonet.evaluation import statistics
 from immunonet.evaluation.asking import Subject
 from immunonet.evaluation.records import Check, Flag
 from immunonet.evaluation.runner import Runner, Trial
 from immunonet.evaluation.suite import Budget, Model, Planned
 from immunonet.evaluation.verdict import choose, worst
-from immunonet.features import evaluating
 
 DOUBLED = " doubled"
+# Factors of a network's logits, which change no label.
+SCALES = (0.01, 1.0, 100.0)
 MULTIPLES = (0.0, 0.25, 0.5, 1.0, 2.0)
 _FEW = 5
 
@@ -45,7 +48,7 @@ def checks(
     `wanted`: the attacks `planned` as they were before a budget in minutes cut them.
     """
     seeds, n = runner.seeds[report], min(budget.checks, len(runner.x))
-    found, curves = [eps_zero(runner, planned, seeds[:1])], {}
+    found, curves = [eps_zero(runner, planned, seeds[:1]), *scale(runner, planned, n)], {}
     if strongest is not None and strongest.attack.method.eps > 0:
         name = strongest.attack.name
         shown = {attack.name: attack for attack in planned if attack.name in ("pgd", name)}
@@ -96,6 +99,8 @@ def flags(
             probabilities(runner.network, x),
             zero_gradients({name: targets[name] for name in distinct.values()}, x, y),
             batch(runner.subject, runner.x, runner.seeds, repeatable),
+            steady(runner.network, x),
+            agreement(runner.subject, x, runner.seeds, repeatable),
         ]
         return [dataclasses.asdict(flag) for flag in found]
 
@@ -120,6 +125,39 @@ def eps_zero(runner: Runner, planned: Sequence[Planned], seeds: Sequence[int]) -
     changed = runner.once("check eps 0", measure)
     detail = f"{len(planned)} attacks, {len(x)} images" + (f"; changed under {', '.join(changed)}" if changed else "")
     return Check("eps 0 gives the clean answers", not changed, detail)
+
+
+class _Scaled(models.Asking):
+    """A network whose logits are multiplied by a number."""
+
+    def __init__(self, network: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.network, self.factor = network, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return models.logits(self.network, x).double() * self.factor
+
+
+def scale(runner: Runner, planned: Sequence[Planned], n: int) -> list[Check]:
+    """An attack must find as much however large the network's logits are: where they stop it, it only looks robust.
+
+    Checked for PGD, if it is planned, on the first n images.
+    """
+    x, y = runner.x[:n], runner.y[:n]
+    attack = next((a for a in planned if a.name == "pgd"), None)
+    if attack is None:
+        return []
+
+    def measure() -> list[list[bool]]:
+        found = [dataclasses.replace(attack, target=_Scaled(runner.network, f))(x, y).adversarials for f in SCALES]
+        return [(runner.base.labels(points)[0][0] == y.cpu()).tolist() for points in found]
+
+    right = torch.tensor(runner.once("check scale", measure))
+    means = right.double().mean(1).tolist()
+    low, high = statistics.interval(right[SCALES.index(1.0)][None])
+    points = ", ".join(f"x {factor:g}: {mean:.3f}" for factor, mean in zip(SCALES, means, strict=True))
+    detail = f"accuracy of the network under pgd with its logits {points}, {len(x)} images"
+    return [Check("the scale of the logits does not matter", all(low <= mean <= high for mean in means), detail)]
 
 
 def curve(runner: Runner, attack: Planned, n: int, reach: float, seeds: Sequence[int]) -> dict[str, Any]:
@@ -203,9 +241,8 @@ def is_randomised(found: bool) -> Flag:
 
 def probabilities(base: nn.Module, x: Tensor) -> Flag:
     """Losses on probabilities instead of logits have vanishing gradients."""
-    with torch.no_grad(), evaluating(base):
-        out = base(x[:_FEW]).double()
-    found = bool((out >= 0).all()) and torch.allclose(out.sum(1), torch.ones_like(out.sum(1)), atol=1e-4)
+    with torch.no_grad():
+        found = models.are_probabilities(models.logits(base, x[:_FEW]))
     return Flag("probabilities for logits", found, "the base network's outputs sum to 1" if found else "logits")
 
 
@@ -213,11 +250,9 @@ def zero_gradients(targets: dict[str, Model], x: Tensor, y: Tensor) -> Flag:
     """A gradient of exactly zero leaves nothing to climb: robustness would be an illusion."""
     zero: dict[str, int] = {}
     for name, target in targets.items():
-        with torch.enable_grad(), evaluating(*[target] if isinstance(target, nn.Module) else []):
+        with torch.enable_grad():
             point = x.detach().requires_grad_()
-            logits = target(point).double()
-            loss = torch.logsumexp(logits.scatter(1, y[:, None], -torch.inf), 1) - logits.gather(1, y[:, None])[:, 0]
-            (gradient,) = torch.autograd.grad(loss.sum(), point)
+            (gradient,) = torch.autograd.grad(log_odds(models.logits(target, point), y).sum(), point)
         zero[name] = int((gradient.flatten(1) == 0).all(1).sum())
     bad = [f"{name}: {count} of {len(x)}" for name, count in zero.items() if count]
     return Flag("zero gradients", bool(bad), "; ".join(bad) or f"none in {len(x)} images on {', '.join(zero)}")
@@ -235,6 +270,23 @@ def batch(subject: Subject, x: Tensor, seeds: Sequence[int], repeatable: bool) -
     differing = int(((together != alone) | (together != backwards)).sum())
     # A sum that is computed in another order may tip an answer on the edge, no more.
     return Flag(name, differing > max(1, len(x) // 16), f"{differing} of {len(x)} answers differ alone or in reverse")
+
+
+def steady(base: nn.Module, x: Tensor) -> Flag:
+    """A network whose answers change by themselves, or with the batch, cannot be attacked by what it said before."""
+    wrong = models.unsteady(functools.partial(models.logits, base), x)
+    return Flag("the network is unsteady", wrong is not None, f"it {wrong}" if wrong else "the same answers each time")
+
+
+def agreement(subject: Subject, x: Tensor, seeds: Sequence[int], repeatable: bool) -> Flag:
+    """Attacks follow the log-probabilities, and labels are counted: where they differ attacks aim beside the mark."""
+    name = "labels are not those of the log-probabilities"
+    if not repeatable:
+        return Flag(name, False, "not tested: the answers are random and take no seed")
+    asked = Subject(subject.defence, classes=subject.classes, fixed=seeds[0] if seeds else 0)
+    with torch.no_grad():
+        differing = int((asked(x).argmax(1).cpu() != asked.labels(x, seeds[:1])[0][0]).sum())
+    return Flag(name, differing > len(x) // 8, f"{differing} of {len(x)} answers differ")
 
 
 def failed(faults: Counter[str]) -> Flag:

@@ -1,31 +1,54 @@
-"""Labelled images: benchmark datasets, Parquet files of the Hugging Face convention, class folders."""
+"""Labelled images: benchmark datasets, Parquet files, class folders, datasets of the Hugging Face hub.
+
+`read` is the one door: every file of images that the package takes comes in through it or its short forms.
+"""
 
 from __future__ import annotations
 
-import importlib
-import io
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from immunonet import _check
+from immunonet import _check, _sources
+from immunonet._pictures import BACKGROUNDS, decode, require
+from immunonet._sources import IMAGE_COLUMNS, LABEL_COLUMNS
+
+__all__ = [
+    "BACKGROUNDS",
+    "DATASETS",
+    "IMAGE_COLUMNS",
+    "LABEL_COLUMNS",
+    "SPLITS",
+    "Images",
+    "classes_of",
+    "load",
+    "read",
+    "read_folder",
+    "read_images",
+    "read_parquet",
+    "require",
+    "sample",
+    "split",
+    "splits",
+]
 
 _HUB = {
-    "mnist": ("ylecun/mnist", "mnist"),
-    "cifar10": ("uoft-cs/cifar10", "plain_text"),
-    "svhn": ("ufldl-stanford/svhn", "cropped_digits"),
+    "mnist": "hf:ylecun/mnist:mnist",
+    "cifar10": "hf:uoft-cs/cifar10:plain_text",
+    "cifar100": "hf:uoft-cs/cifar100:cifar100",
+    "fashion_mnist": "hf:zalando-datasets/fashion_mnist:fashion_mnist",
+    "svhn": "hf:ufldl-stanford/svhn:cropped_digits",
 }
-DATASETS = ("mnist", "cifar10", "svhn", "svhn-sample", "digits")
+DATASETS = (*_HUB, "svhn-sample", "digits")
 SPLITS = ("train", "test")
-_GREY = {"1", "L"}
-_COLOUR = {"P", "PA", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB"}
+
+# More classes than this are no classes, but numbers of some other kind.
+_MOST = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -33,40 +56,64 @@ class Images:
     """Labelled images.
 
     x: float32 (N, C, H, W) in [0, 1], C = 1 (grey) or 3 (red, green, blue); y: int64 (N,) in [0,
-    len(classes)); classes: the name of each label.
+    len(classes)); classes: the name of each label. named: False where the source names no classes, so that they are
+    the numbers up to the highest label that occurs, and there may be more.
     """
 
     x: Tensor
     y: Tensor
     classes: tuple[str, ...]
+    named: bool = True
 
     def __len__(self) -> int:
         return len(self.y)
 
     def __getitem__(self, index: slice | Tensor | Sequence[int]) -> Images:
         """Return the images at `index` (a slice, indices or a mask)."""
-        return Images(self.x[index], self.y[index], self.classes)
+        return Images(self.x[index], self.y[index], self.classes, self.named)
 
 
-def require(module: str, extra: str) -> Any:
-    """Import an optional dependency; ImportError says which extra of the package brings it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"this needs {module.partition('.')[0]}: pip install 'immunonet[{extra}]'") from error
-
-
-def load(name: str, split: str, *, directory: str | Path | None = None) -> Images:
+def load(
+    name: str,
+    split: str,
+    *,
+    directory: str | Path | None = None,
+    image: str | None = None,
+    label: str | None = None,
+    size: int | None = None,
+    background: str = "white",
+    classes: Sequence[str] | None = None,
+    labelled: bool = True,
+) -> Images:
     """Return the "train" or "test" split of a benchmark dataset, one of `DATASETS`, in its original order.
 
     "digits" comes with scikit-learn (8x8, grey). The others are read from
-    `<directory>/<name>-<split>.parquet`; `directory` defaults to $IMMUNONET_DATA. Without that file it is
-    fetched from the Hugging Face hub, which has no "svhn-sample". FileNotFoundError says what to do when it
-    can be had from neither; ValueError names a file that is corrupt, truncated or of another kind.
+    `<directory>/<name>-<split>.parquet`; `directory` defaults to $IMMUNONET_DATA. Without that file they come from
+    the Hugging Face hub, which has no "svhn-sample", and stay in its cache. The further arguments are those of `read`.
+    FileNotFoundError says what to do when it can be had from neither; ValueError names a file that is corrupt,
+    truncated or of another kind.
     """
     _check.choice("name", name, DATASETS)
     _check.choice("split", split, SPLITS)
-    return _digits(split) if name == "digits" else read_parquet(_find(name, split, directory))
+    if name == "digits":
+        given = {"image": image, "label": label, "size": size}
+        if wrong := [option for option, value in given.items() if value is not None]:
+            raise ValueError(f"{wrong[0]} must be left out with digits, which are 8x8 numbers and no picture files")
+        return _digits(split)
+    options: dict[str, Any] = {"image": image, "label": label, "size": size, "background": background}
+    options |= {"classes": classes, "labelled": labelled}
+    directory = directory or os.environ.get("IMMUNONET_DATA") or None
+    file = f"{name}-{split}.parquet"
+    if directory is not None and (path := Path(directory) / file).is_file():
+        return read_parquet(path, **options)
+    looked = f"{file} is not in {directory}" if directory is not None else f"no folder was given for {file}"
+    advice = "put the file in a folder and give that folder by --data DIR or $IMMUNONET_DATA"
+    if name not in _HUB:
+        raise FileNotFoundError(f"{looked}, and it is not on the Hugging Face hub: {advice}")
+    try:
+        return read(_HUB[name], split, **options)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{looked}, and {error}. Check the network, or {advice}") from error
 
 
 def split(n: int, validation: int | None = None) -> tuple[Tensor, Tensor]:
@@ -82,133 +129,136 @@ def split(n: int, validation: int | None = None) -> tuple[Tensor, Tensor]:
     return order[:-held].sort().values, order[-held:].sort().values
 
 
-def read_parquet(path: str | Path) -> Images:
-    """Read a Parquet file of the Hugging Face image convention.
+def sample(n: int, count: int | None = None) -> Tensor:
+    """Return the indices, int64, of a fixed random sample of `count` of n examples (all if None or more than n).
 
-    Columns: `image` or `img` (a struct of `bytes` and `path`, or the encoded file as binary) and `label` (an
-    integer). Class names come from the schema's metadata (`huggingface` or `classes`), else they are the
-    numbers. FileNotFoundError if there is no such file; ValueError names the file, and the row, that cannot
-    be read.
+    They are in random order, and smaller samples are the first part of larger ones: where data are in the order of
+    their classes, the first few of a sample are still of every class, as the first few examples are not.
     """
-    path = Path(path)
-    if not path.is_file():
+    _check.integer("n", n)
+    if count is not None:
+        _check.integer("count", count)
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:count]
+
+
+def read(
+    source: str | Path,
+    split: str | None = None,
+    *,
+    image: str | None = None,
+    label: str | None = None,
+    size: int | None = None,
+    background: str = "white",
+    classes: Sequence[str] | None = None,
+    labelled: bool = True,
+) -> Images:
+    """Return the images of a Parquet file, a folder of class folders, or a dataset of the Hugging Face hub.
+
+    `source` is a Parquet file of any writer; a folder `<source>/<class name>/<image file>`, also one such folder per
+    split; a folder that holds Parquet files, such as a copy of a hub dataset; or "hf:owner/name" or
+    "hf:owner/name:config" of the hub. `split`: one of `splits(source)`, None for a source without splits.
+
+    `image` and `label` name the columns (default: the first there is of `IMAGE_COLUMNS` and `LABEL_COLUMNS`). Images
+    are encoded files; they are turned as their EXIF orientation says, what is transparent shows `background` ("white"
+    or "black"), and with a `size` they are resized and cropped to that square. Labels are numbers or names.
+
+    `classes`: those of the training set, which then rule. Labels that have names are matched by name; numbers without
+    names are places in `classes`, unless these are numbers themselves. Without it classes are the source's own
+    names, else the strings that occur, sorted, else the numbers up to the highest. `labelled=False`: labels
+    are not looked at; every y is -1 and there are no classes.
+
+    FileNotFoundError if there is no such source; ValueError names the file or the row that cannot be read, the
+    label that is missing or of no known class, the split or the column that is not there.
+    """
+    found = _sources.open_source(source, split)
+    where = str(source) if split is None else f"{source}, {split}"
+    y, names, named = torch.empty(0, dtype=torch.int64), tuple[str, ...](), False
+    if labelled:
+        labels, own = found.labels(label)
+        y, names, named = _numbered(labels, own, classes, where)
+    x = decode(found.pictures(image), where, size=size, background=background)
+    return Images(x, y if labelled else torch.full((len(x),), -1), names, named)
+
+
+def classes_of(source: str | Path, split: str | None = None, *, label: str | None = None) -> tuple[str, ...]:
+    """Return the names of a source's classes, as `read` finds them, without reading its images."""
+    labels, names = _sources.open_source(source, split).labels(label)
+    return names or _numbered(labels, None, None, str(source))[1]
+
+
+def splits(source: str | Path) -> tuple[str, ...]:
+    """Return the names of the splits of a source, such as "train" and "test"; () for one without splits.
+
+    Folders and files are known by the usual words: "val" and "dev" are "validation". FileNotFoundError if there is no
+    such source.
+    """
+    return _sources.splits(source)
+
+
+def read_parquet(path: str | Path, **options: Any) -> Images:
+    """Return the images of one Parquet file; `options` are those of `read`. FileNotFoundError if there is none."""
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    pa, pq = require("pyarrow", "data"), require("pyarrow.parquet", "data")
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable Parquet file ({_first_line(error)})") from error
-    image = next((c for c in ("image", "img") if c in table.column_names), None)
-    if image is None or "label" not in table.column_names:
-        raise ValueError(f"{path} must have the columns image (or img) and label, found {table.column_names}")
-    label, column = table.column("label"), table.column(image)
-    if not pa.types.is_integer(label.type) or label.null_count:
-        raise ValueError(f"{path}: label must be integers without nulls, got {label.type}, {label.null_count} nulls")
-    if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
-        column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks], pa.binary())
-    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
-        raise ValueError(f"{path}: {image} must be binary or a struct with bytes, got {column.type}")
-    x = _decode(((f"{path}, row {i}", cell.as_buffer()) for i, cell in enumerate(column)), path)
-    y = torch.from_numpy(label.to_numpy().astype(np.int64))
-    classes = _class_names(table.schema.metadata or {}, path) or tuple(map(str, range(int(y.max()) + 1)))
-    low, high = int(y.min()), int(y.max())
-    if low < 0 or high >= len(classes):
-        raise ValueError(f"{path}: labels must be in 0 to {len(classes) - 1}, got values in [{low}, {high}]")
-    return Images(x, y, classes)
+    return read(path, **options)
 
 
-def read_folder(path: str | Path) -> Images:
-    """Read a folder of class folders: `<path>/<class name>/<image file>`, both in alphabetical order.
+def read_folder(path: str | Path, **options: Any) -> Images:
+    """Return the images of a folder of class folders, `<path>/<class name>/<image file>`, in alphabetical order.
 
-    Hidden files are left out; every other file must be an image. FileNotFoundError if there is no such
-    folder; ValueError names the folder without images, the file that cannot be read, or the first of another
-    size.
+    Hidden files are left out; every other file must be an image. `options` are those of `read`. FileNotFoundError
+    if there is no such folder; ValueError names the folder without images, or the file that cannot be read.
     """
-    path = Path(path)
-    if not path.is_dir():
+    if not Path(path).is_dir():
         raise FileNotFoundError(f"{path} is not a folder")
-    folders = [folder for folder in _visible(path) if folder.is_dir()]
-    if not folders:
-        raise ValueError(f"{path} has no class folders: put the images of each class in {path}/<class name>/")
-    files = [(file, label) for label, folder in enumerate(folders) for file in _visible(folder)]
-    counts = np.bincount([label for _, label in files], minlength=len(folders))
-    if not counts.all():
-        raise ValueError(f"{folders[int(counts.argmin())]} has no images: add some, or remove this class folder")
-    x = _decode(((str(file), file) for file, _ in files), path)
-    return Images(x, torch.tensor([label for _, label in files]), tuple(folder.name for folder in folders))
+    return read(path, **options)
 
 
-def read_images(files: Sequence[Path]) -> Tensor:
-    """Return image files of one size as (N, C, H, W) in [0, 1]; ValueError names the file that cannot be read."""
-    return _decode(((str(file), file) for file in files), files[0].parent)
+def read_images(files: Sequence[Path], *, size: int | None = None, background: str = "white") -> Tensor:
+    """Return image files as (N, C, H, W) in [0, 1], read as by `read`; ValueError names the one that cannot be."""
+    return decode(((str(file), file) for file in files), str(files[0].parent), size=size, background=background)
 
 
-def _visible(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+def _numbered(
+    labels: Sequence[Any], names: tuple[str, ...] | None, classes: Sequence[str] | None, where: str
+) -> tuple[Tensor, tuple[str, ...], bool]:
+    """Return labels `(N,)` as places in the classes, their names, and whether these are names."""
+    missing = [row for row, value in enumerate(labels) if value is None or (not isinstance(value, str) and value < 0)]
+    if missing:
+        raise ValueError(
+            f"{where}: label is missing (-1 or null) in {len(missing)} of {len(labels)} rows, first in row "
+            f"{missing[0]}: leave these rows out, or name another column by label= (--label)"
+        )
+    if labels and isinstance(labels[0], str):
+        strings = [str(value) for value in labels]
+        names = names or tuple(sorted(set(strings)))
+        if classes is None and (unknown := sorted(set(strings) - set(names))):
+            raise ValueError(f"{where}: label {unknown[0]!r} is not among the classes that it names, {_few(names)}")
+    else:
+        numbers = [int(value) for value in labels]
+        low, high = (min(numbers), max(numbers)) if numbers else (0, 0)
+        if names is not None and high >= len(names):
+            raise ValueError(f"{where}: labels must be in 0 to {len(names) - 1}, got values in [{low}, {high}]")
+        if names is None and high >= _MOST:
+            raise ValueError(f"{where}: label {high} is no class: name the column of labels by label= (--label)")
+        if names is None and classes is not None and not all(name.isdecimal() for name in classes):
+            if high >= len(classes):
+                raise ValueError(f"{where}: label {high} is not among the {len(classes)} training classes, from 0 on")
+            return torch.tensor(numbers, dtype=torch.int64), tuple(classes), True
+        if names is None and classes is None:
+            return torch.tensor(numbers, dtype=torch.int64), tuple(map(str, range(high + 1))), False
+        strings = [str(value) if names is None else names[value] for value in numbers]
+    known = tuple(classes or names or ())
+    places = {name: place for place, name in enumerate(known)}
+    if unknown := sorted(set(strings) - places.keys()):
+        raise ValueError(
+            f"{where} has the class {unknown[0]!r}, which is not among the training classes, {_few(known)}: "
+            "leave its images out, or train with it"
+        )
+    return torch.tensor([places[value] for value in strings], dtype=torch.int64), known, True
 
 
-def _decode(sources: Iterable[tuple[str, Any]], origin: Path) -> Tensor:
-    """Return (N, C, H, W) in [0, 1]; grey images become colour if any image is in colour."""
-    images: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
-    for name, pixels in _pixels(sources):
-        if images and pixels.shape[:2] != images[0].shape[:2]:
-            (h, w), (h0, w0) = pixels.shape[:2], images[0].shape[:2]
-            raise ValueError(f"{name} is {w}x{h}, but the images before it are {w0}x{h0}: make all of one size")
-        images.append(pixels)
-    if not images:
-        raise ValueError(f"{origin} has no images")
-    if any(image.ndim == 3 for image in images):
-        images = [image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for image in images]
-    stacked = torch.from_numpy(np.stack(images))
-    stacked = stacked.permute(0, 3, 1, 2) if stacked.ndim == 4 else stacked[:, None]
-    return stacked.contiguous().float().div_(255)
-
-
-def _pixels(sources: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, np.ndarray[Any, np.dtype[np.uint8]]]]:
-    image_module = require("PIL.Image", "data")
-    for name, source in sources:
-        if source is None:
-            raise ValueError(f"{name} has no image bytes")
-        try:
-            with image_module.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
-                if image.mode not in _GREY | _COLOUR:
-                    raise ValueError(f"mode {image.mode} is neither 8-bit grey nor colour")
-                yield name, np.array(image.convert("L" if image.mode in _GREY else "RGB"))
-        except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
-            raise ValueError(f"{name} is not a readable image ({_first_line(error)})") from error
-
-
-def _class_names(metadata: dict[bytes, bytes], path: Path) -> tuple[str, ...] | None:
-    try:
-        if b"huggingface" in metadata:
-            names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"].get("names")
-            if names:
-                return tuple(map(str, names))
-        if b"classes" in metadata:
-            return tuple(map(str, json.loads(metadata[b"classes"])))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: the class names in its metadata cannot be read ({error!r})") from error
-    return None
-
-
-def _find(name: str, split: str, directory: str | Path | None) -> Path:
-    directory = directory or os.environ.get("IMMUNONET_DATA") or None
-    file = f"{name}-{split}.parquet"
-    if directory is not None and (path := Path(directory) / file).is_file():
-        return path
-    looked = f"{file} is not in {directory}" if directory is not None else f"no folder was given for {file}"
-    advice = "put the file in a folder and give that folder by --data DIR or $IMMUNONET_DATA"
-    if name not in _HUB:
-        raise FileNotFoundError(f"{looked}, and it is not on the Hugging Face hub: {advice}")
-    repository, config = _HUB[name]
-    hub = require("huggingface_hub", "data")
-    try:
-        return Path(hub.hf_hub_download(repository, f"{config}/{split}-00000-of-00001.parquet", repo_type="dataset"))
-    except Exception as error:  # the hub's client raises the errors of whichever HTTP library it uses
-        raise FileNotFoundError(
-            f"{looked}, and {repository} could not be fetched from the Hugging Face hub "
-            f"({type(error).__name__}: {_first_line(error)}). Check the network, or {advice}"
-        ) from error
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _digits(split: str) -> Images:
@@ -217,7 +267,3 @@ def _digits(split: str) -> Images:
     chosen = order[360:] if split == "train" else order[:360]
     x = torch.from_numpy(bunch.images).float().div_(16)[:, None]
     return Images(x[chosen], torch.from_numpy(bunch.target).long()[chosen], tuple(map(str, bunch.target_names)))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -32,9 +32,8 @@ def run(command: Run, monkeypatch: Any) -> Run:
     monkeypatch.setattr(demo_module, "RUNS", 2)
     monkeypatch.setattr(demo_module, "one_thread", lambda: None)  # other tests keep their threads
     monkeypatch.setattr(demo_module, "VALIDATION", 100)
-    monkeypatch.setattr(
-        demo_module.common, "resolve_dataset", lambda name, split: data.load(name, split)[: 600 : SKIP[split]]
-    )
+    load = data.load
+    monkeypatch.setattr(demo_module.data, "load", lambda name, split: load(name, split)[: 600 : SKIP[split]])
 
     return functools.partial(command, "demo")
 

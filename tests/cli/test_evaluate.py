@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from immunonet import DkNN, data, zoo
 from immunonet.attacks import PGD
+from immunonet.cli import evaluate as evaluate_module
 
 KEYS = {
     "dataset", "defence", "attack", "knows", "eps", "norm", "n", "correct", "accuracy", "ci95",
@@ -57,7 +59,8 @@ def test_every_defence_meets_every_attack(run, digits_net):
     assert rows["rails", "conv1", "soft-knn"]["knows"] == rows["rails", "conv1", "soft-clones"]["knows"] == "defence"
     assert rows["rails", "conv1", "soft-clones"]["settings"]["surrogate"] == {"sharpness": [0.1]}
 
-    test, train = data.load("digits", "test")[:20], data.load("digits", "train")
+    assert all(row["settings"]["slice"] == {"sample": [20, 360], "seed": 0} for row in rows.values())
+    test, train = data.load("digits", "test")[data.sample(360, 20)], data.load("digits", "train")
     moved = PGD(eps=1 / 8, step=1 / 32, iterations=3, random_start=False)(digits_net, test.x, test.y).adversarials
     with torch.no_grad():
         assert rows["cnn", "pgd"]["correct"] == int((digits_net(moved).argmax(1) == test.y).sum())
@@ -138,13 +141,58 @@ def test_settings_are_tried_on_validation_images_that_do_not_calibrate(run, digi
     rows = by_key("r.json")[1]
     train = data.load("digits", "train")
     held = train[data.split(len(train))[1]]
+    tried = held[data.sample(len(held), 20)]
     with torch.no_grad():
-        assert rows["cnn", "none"]["correct"] == int((digits_net(held.x[:20]).argmax(1) == held.y[:20]).sum())
+        assert rows["cnn", "none"]["correct"] == int((digits_net(tried.x).argmax(1) == tried.y).sum())
     settings = rows["dknn", "input", "none"]["settings"]
     assert (settings["split"], settings["calibration"]) == ("validation", len(held) - 20)
     code, _, err = run(*SMALL[:2], "--n", len(held), *SMALL[4:], "--split", "validation")
     assert code == 2
     assert f"--n must leave some of the {len(held)} validation images, got {len(held)}" in err
+
+
+def test_a_slice_is_in_the_order_of_the_file(run, digits_net):
+    short = [word for word in SMALL if word not in ("--n", 20)]
+    code, _, err = run(*short, "--slice", "10:40", "--attack", "none", "--json", "r.json")
+    assert code == 0, err
+    rows = by_key("r.json")[1]
+    test = data.load("digits", "test")[10:40]
+    with torch.no_grad():
+        assert rows["cnn", "none"]["correct"] == int((digits_net(test.x).argmax(1) == test.y).sum())
+    assert {tuple(row["settings"]["slice"]) for row in rows.values()} == {(10, 40)}
+    # The same folder goes on with neither another slice nor a sample, whose images are others.
+    for other in (["--slice", "0:30"], ["--n", 30]):
+        code, _, err = run(*short, *other, "--attack", "none")
+        assert code == 2
+        assert "results of other settings" in err
+    code, _, err = run(*short, "--slice", "0:100", "--split", "validation", "--attack", "none", "--out", "v")
+    assert code == 0, err
+    code, _, err = run(*short, "--slice", "0:143", "--split", "validation", "--attack", "none", "--out", "v")
+    assert code == 2
+    assert "--slice must leave some of the 143 validation images, got 0:143" in err
+
+
+def test_a_sample_of_data_in_class_order_is_of_every_class(command):
+    """A network that always says "a" is right on a fifth of five classes, however few are asked about."""
+    for split, n in (("train", 12), ("test", 40)):
+        for label in "abcde":
+            (Path("set") / split / label).mkdir(parents=True)
+            for i in range(n):
+                Image.new("L", (4, 4), i).save(Path("set") / split / label / f"{i:02}.png")
+    Path("always_a.py").write_text(
+        "import torch\nfrom torch import nn\n\ndef make():\n    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))\n"
+        "    net[1].weight.data.zero_()\n    net[1].bias.data = torch.tensor([5., 0, 0, 0, 0])\n    return net\n"
+    )
+    words = ["evaluate", "--dataset", "set", "--model", "always_a:make", "--attack", "none", "--seeds", 1]
+    few = ["--maturation", "neighbours=2"]
+    shares = []
+    for n in (40, 80, 200):
+        code, _, err = command(*words, "--population", 50, "--n", n, "--out", n, *few, "--json", "r.json")
+        assert code == 0, err
+        shares.append(by_key("r.json")[1]["cnn", "none"]["accuracy"])
+    assert shares[-1] == 0.2
+    assert max(abs(share - 0.2) for share in shares) < 0.2  # over three standard deviations; the first 40 gave 1.0
+    sys.modules.pop("always_a", None)
 
 
 def test_the_networks_own_voice(run):
@@ -174,6 +222,7 @@ def test_the_networks_own_voice(run):
         (["--eps", "1/0"], "--eps must be a number"),
         (["--eps", "-0.1"], "eps must be a finite number in [0"),
         (["--step", "x"], "--step must be a number"),
+        (["--slice", "0:10"], "--slice goes without --n: it says which images and how many"),
         (["--norm", "l1"], "norm must be one of 'linf', 'l2'"),
         (
             ["--attack", "magic"],
@@ -213,3 +262,29 @@ def test_one_defence_over_several_layers(run):
     code, _, err = run(*SMALL, "--layer", "conv1+nowhere")
     assert code == 2
     assert "layers='nowhere' is no submodule of the model" in err
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ("10", "--slice must be FROM:TO, two numbers such as 0:1000, got '10'"),
+        ("9:3", "--slice must be FROM:TO"),
+        ("-1:3", "--slice must be FROM:TO"),
+        ("0:400", "--slice must end at 360, the number of images, or before, got 0:400"),
+    ],
+)
+def test_a_wrong_slice(run, part, told):
+    code, _, err = run("--dataset", "digits", "--weights", "digits.safetensors", f"--slice={part}")
+    assert code == 2
+    assert told in err
+
+
+def test_names_of_files_may_hold_an_equals_sign(digits_net, tmp_path):
+    path = tmp_path / "epoch=9-acc=0.97.safetensors"
+    zoo.save_weights(digits_net, path)
+    x = torch.rand(3, 1, 8, 8)
+    for text in (str(path), f"digits={path}"):
+        net = evaluate_module._other(text, "digits", torch.device("cpu"), 10)
+        torch.testing.assert_close(net(x), digits_net(x), atol=1e-2, rtol=1e-2)
+    with pytest.raises(FileNotFoundError, match=r"lr=3-gone\.safetensors"):
+        evaluate_module._other("lr=3-gone.safetensors", "digits", torch.device("cpu"), 10)

@@ -49,6 +49,7 @@ def test_three_defences_are_attacked_and_the_finding_is_written(run):
     attacks = {row["attack"] for row in record["results"] if row["defence"] == "rails"}
     assert {"transfer-1", "unrolled", "square", "hop-skip-jump"} <= attacks
     assert len({(row["defence"], row["attack"]) for row in record["results"]}) == len(record["results"])
+    assert all(row["settings"]["slice"] == {"sample": [12, 360], "seed": 0} for row in record["results"])
     assert [one["defence"] for one in record["evaluations"]] == ["cnn", "dknn", "rails"]
     assert "neighbours" in worst["dknn"]["settings"]["tuning"]
     assert "plan for rails: about" in err

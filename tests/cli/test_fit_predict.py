@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from immunonet import RAILS, DkNN, data, zoo
 from immunonet.cli import common
@@ -144,6 +148,47 @@ def test_predict_reads_files_and_folders(command: Run, weights: Path, tmp_path: 
     dknn = DkNN.load("defence", common.load_model("digits", weights))
     expected = dknn.predict(torch.from_numpy(images).float().div(255)[:, None]).tolist()
     assert [int(line.split("\t")[1]) for line in out.splitlines()[1:]] == expected
+
+
+def test_predict_needs_no_labels(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 51, np.uint8)).save(file, "PNG")
+    rows = [{"bytes": file.getvalue(), "path": None}] * 3
+    for labels in ({}, {"label": [-1] * 3}, {"label": ["a", "b", "a"]}, {"label": [0.5, 1.5, 2.5]}):
+        pq.write_table(pa.table({"image": rows} | labels), tmp_path / "f.parquet")
+        names, x = predict_module.read([str(tmp_path / "f.parquet")], "test", None, (1, 8, 8))
+        assert names == [f"{tmp_path / 'f.parquet'}:{i}" for i in range(3)]
+        assert torch.equal(x, torch.full((3, 1, 8, 8), 51 / 255))
+
+
+def test_predict_reads_a_folder_called_like_a_dataset(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("digits").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save("digits/1.png")
+    assert predict_module.read(["digits"], "test", None, (1, 8, 8))[0] == ["digits/1.png"]
+    Path("digits/1.png").unlink()
+    pq.write_table(pa.table({"image": [b"?"]}), "digits/test.parquet")
+    with pytest.raises(ValueError, match=r"digits/test\.parquet, row 0 is not a readable image"):
+        predict_module.read(["digits"], "test", None, (1, 8, 8))
+    with pytest.raises(ValueError, match="digits has no split 'train', it has test"):
+        predict_module.read(["digits"], "train", None, (1, 8, 8))
+
+
+class Third(nn.Module):
+    """A kind of defence that predict has never heard of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensor([[0.25, 0.75]]).log().expand(len(x), 2)
+
+    def foreign(self, x: Tensor) -> Tensor:
+        return x.flatten(1).mean(1) > 0.5
+
+
+def test_a_third_kind_of_defence_answers() -> None:
+    x = torch.stack([torch.zeros(1, 2, 2), torch.ones(1, 2, 2)])
+    defence: Any = Third()
+    expected = {"label": 1, "share": 0.75, "credibility": None}
+    assert predict_module.answers(defence, x, 0) == [expected | {"foreign": False}, expected | {"foreign": True}]
 
 
 def test_grey_images_become_colour_for_a_colour_defence(tmp_path: Path) -> None:

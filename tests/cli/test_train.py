@@ -1,3 +1,4 @@
+import importlib
 import io
 import json
 import re
@@ -13,7 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from immunonet import data, zoo
-from immunonet.cli import common, main
+from immunonet.cli import common, main, reproduce
 
 
 @pytest.fixture
@@ -216,7 +217,7 @@ def test_a_users_own_model(command, digits, monkeypatch):
         (["digits", "--model", "my_networks:word"], "must return a torch.nn.Module, got str"),
         (["digits", "--model", "residual"], r"--model residual does not take images of shape \(1, 8, 8\)"),
         (["digits", "--model", "my_networks:narrow"], r"logits of shape \(2, 10\) .* got \(2, 3\)"),
-        (["digits", "--model", "my_networks:pair"], r"logits of shape \(2, 10\) .* got tuple"),
+        (["digits", "--model", "my_networks:pair"], r"logits of shape \(2, 10\) .* got \(2, 1, 8, 8\)"),
         (["digits", "--device", "nowhere"], "--device must be one of cpu.* got 'nowhere'"),
         (["digits", "--validation", "5000"], "validation must be at least 1 and at most 1436, got 5000"),
         (["digits", "--lr", "0"], "lr must be a finite number"),
@@ -292,6 +293,133 @@ def test_a_folder_without_a_split_is_split(folder):
     whole = data.read_folder(folder / "train")
     rows = torch.cat([part.x.flatten(1) + part.y[:, None] for part in parts])
     assert sorted(rows.tolist()) == sorted((whole.x.flatten(1) + whole.y[:, None]).tolist())
+
+
+def class_folders(path, **classes):
+    for name, n in classes.items():
+        (path / name).mkdir(parents=True)
+        for i in range(n):
+            Image.new("L", (8, 8), i).save(path / name / f"{i}.png")
+    return path
+
+
+def test_labels_are_those_of_the_training_classes(tmp_path):
+    class_folders(tmp_path / "set" / "train", cat=1, dog=1, eel=1)
+    class_folders(tmp_path / "set" / "test", dog=1, eel=2)
+    test = common.resolve_dataset(str(tmp_path / "set"), "test")
+    assert (test.classes, test.y.tolist()) == (("cat", "dog", "eel"), [1, 2, 2])
+    class_folders(tmp_path / "set" / "test", fox=1)
+    with pytest.raises(ValueError, match="has the class 'fox', which is not among the training classes, cat, dog, eel"):
+        common.resolve_dataset(str(tmp_path / "set"), "test")
+
+
+def test_a_validation_folder_is_the_test_split_where_there_is_no_other(tmp_path, capsys):
+    for split, n in (("train", 3), ("val", 1)):
+        class_folders(tmp_path / "set" / split, a=n, b=n)
+    assert [len(common.resolve_dataset(str(tmp_path / "set"), split)) for split in data.SPLITS] == [6, 2]
+    assert "has no test split: its validation split is taken as test" in " ".join(capsys.readouterr().err.split())
+    class_folders(tmp_path / "set" / "test", a=5)
+    assert len(common.resolve_dataset(str(tmp_path / "set"), "test")) == 5
+    assert capsys.readouterr().err == ""
+
+
+def test_a_path_that_is_there_goes_before_a_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    class_folders(tmp_path / "digits", cat=1, dog=1)
+    assert common.resolve_dataset("digits", "train").classes == ("cat", "dog")
+    assert "digits: taking what lies in" in capsys.readouterr().err
+    (tmp_path / "mnist").write_text("no images")
+    with pytest.raises(ValueError, match="mnist is not a readable Parquet file"):
+        common.resolve_dataset("mnist", "train")
+    # What the program itself means by a name stays what it means.
+    assert reproduce._images("digits", "test", None).classes == tuple("0123456789")
+    assert reproduce._images("digits", "train", None, given=True).classes == ("cat", "dog")
+
+
+def test_a_dataset_of_one_image(tmp_path):
+    path = class_folders(tmp_path / "set", a=1)
+    assert len(common.resolve_dataset(str(path), "train")) == 1
+    with pytest.raises(ValueError, match="has one image and no test split"):
+        common.resolve_dataset(str(path), "test")
+
+
+def numbered(path, labels):
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "PNG")
+    pq.write_table(pa.table({"image": [file.getvalue()] * len(labels), "label": labels}), path)
+    return data.read_parquet(path)
+
+
+def test_a_file_without_names_may_lack_the_highest_label(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    for labels in ([0, 1, 2], [0, 1], [0, 2]):
+        common.check_model("mine:net", net, numbered(tmp_path / "x.parquet", labels))
+    with pytest.raises(ValueError, match=r"must return logits of shape \(2, 4\) .* got \(2, 3\)"):
+        common.check_model("mine:net", net, numbered(tmp_path / "x.parquet", [0, 3]))
+    with pytest.raises(ValueError, match=r"must return logits of shape \(2, 10\) .* got \(2, 3\)"):
+        common.check_model("mine:net", net, data.load("digits", "test"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def make(): return {}['weights']", r"failed .*KeyError: 'weights' \(.*broken_net\.py, line 1\)"),
+        ("def make(): raise SystemError('odd')", "failed .*SystemError: odd"),
+        ("from torch import nn\ndef make():\n  n = nn.Linear(2, 1)\n  n.load_state_dict({})", r"failed .*line 4\)"),
+        ("def make(classes): pass", r"failed .*without arguments.*missing 1 .*'classes' \(.*broken_net\.py, line 1"),
+        ("def make(:", r"cannot be imported \(SyntaxError: .*broken_net\.py, line 1"),
+        ("1 / 0", r"cannot be imported \(ZeroDivisionError: division by zero \(.*broken_net\.py, line 1\)\)"),
+        ("import torch\nmake = torch.nn.Flatten", "has no parameters: keep its layers as attributes"),
+        (
+            "from torch import nn\nclass M(nn.Linear):\n  def forward(self, x): return {}['no']\n"
+            "def make(): return M(2, 1)",
+            r"does not take images of shape \(1, 8, 8\) \(.*broken_net\.py, line 3\)",
+        ),
+    ],
+)
+def test_a_users_factory_that_fails_is_one_line(command, monkeypatch, text, message):
+    Path("broken_net.py").write_text(text)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    sys.modules.pop("broken_net", None)
+    importlib.invalidate_caches()
+    code, out, err = command("train", "digits", "--model", "broken_net:make")
+    sys.modules.pop("broken_net", None)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert re.search(rf"--model broken_net:make {message}", err)
+
+
+def test_columns_size_and_background_reach_the_reader(command):
+    file = io.BytesIO()
+    Image.new("RGBA", (10, 20), (0, 0, 0, 0)).save(file, "PNG")
+    pq.write_table(pa.table({"scan": [file.getvalue()] * 20, "kind": ["b", "a"] * 10}), "x.parquet")
+    Path("gather.py").write_text(
+        "from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(192, 2))\n"
+    )
+    sys.modules.pop("gather", None)
+    words = ["x.parquet", "--model", "gather:make", "--image", "scan", "--label", "kind", "--size", 8]
+    code, _, err = command("train", *words, "--background", "black", "--epochs", 1, "--json", "r.json")
+    assert code == 0, err
+    settings = json.loads(Path("r.json").read_text())["results"][0]["settings"]
+    how = {"image": "scan", "label": "kind", "size": 8, "background": "black"}
+    assert {key: settings[key] for key in how} == how
+    words[0:1] = ["--dataset", "x.parquet", "--weights", "weights/x.safetensors"]
+    code, _, err = command("fit", *words, "--background", "black", "--defence", "dknn", "--neighbours", 2)
+    assert code == 0, err
+    record = json.loads(Path("defence/fit.json").read_text())
+    assert (record["classes"], record["size"], record["background"]) == (["a", "b"], 8, "black")
+    # predict takes size and background from the defence.
+    code, out, err = command("predict", "x.parquet", "--image", "scan", "--weights", "weights/x.safetensors")
+    assert code == 0, err
+    assert len(out.splitlines()) == 21
+    code, _, err = command(
+        "evaluate", *words, "--attack", "none", "--population", 20, "--maturation", "neighbours=2", "--json", "e.json"
+    )
+    assert code == 0, err
+    rows = json.loads(Path("e.json").read_text())["results"]
+    assert all(row["settings"]["size"] == 8 and "background" not in row["settings"] for row in rows)
+    sys.modules.pop("gather", None)
 
 
 def test_a_named_dataset_needs_a_split():

@@ -62,7 +62,9 @@ def test_a_study_from_raw_data_to_tables_and_figures(run, tiny):
     # The same answers as by hand.
     images, test = (resolve_dataset("tiny.parquet", split) for split in ("train", "test"))
     training, held = (images[part] for part in data.split(len(images)))
-    x, y = test.x[:20], test.y[:20]
+    asked = test[data.sample(len(test))]
+    x, y = asked.x[:20], asked.y[:20]
+    assert rows["cnn", "", "none"]["settings"]["slice"] == {"sample": [20, 60], "seed": 0}
     moved = PGD(eps=1 / 8, step=1 / 32, iterations=2, random_start=False)(net, x[:8], y[:8]).adversarials
     tensors = load_file("results/digits.safetensors")
     places = {

@@ -67,13 +67,15 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match=r"net\.safetensors is not a readable safetensors file"):
         zoo.load_weights(net, path)
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match=r"net\.safetensors does not fit DigitsNet: .*Missing key"):
+    with pytest.raises(
+        ValueError, match=r"net\.safetensors does not fit DigitsNet: \d+ of \d+ keys missing: .*; 1 .* unexpected: a"
+    ):
         zoo.load_weights(net, path)
     path.write_bytes(whole)
     for text, message in (
         (good[:-10], "is not valid JSON"),
-        ("[]", "is not a recipe of weights"),
-        ('{"format": 1}', "is not a recipe of weights .'files'"),
+        ('{"files": []}', "is not a recipe of weights .'format'"),
+        ('{"format": 1, "files": [{"file": "net.safetensors"}]}', "is not a recipe of weights .'sha256'"),
         (
             good.replace('"format": 1', '"format": 9'),
             "is not a recipe of weights .format 9, this version reads 1",
@@ -89,6 +91,38 @@ def test_bad_files(tmp_path):
         zoo.load_weights(net, tmp_path / "net.pt")
     with pytest.raises(ValueError, match=r"path must end in \.safetensors"):
         zoo.save_weights(net, tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize("text", ['{"lr": 0.1}', "[]", '{"format": "pt"}'])
+def test_a_json_file_of_the_users_own_is_left_alone(tmp_path, text):
+    net, other = zoo.build("digits"), zoo.build("digits", seed=1)
+    save_file(net.state_dict(), tmp_path / "mine.safetensors")
+    (tmp_path / "mine.json").write_text(text)
+    assert zoo.load_weights(other, tmp_path / "mine.safetensors") == {}
+    assert same(net.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_weights_of_a_wrapped_network(tmp_path, prefix):
+    net, other, path = zoo.build("digits"), zoo.build("digits", seed=1), tmp_path / "net.safetensors"
+    save_file({prefix + key: value for key, value in net.state_dict().items()}, path)
+    zoo.load_weights(other, path)
+    assert same(net.state_dict(), other.state_dict())
+    wrapped = nn.DataParallel(zoo.build("digits", seed=1))
+    save_file({f"module.{key}": value for key, value in net.state_dict().items()}, path)
+    zoo.load_weights(wrapped, path)
+    assert same(net.state_dict(), wrapped.module.state_dict())
+
+
+def test_what_does_not_fit_is_told_shortly(tmp_path):
+    path = tmp_path / "net.safetensors"
+    save_file({f"blocks.{i}.weight": torch.zeros(1) for i in range(40)}, path)
+    with pytest.raises(ValueError, match=r"40 .* unexpected: blocks\.0\.weight, [^,]*, [^,]*, \.\.\.") as raised:
+        zoo.load_weights(zoo.build("digits"), path)
+    assert len(str(raised.value)) < 500
+    save_file({"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"2 of 2 keys of another shape: weight \(3, 2\) for \(4, 2\), bias"):
+        zoo.load_weights(nn.Linear(2, 4), path)
 
 
 def test_half_precision_is_refused_where_it_overflows(tmp_path):

@@ -7,6 +7,20 @@ or ImportError with a message that says what to do: `main` prints it as one line
 never prints a traceback for a user's mistake.
 """
 
-from immunonet.cli.app import app, main
+import sys
+from collections.abc import Sequence
 
-__all__ = ["app", "main"]
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line as `app.main` does; where its packages are missing, say which extra brings them."""
+    try:
+        from immunonet.cli import app
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "immunonet"):
+            raise
+        print(f"immunonet: the command needs {missing}: pip install 'immunonet[cli]'", file=sys.stderr)
+        sys.exit(2)
+    app.main(arguments)

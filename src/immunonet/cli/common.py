@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+import sysconfig
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from immunonet import _store, data, zoo
+from immunonet import _store, data, models, zoo
 from immunonet.evaluation.records import envelope
 from immunonet.features import Layer
 from immunonet.maps import layer_parts
@@ -33,11 +35,28 @@ DataOption = Annotated[
         help="Folder of NAME-train.parquet and NAME-test.parquet; else they come from the Hugging Face hub.",
     ),
 ]
-DatasetArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="DATASET", help=f"{', '.join(data.DATASETS)}, a Parquet file, or a folder of class folders."
-    ),
+# What DATASET may be; a path that exists comes before a name.
+SOURCES = (
+    f"{', '.join(data.DATASETS)}, a Parquet file, a folder of class folders or of Parquet files, or hf:OWNER/NAME "
+    "of the Hugging Face hub"
+)
+_DATASET_HELP = f"{SOURCES}. A file or folder that is there goes before a name."
+DatasetArgument = Annotated[str, typer.Argument(metavar="DATASET", help=_DATASET_HELP)]
+DatasetOption = Annotated[str, typer.Option("--dataset", help=_DATASET_HELP)]
+ImageOption = Annotated[
+    str | None,
+    typer.Option("--image", metavar="COLUMN", help=f"Column of images. Default: {', '.join(data.IMAGE_COLUMNS)}."),
+]
+LabelOption = Annotated[
+    str | None,
+    typer.Option("--label", metavar="COLUMN", help=f"Column of labels. Default: {', '.join(data.LABEL_COLUMNS)}."),
+]
+SizeOption = Annotated[
+    int | None,
+    typer.Option("--size", min=1, help="Resize the shorter side of images to this and keep the centre square."),
+]
+BackgroundOption = Annotated[
+    str, typer.Option("--background", help=f"Behind what is transparent: {' or '.join(data.BACKGROUNDS)}.")
 ]
 ModelOption = Annotated[
     str | None,
@@ -49,6 +68,8 @@ WeightsOption = Annotated[
 
 console = Console(stderr=True)
 
+# Where code lies that is not the user's own.
+_LIBRARIES = (Path(__file__).parents[1], *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")))
 _BY_SHAPE: dict[tuple[int, ...], str] = {(1, 28, 28): "mnist", (1, 8, 8): "digits", (3, 32, 32): "residual"}
 
 
@@ -76,33 +97,66 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_dataset(dataset: str, split: str | None, directory: Path | None = None) -> data.Images:
-    """Return the images of a dataset's name, a Parquet file, or a folder of class folders.
+def is_path(dataset: str) -> bool:
+    """Return whether there is a file or folder of that name, and say so where a built-in dataset has it too."""
+    path = Path(dataset)
+    if dataset in data.DATASETS and path.exists():
+        _note(f"{dataset}: taking what lies in {path.resolve()}, not the built-in dataset")
+    return path.exists()
 
-    `split` is "train" or "test". A folder with the subfolders `train` and `test` has its own split; from
-    other files and folders a fixed fifth is the test split and the rest the training split, or with
-    `split=None` all is returned.
+
+def resolve_dataset(
+    dataset: str,
+    split: str | None,
+    directory: Path | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    label: str | None = None,
+    **options: Any,
+) -> data.Images:
+    """Return the images of a path that exists, or else of a dataset's name, or of the hub.
+
+    `split` is "train" or "test". A folder with a folder or files for each split has its own, and its "validation" is
+    the test split where there is no other; from other files and folders a fixed fifth is the test split and the rest
+    the training split, or with `split=None` all is returned. The labels of "test" are those of the training split's
+    classes, or of `classes` if they are given. `label` and `options` are those of `data.read`.
     """
-    if dataset in data.DATASETS:
+    options["label"] = label
+    there = is_path(dataset)
+    if dataset in data.DATASETS and not there:
         if split is None:
             raise ValueError(f"{dataset} has two splits: name one, as train or test")
-        return data.load(dataset, split, directory=directory)
-    path = Path(dataset)
-    if path.is_dir() and split is not None and all((path / name).is_dir() for name in data.SPLITS):
-        return data.read_folder(path / split)
-    if path.is_dir():
-        images = data.read_folder(path)
-    elif path.is_file():
-        images = data.read_parquet(path)
-    else:
-        raise FileNotFoundError(
-            f"DATASET must be {', '.join(data.DATASETS)}, a Parquet file, or a folder of class folders; "
-            f"there is no {dataset!r}"
-        )
+        return data.load(dataset, split, directory=directory, classes=classes, **options)
+    if not there and not dataset.startswith("hf:"):
+        raise FileNotFoundError(f"DATASET must be {SOURCES}; there is no {dataset!r}")
+    splits = data.splits(dataset)
     if split is None:
+        return data.read(dataset, classes=classes, **options)
+    if "train" in splits and classes is None and split != "train":
+        classes = data.classes_of(dataset, "train", label=label)
+    tests = [name for name in ("test", "validation") if name in splits]
+    if split == "train" and tests:
+        return data.read(dataset, "train", classes=classes, **options)
+    if tests:
+        if tests[0] != split:
+            _note(f"{dataset} has no test split: its validation split is taken as test")
+        return data.read(dataset, tests[0], classes=classes, **options)
+    images = data.read(dataset, "train" if splits else None, classes=classes, **options)
+    if len(images) < 2:
+        if split == "test":
+            raise ValueError(f"{dataset} has one image and no test split: there is nothing to test on")
         return images
     train, test = data.split(len(images), max(1, len(images) // 5))
     return images[train if split == "train" else test]
+
+
+def told(how: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a record holds of how images were read: the options that are not as they are by default."""
+    return {k: v for k, v in how.items() if v is not None and (k, v) != ("background", data.BACKGROUNDS[0])}
+
+
+def _note(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def model_name(model: str | None, images: data.Images) -> str:
@@ -120,9 +174,12 @@ def build_model(model: str, *, classes: int, seed: int = 0) -> nn.Module:
             raise ValueError(f"--model must be {', '.join(zoo.NAMES)} or package.module:factory, got {model!r}")
         return zoo.build(model, classes=classes, seed=seed)
     make = _imported("--model", model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = make()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = make()
+    except Exception as error:  # whatever a user's function raises
+        raise ValueError(f"--model {model} failed (it is called without arguments): {_blame(error, make)}") from error
     if not isinstance(net, nn.Module):
         raise TypeError(f"--model {model} must return a torch.nn.Module, got {type(net).__name__}")
     return net.eval()
@@ -144,7 +201,11 @@ def resolve_layer(name: str, net: nn.Module) -> Layer:
         return zoo.mnist_affine(cast(zoo.MnistNet, net))
     if ":" not in name or layer_parts(name)[1] is not None:
         return name
-    layer = _imported("--layer", name)(net)
+    make = _imported("--layer", name)
+    try:
+        layer = make(net)
+    except Exception as error:  # whatever a user's function raises
+        raise ValueError(f"--layer {name} failed: {_blame(error, make)}") from error
     if not callable(layer):
         raise TypeError(f"--layer {name} must return a feature map, got {type(layer).__name__}")
     return cast(Layer, layer)
@@ -165,16 +226,27 @@ def load_model(model: str, weights: Path | None, device: str | torch.device = "c
 
 @torch.no_grad()
 def check_model(model: str, net: nn.Module, images: data.Images) -> None:
-    """Raise ValueError unless `net` turns these images into one row of logits each, one per class."""
-    x = images.x[:2].to(next(net.parameters()).device)
-    try:
-        logits = net(x)
-    except RuntimeError as error:
-        raise ValueError(f"--model {model} does not take images of shape {tuple(x.shape[1:])} ({error})") from error
-    found = tuple(getattr(logits, "shape", ())) or type(logits).__name__
-    if found != (len(x), len(images.classes)):
+    """Raise ValueError unless `net` turns these images into one row of logits each, one per class.
+
+    Of images without names of classes the network may know more classes than occur.
+    """
+    if next(net.parameters(), None) is None:
         raise ValueError(
-            f"--model {model} must return logits of shape {(len(x), len(images.classes))} "
+            f"--model {model} has no parameters: keep its layers as attributes of the module or in a ModuleList, as a "
+            "plain list hides them"
+        )
+    x = images.x[:2]
+    try:
+        logits = models.ask(net, x)
+    except Exception as error:  # whatever a user's network raises
+        raise ValueError(
+            f"--model {model} does not take images of shape {tuple(x.shape[1:])} ({_blame(error)})"
+        ) from error
+    found, wanted = tuple(logits.shape), (len(x), len(images.classes))
+    more = not images.named and len(found) == 2 and found[0] == wanted[0] and found[1] > wanted[1]
+    if found != wanted and not more:
+        raise ValueError(
+            f"--model {model} must return logits of shape {wanted} "
             f"for {len(x)} images of {len(images.classes)} classes, got {found}"
         )
 
@@ -204,6 +276,19 @@ def _imported(option: str, name: str) -> Callable[..., Any]:
         sys.path.insert(0, "")  # as python -m does: the user's own module lies in the working directory
     try:
         found = getattr(importlib.import_module(module), factory)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{option} {name} cannot be imported ({error}): give package.module:factory") from error
+    except Exception as error:  # a module runs when it is imported, and may raise anything
+        raise ValueError(
+            f"{option} {name} cannot be imported ({_blame(error)}): give package.module:factory"
+        ) from error
     return cast(Callable[..., Any], found)
+
+
+def _blame(error: Exception, called: Callable[..., Any] | None = None) -> str:
+    """Return an error's kind and message on one line, and the file of the user's code that raised it or was called."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_file()]
+    theirs = [frame for frame in frames if not any(Path(frame.filename).is_relative_to(own) for own in _LIBRARIES)]
+    code = getattr(called, "__code__", None)
+    place = f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""
+    if theirs:
+        place = f" ({theirs[-1].filename}, line {theirs[-1].lineno})"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"

@@ -61,7 +61,7 @@ def demo(
     pgd = PGD(eps=_check.number("--eps", eps, least=0, most=1), step=eps / 8, iterations=20, seed=seed)
     common.prepare(out, json)
     one_thread()
-    images, test = (common.resolve_dataset("digits", split) for split in data.SPLITS)
+    images, test = (data.load("digits", split) for split in data.SPLITS)
     training, held_out = (images[part] for part in data.split(len(images), VALIDATION))
     # The held-out images are a random choice in their original order: every other one is a random half.
     tuning, calibration, asked = (

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from immunonet import RAILS, DkNN, Maturation, _check, _store, data
+from immunonet import RAILS, DkNN, Maturation, _check, _store, data, zoo
 from immunonet.attacks import PGD
-from immunonet.cli import common
+from immunonet.cli import common, places
 from immunonet.defence import Defence
 from immunonet.evaluation import protocol as protocols
 from immunonet.evaluation.asking import LogProbabilities
@@ -42,10 +42,7 @@ COLUMNS = ("layer", "defence", "attack", "knows", "accuracy", "95 % interval", "
 
 
 def evaluate(
-    dataset: Annotated[
-        str,
-        typer.Option("--dataset", help=f"{', '.join(data.DATASETS)}, a Parquet file, or a folder of class folders."),
-    ],
+    dataset: common.DatasetOption,
     model: common.ModelOption = None,
     weights: common.WeightsOption = None,
     layer: Annotated[
@@ -91,7 +88,19 @@ def evaluate(
     ] = None,
     n: Annotated[
         int | None,
-        typer.Option("--n", min=1, help="The first so many images. Default: 1000; with --protocol 100 to 1000."),
+        typer.Option(
+            "--n",
+            min=1,
+            help="So many images, a fixed random sample. Default: 1000; with --protocol 100 to 1000.",
+        ),
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--slice",
+            metavar="FROM:TO",
+            help="Instead of --n: the images at these places in the order of the file, as 0:1000 for the first 1,000.",
+        ),
     ] = None,
     split: Annotated[
         str,
@@ -135,6 +144,10 @@ def evaluate(
         int | None, typer.Option("--validation", min=1, help="Size of the validation split, as given to train.")
     ] = None,
     chunk: Annotated[int, typer.Option("--chunk", min=1, help="Images per part that is kept.")] = 100,
+    image: common.ImageOption = None,
+    label: common.LabelOption = None,
+    size: common.SizeOption = None,
+    background: common.BackgroundOption = "white",
     seed: common.SeedOption = 0,
     device: common.DeviceOption = "cpu",
     data_dir: common.DataOption = None,
@@ -168,19 +181,28 @@ def evaluate(
     }
     _check.choice("--split", split, ("test", "validation"))
     _check.number("--voice", voice, least=0, most=1, below=True)
-    size = _check.fraction("--eps", eps)
-    step_size = size / 4 if step is None else _check.fraction("--step", step)
-    pgd = PGD(eps=size, step=step_size, iterations=iterations or 20, norm=norm, random_start=False)
+    radius = _check.fraction("--eps", eps)
+    step_size = radius / 4 if step is None else _check.fraction("--step", step)
+    pgd = PGD(eps=radius, step=step_size, iterations=iterations or 20, norm=norm, random_start=False)
+    between = None if part is None else places.between(part)
+    if between is not None and n is not None:
+        raise ValueError("--slice goes without --n: it says which images and how many")
     common.prepare(out, json)
-    images = common.resolve_dataset(dataset, "train", data_dir)
-    training, held_out = (images[part] for part in data.split(len(images), validation))
+    how: dict[str, Any] = {"image": image, "label": label, "size": size, "background": background}
+    images = common.resolve_dataset(dataset, "train", data_dir, **how)
+    training, held_out = (images[chosen] for chosen in data.split(len(images), validation))
     count = n or (budget.images if budget else 1000)
     if split == "validation":
-        if len(held_out) <= count:
-            raise ValueError(f"--n must leave some of the {len(held_out)} validation images, got {count}")
-        test, held_out = held_out[:count], held_out[count:]
+        chosen, where, rest = places.chosen(len(held_out), count, between)
+        if not len(rest):
+            option, given = ("--n", count) if part is None else ("--slice", part)
+            raise ValueError(f"{option} must leave some of the {len(held_out)} validation images, got {given}")
+        test, held_out = held_out[chosen], held_out[rest]
     else:
-        test = common.resolve_dataset(dataset, "test", data_dir)[:count]
+        test = common.resolve_dataset(dataset, "test", data_dir, **how, classes=images.classes)
+        chosen, where, _ = places.chosen(len(test), count, between)
+        # In random order, so that tuning, which takes the first few, has some of every class.
+        test, held_out = test[chosen], held_out[data.sample(len(held_out))]
     name = common.model_name(model, images)
     net = common.load_model(name, weights, target, classes=len(images.classes))
     common.check_model(name, net, images)
@@ -207,8 +229,9 @@ def evaluate(
             "repertoire": len(training),
             "calibration": len(held_out),
             "split": split,
+            "order": "random" if between is None else f"file, from {between[0]}",
             "device": target.type,
-        }
+        } | common.told(how)
         bench = Benchmark(
             out,
             shared,
@@ -225,10 +248,10 @@ def evaluate(
         if protocol is not None:
             bar.update(task, visible=False)
             found = _by_protocol(
-                bench, shared, maps, maturations, spaces, voice, kinds, tune_dknn,
+                bench, shared, where, maps, maturations, spaces, voice, kinds, tune_dknn,
                 defend={
                     "minutes": minutes, "black_box": black_box, "protocol": protocol,
-                    "eps": size, "norm": norm, "seed": seed,
+                    "eps": radius, "norm": norm, "seed": seed,
                 },
                 transfer=others,
                 say=lambda text: bar.console.print(text, markup=False, highlight=False),
@@ -238,7 +261,8 @@ def evaluate(
 
         def measure(kind: str, at: str | None, defence: nn.Module, chosen: list[str], **extra: Any) -> None:
             for found in bench.run(kind, at, defence, chosen, **extra).values():
-                outcomes.append(found)
+                row = dataclasses.replace(found.row, settings=found.row.settings | {"slice": where})
+                outcomes.append(dataclasses.replace(found, row=row))
                 done = " ".join(filter(None, (kind, at, found.row.attack)))
                 bar.console.print(f"{done}: {found.row.accuracy:.4f}", markup=False, highlight=False)
 
@@ -267,6 +291,7 @@ def evaluate(
 def _by_protocol(
     bench: Benchmark,
     shared: dict[str, Any],
+    where: dict[str, Any] | list[int],
     maps: dict[str, Layer | list[Layer]],
     maturations: dict[str, Maturation],
     spaces: dict[str, str | None],
@@ -309,7 +334,7 @@ def _by_protocol(
                 name=kind,
                 base_name="cnn",
                 folder=bench.folder,
-                settings=shared | layers | extra,
+                settings=shared | {"slice": where} | layers | extra,
                 dataset=shared["dataset"],
                 on_progress=say,
                 **defend,
@@ -349,9 +374,11 @@ def _tell(found: list[Evaluation], out: Path, json: Path | None) -> None:
 
 
 def _other(text: str, model: str, device: torch.device, classes: int) -> nn.Module:
-    """Return the network of `FILE` (weights of `model`) or `MODEL=FILE`."""
-    named, _, file = text.rpartition("=")
-    return common.load_model(named or model, Path(file), device, classes=classes)
+    """Return the network of `FILE` (weights of `model`) or `MODEL=FILE`; a file's own name may hold "=" as well."""
+    named, found, file = text.partition("=")
+    if not found or Path(text).is_file() or not (named in zoo.NAMES or ":" in named):
+        named, file = model, text
+    return common.load_model(named, Path(file), device, classes=classes)
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -19,10 +19,7 @@ DEFENCES: dict[str, type[RAILS] | type[DkNN]] = {"rails": RAILS, "dknn": DkNN}
 
 
 def fit(
-    dataset: Annotated[
-        str,
-        typer.Option("--dataset", help=f"{', '.join(data.DATASETS)}, a Parquet file, or a folder of class folders."),
-    ],
+    dataset: common.DatasetOption,
     model: common.ModelOption = None,
     weights: common.WeightsOption = None,
     layer: Annotated[
@@ -45,6 +42,10 @@ def fit(
     validation: Annotated[
         int | None, typer.Option("--validation", min=1, help="Size of the validation split, as given to train.")
     ] = None,
+    image: common.ImageOption = None,
+    label: common.LabelOption = None,
+    size: common.SizeOption = None,
+    background: common.BackgroundOption = "white",
     seed: common.SeedOption = 0,
     device: common.DeviceOption = "cpu",
     data_dir: common.DataOption = None,
@@ -61,7 +62,9 @@ def fit(
     _check.number("--voice", voice, least=0, most=1, below=True)
     layers = layer or ["input"]
     common.prepare(out, json)
-    images = common.resolve_dataset(dataset, "train", data_dir)
+    images = common.resolve_dataset(
+        dataset, "train", data_dir, image=image, label=label, size=size, background=background
+    )
     name = common.model_name(model, images)
     net = common.load_model(name, weights, target, classes=len(images.classes))
     common.check_model(name, net, images)
@@ -86,6 +89,8 @@ def fit(
         "weights": _store.digest(net.state_dict().values()),
         "images": _store.digest([images.x, images.y]),
         "classes": list(images.classes),
+        "size": size,
+        "background": background,
         "repertoire": len(training),
         "calibration": len(held_out),
         "settings": describe(built) | {"layers": layers},

@@ -68,15 +68,17 @@ def reproduce(
     study = studies.load(name or study_file or "")
     title = name or (study_file.stem if study_file else "")
     own_weights = dataset is None or dataset == study.dataset
+    if dataset is not None:  # files of one's own may be in the order of their classes
+        study = dataclasses.replace(study, order="random" if Path(dataset).exists() else study.order)
     study = dataclasses.replace(study, dataset=dataset or study.dataset)
     out = out or Path("runs") / title
     target = common.resolve_device(device)
     common.prepare(out, json)
-    images = common.resolve_dataset(study.dataset, "train", data_dir)
-    test = common.resolve_dataset(study.dataset, "test", data_dir)
+    images = _images(study.dataset, "train", data_dir, given=dataset is not None)
+    test = _images(study.dataset, "test", data_dir, given=dataset is not None, classes=images.classes)
     training, held_out = (images[chosen] for chosen in data.split(len(images), study.validation))
     strangers = {source for entry in study.sensing for source in entry.strangers} - {"noise", *study.attacks}
-    others = {source: common.resolve_dataset(source, "test", data_dir) for source in sorted(strangers)}
+    others = {source: _images(source, "test", data_dir) for source in sorted(strangers)}
     models = {base: common.model_name(found.model, images) for base, found in study.bases.items()}
     nets = {base: _network(study, base, models, training, held_out, target, out, own_weights) for base in study.bases}
     for base, net in nets.items():
@@ -169,6 +171,15 @@ def _run(work: list[Task], journal: Journal, part: runner.Shard | None) -> None:
                 bar.console.print(f"{done} of {len(left)} parts: {task.about}", markup=False, highlight=False)
 
         runner.run(work, journal, shard=part, advance=advance)
+
+
+def _images(
+    name: str, split: str, directory: Path | None, *, given: bool = False, classes: tuple[str, ...] | None = None
+) -> data.Images:
+    """Return a split of a dataset; what a study means by a built-in name is no folder that happens to be there."""
+    if name in data.DATASETS and not given:
+        return data.load(name, split, directory=directory, classes=classes)
+    return common.resolve_dataset(name, split, directory, classes=classes)
 
 
 def _network(

@@ -61,6 +61,10 @@ def train(
     name: Annotated[
         str | None, typer.Option("--name", help="Name of the files that are written. Default: the dataset's.")
     ] = None,
+    image: common.ImageOption = None,
+    label: common.LabelOption = None,
+    size: common.SizeOption = None,
+    background: common.BackgroundOption = "white",
     seed: common.SeedOption = 0,
     device: common.DeviceOption = "cpu",
     data_dir: common.DataOption = None,
@@ -69,9 +73,9 @@ def train(
 ) -> None:
     """Train a classifier and write DIR/NAME.safetensors with its recipe.
 
-    A fixed validation split is held out. With --adversarial the best epoch is the one with the highest accuracy
-    on (at most 1,000) attacked validation images. The run leaves a checkpoint after every epoch, and the same command
-    continues from it.
+    A fixed validation split is held out. With --adversarial the best epoch is the one with the highest accuracy on
+    attacked validation images (of more than 1,000 a fixed random sample). The run leaves a checkpoint after every
+    epoch, and the same command continues from it.
     """
     target = common.resolve_device(device)
     hardening = _hardening(
@@ -86,8 +90,9 @@ def train(
         },
     )
     common.prepare(out, json)
-    images = common.resolve_dataset(dataset, "train", data_dir)
-    test = common.resolve_dataset(dataset, "test", data_dir)
+    how: dict[str, Any] = {"image": image, "label": label, "size": size, "background": background}
+    images = common.resolve_dataset(dataset, "train", data_dir, **how)
+    test = common.resolve_dataset(dataset, "test", data_dir, **how, classes=images.classes)
     training, held_out = data.split(len(images), validation)
     if epochs is None:
         epochs = max(5, math.ceil(1000 / math.ceil(len(training) / batch_size)))
@@ -147,7 +152,8 @@ def train(
             | {
                 "start": start and start.name,
                 "adversarial": hardening and dataclasses.asdict(hardening),
-            },
+            }
+            | common.told(how),
         }
         for split, part in (("validation", images[held_out]), ("test", test))
     ]
@@ -165,11 +171,13 @@ def train(
 
 
 def _attacked(net: nn.Module, images: data.Images, hardening: zoo.Adversarial | None) -> dict[str, Any]:
-    """Return the accuracy under attack and the number of images (the first 1,000); nothing of plain training."""
+    """Return the accuracy under attack, and of how many and which images; nothing of plain training."""
     if hardening is None:
         return {}
-    images = images[:1000]
-    return {"robust_accuracy": zoo.robust_accuracy(net, images, eps=hardening.measured_eps), "robust_n": len(images)}
+    most = 1000
+    accuracy = zoo.robust_accuracy(net, images, eps=hardening.measured_eps, most=most)
+    n = min(most, len(images))
+    return {"robust_accuracy": accuracy, "robust_n": n, "robust_slice": {"sample": [n, len(images)], "seed": 0}}
 
 
 def _hardening(adversarial: str | None, options: dict[str, Any]) -> zoo.Adversarial | None:

@@ -63,7 +63,10 @@ def learned(study: Study, lab: Lab, seed: int) -> list[dict[str, Any]]:
                 half = 1.96 * series.std(1) / n**0.5 if n > 1 else torch.zeros(len(series))
                 curve |= {name: rounded(series.mean(1)), f"{name}_half": rounded(half), "n": n}
             curves.append(curve)
-        found.append({"name": entry.name, "layers": list(entry.layers), "base": entry.base, "curves": curves})
+        where = lab.where(entry.split, curves[0]["n"])
+        found.append(
+            {"name": entry.name, "layers": list(entry.layers), "base": entry.base, "slice": where, "curves": curves}
+        )
     return found
 
 
@@ -124,6 +127,7 @@ def sensed(study: Study, lab: Lab, seed: int) -> list[dict[str, Any]]:
                 "name": entry.name,
                 "layers": list(entry.layers),
                 "base": entry.base,
+                "slice": lab.where("test", len(senses["clean"][entry.defences[0]]["distance"])),
                 "rows": rows,
                 "false_alarms": alarms,
             }
@@ -158,6 +162,7 @@ def hardened(study: Study, lab: Lab, seed: int) -> list[dict[str, Any]]:
                 "layers": list(entry.layers),
                 "base": entry.base,
                 "attack": entry.attack,
+                "slice": lab.where("test", min(entry.images, len(lab.splits["test"]))),
                 "cells": value["cells"],
                 "true_labels": value["true_labels"],
                 "rows": rows,

@@ -22,7 +22,7 @@ _OPTIONS = set(inspect.signature(RAILS.__init__).parameters) - {"self", "model",
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What DkNN chooses from, on the first `images` of the validation split, by mean accuracy over `attacks`."""
+    """What DkNN chooses from, on a sample of `images` of the validation split, by mean accuracy over `attacks`."""
 
     images: int = 300
     attacks: tuple[str, ...] = ("none", "pgd")
@@ -38,10 +38,10 @@ class Tuning:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Defences under attacks, all on the same first `images` of a split: a part of the main table, or a curve.
+    """Defences under attacks, all on the same `images` of a split: a part of the main table, or a curve.
 
     `layers`: names, or lists of names for defences with several layers at once. `seeds`: runs of a randomised
-    defence. `repertoire`: the first so many training examples (None: all). `maturation`: settings of RAILS that
+    defence. `repertoire`: a sample of so many training examples (None: all). `maturation`: settings of RAILS that
     replace those of the study's defences; `options`: those of RAILS itself, such as `space`. `hidden`: cells of RAILS
     live in the layer itself (those of "input" are images anyway). `choose_layers`: tuned DkNN alone, once, with
     `layers` to choose from. A curve has a `name`, and varies `vary`: "eps", "repertoire", "layers", or a setting of
@@ -186,7 +186,7 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """A search for settings of RAILS by accuracy, the mean over `attacks`, on the first `images` of validation.
+    """A search for settings of RAILS by accuracy, the mean over `attacks`, on a sample of `images` of validation.
 
     `space`: for settings of `Maturation` a list of choices ("none" stands for None), or a table of `Range`: whole
     numbers where the setting is one. The first of the `trials` is the study's own RAILS, which must lie in the space;

@@ -200,7 +200,7 @@ def _measured(study: Study, lab: Lab, found: Measurement, model: str) -> Measure
         "base": found.base,
         "weights": lab.weights(found.base),
         "split": found.split,
-        "slice": [0, found.images],
+        "slice": lab.where(found.split, found.images),
         "experiment": found.experiment,
         "device": lab.device.type,
         "chunk": study.chunk,
@@ -209,7 +209,10 @@ def _measured(study: Study, lab: Lab, found: Measurement, model: str) -> Measure
     if found.vary is not None:
         settings |= {"vary": found.vary, "value": found.value}
     if found.defence != "cnn":
-        settings |= {"layers": list(found.candidates[0]), "repertoire": len(lab.examples(found.repertoire)[1])}
+        size, whole = len(lab.examples(found.repertoire)[1]), len(lab.training)
+        settings |= {"layers": list(found.candidates[0]), "repertoire": size}
+        if size < whole:
+            settings["repertoire_slice"] = {"sample": [size, whole], "seed": 0}
     if found.defence.startswith("rails"):
         settings |= {"maturation": [dataclasses.asdict(m) for m in found.maturations]} | found.options
     elif found.defence == "dknn":

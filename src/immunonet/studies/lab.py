@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from immunonet import RAILS, DkNN, Maturation, _store
 from immunonet.attacks import FGSM, PGD
-from immunonet.data import Images
+from immunonet.data import Images, sample
 from immunonet.evaluation.asking import describe_attack
 from immunonet.evaluation.benchmark import neighbour_scores
 from immunonet.evaluation.journal import Journal
@@ -36,6 +36,7 @@ class Lab:
 
     `nets`: the bases by name, on the device that everything runs on; `training`: the repertoire; `held_out`: the
     validation split, for calibration, tuning and ablations; `test`; `others`: other datasets' test splits by name;
+    of the validation split, and of the others where the study's `order` is "random", the first few are a random sample;
     `layer(name, net)` returns what a layer's name stands for; `folder` keeps adversarial examples; `journal` keeps
     what was tuned.
     """
@@ -54,8 +55,10 @@ class Lab:
         journal: Journal,
     ) -> None:
         self.study, self.nets, self.folder, self.journal = study, nets, folder, journal
-        self.training, self.held_out = training, held_out
-        self.splits = {"validation": held_out, "test": test} | others
+        self.training, self.held_out = training, held_out[sample(len(held_out))]
+        if study.order == "random":
+            test, others = test[sample(len(test))], {name: it[sample(len(it))] for name, it in others.items()}
+        self.splits = {"validation": self.held_out, "test": test} | others
         self.device = next(next(iter(nets.values())).parameters()).device
         self._layer = layer
         self._weights = {name: digest(net) for name, net in nets.items()}
@@ -70,6 +73,12 @@ class Lab:
         """Return some images and labels of a split, on the device."""
         found = self.splits[split][part]
         return found.x.to(self.device), found.y.to(self.device)
+
+    def where(self, split: str, n: int) -> list[int] | dict[str, Any]:
+        """Return what a row says about which images the first `n` of a split are."""
+        if split != "validation" and self.study.order == "file":
+            return [0, n]
+        return {"sample": [n, len(self.splits[split])], "seed": 0}
 
     def adversarials(self, base: str, attack: Attack, split: str, part: slice) -> Tensor:
         """Return some images of a split under an attack on a base; they are kept by the hash of all they depend on."""
@@ -92,8 +101,11 @@ class Lab:
         return [self._layer(name, self.nets[base]) for name in layers]
 
     def examples(self, repertoire: int | None) -> tuple[Tensor, Tensor]:
-        """Return the first so many training examples (None: all)."""
-        return self.training.x[:repertoire], self.training.y[:repertoire]
+        """Return a fixed random sample of so many training examples, in their original order (None: all)."""
+        if repertoire is None:
+            return self.training.x, self.training.y
+        chosen = sample(len(self.training), repertoire).sort().values
+        return self.training.x[chosen], self.training.y[chosen]
 
     def rails(
         self,
@@ -158,7 +170,11 @@ class Lab:
         best = max(choice["accuracy"] for choice in found)
         first = next(choice for choice in found if choice["accuracy"] == best)
         images = min(self.study.tuning.images, len(self.held_out))
-        return first | {"images": images, "candidates": [list(layers) for layers in candidates]}
+        return first | {
+            "images": images,
+            "slice": self.where("validation", images),
+            "candidates": [list(layers) for layers in candidates],
+        }
 
     def _scores(
         self, base: str, layers: Sequence[str], metrics: Sequence[Metric], repertoire: int | None

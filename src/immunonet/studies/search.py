@@ -77,6 +77,7 @@ def searched(study: Study, lab: Lab, seed: int) -> list[dict[str, Any]]:
                 "space": dataclasses.asdict(entry)["space"],
                 "sampler": value["sampler"],
                 "seed": seed,
+                "order": "random",
                 "images": [seen.start, seen.stop],
                 "confirm": [confirm.start, confirm.stop],
                 "trials": trials,

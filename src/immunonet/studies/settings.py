@@ -73,7 +73,10 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A whole study. `defences` hold the settings of the kinds of RAILS: a `preset` and what replaces its values."""
+    """A whole study. `defences` hold the settings of the kinds of RAILS: a `preset` and what replaces its values.
+
+    `order`: the test images of an experiment are the first in "random" order, the same in every run, or in the "file".
+    """
 
     title: str
     dataset: str
@@ -81,6 +84,7 @@ class Study:
     attacks: dict[str, dict[str, Any]]
     main: tuple[Comparison, ...]
     chunk: int = 100
+    order: str = "random"
     validation: int | None = None
     defences: dict[str, dict[str, Any]] = field(default_factory=dict)
     tuning: Tuning = field(default_factory=Tuning)
@@ -97,6 +101,7 @@ class Study:
         for name in ("title", "dataset"):
             checks.text(name, getattr(self, name))
         _check.integer("chunk", self.chunk)
+        _check.choice("order", self.order, ("random", "file"))
         checks.as_tuple(self, "notes", lambda name, value: checks.text(name, value), empty=True)
         if not self.bases:
             raise ValueError("bases must hold at least one network, got none")

@@ -385,7 +385,8 @@ def _searched(entry: Record) -> list[str]:
         f"Settings of RAILS, base {entry['base']}, layer {show(entry['layers'])}"
         f"{', cells there' if entry['hidden'] else ''}: {len(entry['trials'])} trials ({entry['sampler']}, seed "
         f"{entry['seed']}; trial 0 is the study's own settings) by mean accuracy on the first {until - seen:,} images "
-        f"of the validation split. These flatter the best of the trials. The start and the best others ({len(others)}) "
+        f"of the validation split{', in random order' if entry.get('order') == 'random' else ''}. "
+        f"These flatter the best of the trials. The start and the best others ({len(others)}) "
         f"were then measured on the next {end - until:,}, which no trial saw."
     )
     if not others or others[0]["score"] <= start["score"]:

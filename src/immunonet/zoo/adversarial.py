@@ -12,7 +12,7 @@ from immunonet import _check, models
 from immunonet.attacks import PGD
 from immunonet.attacks._losses import log_odds
 from immunonet.attacks._norms import project, random_within
-from immunonet.data import Images
+from immunonet.data import Images, sample
 
 LOSSES = ("pgd", "trades")
 
@@ -89,11 +89,13 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def robust_accuracy(net: nn.Module, images: Images, *, eps: float, iterations: int = 10, most: int = 1000) -> float:
-    """Return the share of the first `most` images that `net` classifies rightly at every point PGD visits.
+    """Return the share of images that `net` classifies rightly at every point PGD visits.
 
-    PGD in the L-infinity ball of radius `eps` with one random start and steps of eps / 4: an upper bound of the
-    accuracy in the worst case.
+    Of more than `most` images it is that of a fixed random sample (`data.sample`) of as many. PGD in the L-infinity
+    ball of radius `eps` with one random start and steps of eps / 4: an upper bound of the accuracy in the worst case.
     """
+    if len(images) > most:
+        images = images[sample(len(images), most)]
     device = next(net.parameters()).device
     attack = PGD(eps=eps, step=eps / 4, iterations=iterations)
-    return 1 - float(attack(net, images.x[:most].to(device), images.y[:most].to(device)).success.double().mean())
+    return 1 - float(attack(net, images.x.to(device), images.y.to(device)).success.double().mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from immunonet import _store
 
 PART_BYTES = 15 * 2**20
 _FORMAT = 1
+# What DataParallel and torch.compile put before the keys of the network that they wrap.
+_PREFIXES = ("module.", "_orig_mod.")
 
 
 def save_weights(net: nn.Module, path: str | Path, *, half: bool = True, recipe: dict[str, Any] | None = None) -> Path:
@@ -41,31 +44,71 @@ def save_weights(net: nn.Module, path: str | Path, *, half: bool = True, recipe:
 def load_weights(net: nn.Module, path: str | Path) -> dict[str, Any]:
     """Load `path` (.safetensors) into `net` in its own dtype; return the recipe beside it, or {}.
 
-    With a recipe, the files it lists (one, or the parts) must be there with their checksums.
+    With a recipe, the files it lists (one, or the parts) must be there with their checksums; a JSON file of the user's
+    own beside the weights is left alone. Keys may have the prefix of `DataParallel` or `torch.compile`.
     FileNotFoundError names a missing file; ValueError one that was truncated, edited, of another format or of
     another network.
     """
     path = _checked(path)
-    recipe: dict[str, Any] = {}
-    if path.with_suffix(".json").is_file():
-        recipe = _store.read_json(path.with_suffix(".json"))
-        try:
-            if recipe["format"] != _FORMAT:
-                raise ValueError(f"format {recipe['format']}, this version reads {_FORMAT}")
-            listed = [(str(entry["file"]), str(entry["sha256"])) for entry in recipe["files"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path.with_suffix('.json')} is not a recipe of weights ({error})") from error
+    beside = path.with_suffix(".json")
+    recipe = _recipe(beside) if beside.is_file() else {}
+    if recipe:
         tensors: dict[str, Tensor] = {}
-        for name, checksum in listed:
-            tensors |= _store.read_tensors(path.with_name(Path(name).name), checksum=checksum)
+        for entry in recipe["files"]:
+            tensors |= _store.read_tensors(path.with_name(Path(entry["file"]).name), checksum=entry["sha256"])
     else:
         tensors = _store.read_tensors(path)
+    tensors = _unwrapped(tensors, net.state_dict())
+    if difference := _difference(tensors, net.state_dict()):
+        raise ValueError(f"{path} does not fit {type(net).__name__}: {difference}")
     try:
         net.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit {type(net).__name__}: {reason}") from error
     return recipe
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """Return the recipe in a JSON file; {} for a file of the user's own, which names no files of weights."""
+    try:
+        found = _store.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a recipe of weights ({error}): mend it, or move it away") from error
+    if not isinstance(found, dict) or "files" not in found:
+        return {}
+    try:
+        if found["format"] != _FORMAT:
+            raise ValueError(f"format {found['format']}, this version reads {_FORMAT}")
+        for entry in found["files"]:
+            entry["file"], entry["sha256"] = str(entry["file"]), str(entry["sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a recipe of weights ({error})") from error
+    return dict(found)
+
+
+def _unwrapped(tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take off what `DataParallel` and `torch.compile` put before every key, unless the network's keys have it too."""
+    while prefix := next((p for p in _PREFIXES if tensors and all(key.startswith(p) for key in tensors)), None):
+        if any(key.startswith(prefix) for key in wanted):
+            break
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
+
+
+def _difference(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """Return which keys and shapes differ, the first three of each kind and how many there are; "" for none."""
+    shapes = [key for key in wanted if key in tensors and tensors[key].shape != wanted[key].shape]
+    kinds = {
+        "missing": [key for key in wanted if key not in tensors],
+        "unexpected": [key for key in tensors if key not in wanted],
+        "of another shape": [f"{key} {tuple(tensors[key].shape)} for {tuple(wanted[key].shape)}" for key in shapes],
+    }
+    return "; ".join(
+        f"{len(keys)} of {len(wanted)} keys {kind}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+        for kind, keys in kinds.items()
+        if keys
+    )
 
 
 def _checked(path: str | Path) -> Path:

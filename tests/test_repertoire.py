@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from immunonet import DkNN
-from immunonet.repertoire import Calibration, Repertoire, check_classes, gather, hold_out
+from immunonet.repertoire import Calibration, Repertoire, check_classes, hold_out
 
 X, Y = torch.rand(10, 3, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 2
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, _store
+from immunonet import _check, _store, incoming
 from immunonet.attacks._base import logits_of
 from immunonet.attacks._norms import NORMS
 from immunonet.evaluation import sanity
@@ -86,11 +86,11 @@ def evaluate(
     """
     budget = PROTOCOLS[_check.choice("protocol", protocol, tuple(PROTOCOLS))]
     if minutes is not None:
-        _check.number("minutes", minutes, least=0, above=True)
+        minutes = _check.number("minutes", minutes, least=0, above=True)
     if black_box is not None:
         budget = dataclasses.replace(budget, black_box=_check.integer("black_box", black_box))
-    _check.integer("seed", seed, least=0, most=2**31)
-    _check.choice("norm", norm, NORMS)
+    seed = _check.integer("seed", seed, least=0, most=2**31)
+    norm = _check.choice("norm", norm, NORMS)
     if not callable(defence):
         raise TypeError(f"defence must be a module or a function of inputs, got {type(defence).__name__}")
     for network in (base, *transfer):
@@ -98,15 +98,15 @@ def evaluate(
             raise TypeError(f"base and transfer must be torch.nn.Modules, got {type(network).__name__}")
     bounds = getattr(defence, "bounds", None) or _check.Bounds.of("bounds", (0.0, 1.0))
     device = next((parameter.device for parameter in base.parameters()), torch.device("cpu"))
-    x = _check.inputs("x", x, bounds=bounds).to(device)
-    y = _check.labels("y", y, n=len(x)).to(device)
+    x = incoming.inputs("x", x, bounds=bounds, own=True).to(device)
+    y = incoming.labels("y", y, n=len(x), own=True).to(device)
     if not len(x):
         raise ValueError("x must hold at least one input")
     reach = sanity.reach_of(bounds, x, norm)
-    _check.number("eps", eps, least=0, most=reach)
+    eps = _check.number("eps", eps, least=0, most=reach)
     with torch.no_grad(), evaluating(base):
         classes = logits_of(base, x[:1]).shape[1]
-    _check.labels("y", y, n=len(x), classes=classes)
+    incoming.labels("y", y, n=len(x), classes=classes)
     subject = Subject(defence, classes=classes)
     subject.check(x)
     varies = subject.varies(x[:_PROBED])
@@ -116,11 +116,11 @@ def evaluate(
     select, report = (slice(0, few), slice(few, None)) if randomised else (slice(0, 1), slice(0, 1))
     wanted = suite(
         subject, base, transfer, x,
-        eps=float(eps), norm=norm, bounds=bounds, budget=budget, seed=seed, randomised=randomised,
+        eps=eps, norm=norm, bounds=bounds, budget=budget, seed=seed, randomised=randomised,
     )  # fmt: skip
     claim = Claim(
         name=name or _name(defence), base_name=base_name, dataset=dataset, protocol=protocol, seed=seed,
-        eps=float(eps), norm=norm, bounds=bounds, told=settings or {},
+        eps=eps, norm=norm, bounds=bounds, told=settings or {},
     )  # fmt: skip
     known = {
         "name": claim.name,

@@ -105,11 +105,15 @@ def bounds(name: str, value: Any) -> Bounds:
 
 
 def _plain(value: object) -> object:
-    """Return numbers and truth values of NumPy and torch as Python's own, and anything else as it is."""
-    single = isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0
-    if not single or isinstance(value, np.ma.MaskedArray | np.datetime64 | np.timedelta64):
+    """Return numbers and truth values of NumPy and torch as Python's own, and anything else as it is.
+
+    None for times and for what is masked: NumPy takes a span of time for an integer, and gives 0 for a masked number.
+    """
+    if not isinstance(value, np.generic | np.ndarray | Tensor) or value.ndim:
         return value
-    found: object = value.item()  # type: ignore[attr-defined]
+    if isinstance(value, np.ma.MaskedArray) or (not isinstance(value, Tensor) and value.dtype.kind in "mM"):
+        return None
+    found: object = value.item()
     return found
 
 

@@ -104,13 +104,14 @@ class Defence(nn.Module, abc.ABC):
             labels, a class with fewer examples than neighbours, or a model or layer that cannot be used.
             After a failed fit the defence is unfitted.
         """
-        x, y = self._examples("x", "y", *incoming.examples(x, y), fitted=True)
+        x, y = incoming.examples(x, y)
+        x = self._kept("x", x, fitted=True)
         classes = self._count_classes(x)
-        y = incoming.labels("y", y, n=len(x), classes=classes)
+        y = incoming.labels("y", y, n=len(x), classes=classes, own=True).to(self.device)
         if not _check.is_number(calibration):
-            pair = incoming.calibration(calibration)
-            x_cal, y_cal = self._examples("x_cal", "y_cal", *pair, shape=tuple(x.shape[1:]))
-            y_cal = incoming.labels("y_cal", y_cal, n=len(x_cal), classes=classes)
+            x_cal, y_cal = incoming.calibration(calibration)
+            x_cal = self._kept("x_cal", x_cal, shape=tuple(x.shape[1:]))
+            y_cal = incoming.labels("y_cal", y_cal, n=len(x_cal), classes=classes, own=True).to(self.device)
         else:
             fraction = _check.number("calibration", calibration, least=0, most=1, above=True)
             keep, held = hold_out(y, fraction, seed=0)
@@ -307,15 +308,12 @@ class Defence(nn.Module, abc.ABC):
             raise ValueError(f"{name} must hold at least one input, got shape {tuple(checked.shape)}")
         return checked
 
-    def _examples(
-        self, x_name: str, y_name: str, x: Any, y: Any, *, shape: tuple[int, ...] | None = None, fitted: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Return checked copies of examples on the defence's device."""
-        x = incoming.inputs(x_name, x, bounds=self.bounds, shape=shape, own=True, fitted=fitted)
-        if not len(x):
-            raise ValueError(f"{x_name} must hold at least one example, got shape {tuple(x.shape)}")
-        y = incoming.labels(y_name, y, n=len(x), own=True)
-        return x.to(self.device), y.to(self.device)
+    def _kept(self, name: str, x: Any, *, shape: tuple[int, ...] | None = None, fitted: bool = False) -> Tensor:
+        """Return a checked copy of examples on the defence's device."""
+        kept = incoming.inputs(name, x, bounds=self.bounds, shape=shape, own=True, fitted=fitted)
+        if not len(kept):
+            raise ValueError(f"{name} must hold at least one example, got shape {tuple(kept.shape)}")
+        return kept.to(self.device)
 
     def _count_classes(self, x: Tensor) -> int:
         """Return how many classes the model tells apart, judged by its logits of one or two inputs."""

@@ -82,10 +82,7 @@ def labels(name: str, value: Any, *, n: int, classes: int | None = None, own: bo
     if tuple(given.shape) != (n,):
         advice = ""
         if given.ndim == 2 and len(given) == n:
-            one = given.shape[1] == 1
-            advice = (
-                f"; give {name}.squeeze(1)" if one else f"; of one-hot rows give the place of the 1: {name}.argmax(1)"
-            )
+            advice = f"; give {name}.squeeze(1)" if given.shape[1] == 1 else f"; of one-hot rows give {name}.argmax(1)"
         raise ValueError(f"{name} must have shape ({n},), one label per input, got {tuple(given.shape)}{advice}")
     if given.dtype == torch.bool:
         raise TypeError(
@@ -103,8 +100,8 @@ def labels(name: str, value: Any, *, n: int, classes: int | None = None, own: bo
         upper = " or more" if classes is None else f" to {classes - 1}, the model's {classes} classes"
         first = int(outside.nonzero()[0])
         raise ValueError(
-            f"{name} must be in 0{upper}, got values in [{int(y.min())}, {int(y.max())}]: {int(outside.sum())} outside, "
-            f"the first at index {first} ({int(y[first])}). Leave out examples without a label"
+            f"{name} must be in 0{upper}, got values in [{int(y.min())}, {int(y.max())}]: {int(outside.sum())} of {n} "
+            f"are outside, the first at index {first} ({int(y[first])}). Leave out examples without a label"
         )
     return _owned(y, given) if own else y
 
@@ -213,17 +210,15 @@ def _array(name: str, value: Any) -> np.ndarray[Any, Any]:
             f"{name} must be a tensor or an array of numbers, got a PIL image ({type(value).__name__}); "
             "convert it with a transform of the Dataset, such as torchvision's ToTensor()"
         )
-    if isinstance(value, np.ma.MaskedArray) and (masked := int(np.ma.count_masked(value))):
+    if isinstance(value, np.ma.MaskedArray) and (masked := int(np.ma.getmaskarray(value).sum())):
         raise TypeError(f"{name} must have no masked values, got {masked}; fill them, or leave these examples out")
     if hasattr(value, "toarray") and hasattr(value, "nnz"):
         raise TypeError(f"{name} must be dense, got {type(value).__name__}; call .toarray()")
+    known = any(hasattr(value, method) for method in ("to_numpy", "__array__"))
+    if not known and not isinstance(value, list | tuple | numbers.Number | memoryview | str):
+        raise TypeError(_numbers(name, value))
     try:
-        if hasattr(value, "to_numpy"):
-            array = np.asarray(value.to_numpy())
-        elif hasattr(value, "__array__") or isinstance(value, list | tuple | numbers.Number | memoryview):
-            array = np.asarray(value)
-        else:
-            raise TypeError("no array")
+        array = np.asarray(value.to_numpy() if hasattr(value, "to_numpy") else value)
     except Exception as error:
         raise TypeError(f"{_numbers(name, value)} ({error})") from error
     return array if array.dtype.kind in "biuf" or not hasattr(value, "columns") else _columns(name, value)

@@ -155,6 +155,7 @@ class Noise:
     def __post_init__(self) -> None:
         _check.keep(self, _check.number, "eps", least=0.0)
         _check.keep(self, _check.integer, "points")
+        _check.keep(self, _check.integer, "seed", least=0)
         _check.keep(self, _check.choice, "norm", options=NORMS)
         _check.keep(self, _check.bounds, "bounds")
 

@@ -64,13 +64,9 @@ class Maturation:
         _check.keep(self, _check.number, "alignment", "memory", least=0, most=1)
         _check.keep(self, _check.number, "decay", "plasma", least=0, most=1, above=True)
         _check.keep(self, _check.number, "recombination", least=0, above=True, optional=True)
-        if not isinstance(self.temperature, str):
-            _check.keep(self, _check.number, "temperature", least=0, above=True)
-        elif self.temperature != "auto":
-            raise TypeError(f"temperature must be a number or 'auto', got {self.temperature!r}")
+        _check.keep(self, _temperature, "temperature")
         _check.keep(self, _rate, "mutation_rate")
-        if not isinstance(self.mutation_range, str) or self.mutation_range != "auto":
-            _check.keep(self, _pair, "mutation_range")
+        _check.keep(self, _range, "mutation_range")
         _check.keep(self, _check.choice, "crossover", options=("affinity", "authors", None))
         if self.plasma + self.memory > 1 + 1e-9:
             raise ValueError(f"plasma + memory must be at most 1, got {self.plasma:g} + {self.memory:g}")
@@ -137,6 +133,16 @@ def _several(value: Any) -> bool:
 
 def _rate(name: str, value: Any) -> float | tuple[float, float]:
     return _pair(name, value) if _several(value) else _check.number(name, value, least=0, most=1)
+
+
+def _range(name: str, value: Any) -> Literal["auto"] | tuple[float, float]:
+    return "auto" if isinstance(value, str) and value == "auto" else _pair(name, value)
+
+
+def _temperature(name: str, value: Any) -> Literal["auto"] | float:
+    if isinstance(value, str) and value != "auto":
+        raise TypeError(f"{name} must be a number or 'auto', got {value!r}")
+    return "auto" if isinstance(value, str) else _check.number(name, value, least=0, above=True)
 
 
 def _pair(name: str, value: Any) -> tuple[float, float]:

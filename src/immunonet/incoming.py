@@ -99,9 +99,10 @@ def labels(name: str, value: Any, *, n: int, classes: int | None = None, own: bo
     if bool(outside.any()):
         upper = " or more" if classes is None else f" to {classes - 1}, the model's {classes} classes"
         first = int(outside.nonzero()[0])
+        advice = "Leave out examples without a label" if int(y.min()) < 0 else "Number the classes from 0"
         raise ValueError(
             f"{name} must be in 0{upper}, got values in [{int(y.min())}, {int(y.max())}]: {int(outside.sum())} of {n} "
-            f"are outside, the first at index {first} ({int(y[first])}). Leave out examples without a label"
+            f"are outside, the first at index {first} ({int(y[first])}). {advice}"
         )
     return _owned(y, given) if own else y
 
@@ -139,7 +140,7 @@ def examples(x: Any, y: Any = None, *, name: str = "x") -> tuple[Any, Any]:
         places.append(place)
     if not xs:
         raise ValueError(f"{name} is empty: it must hold examples of every class")
-    return _joined("inputs", xs, places), _joined("labels", ys, places)
+    return _joined(f"the inputs of {name}", xs, places), _joined(f"the labels of {name}", ys, places)
 
 
 def calibration(value: Any) -> tuple[Any, Any]:

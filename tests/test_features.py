@@ -5,8 +5,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from immunonet import RAILS, DkNN, Maturation, features
-from immunonet.features import AffineMap, IdentityMap, build
+from immunonet import RAILS, DkNN, Maturation, maps
+from immunonet.features import build
+from immunonet.maps import AffineMap, IdentityMap
 
 SMALL = Maturation(population=12, neighbours=2, generations=2)
 
@@ -337,7 +338,7 @@ def test_affine_distances_without_the_fused_loops(net, layer, monkeypatch):
     every = (torch.zeros(1, dtype=torch.long),) * 2
     args = (x[None, None], every, x[:1], found(x[:1]))
     fused = found.distances(*args)
-    monkeypatch.setattr(features, "fused_for", lambda cells: None)
+    monkeypatch.setattr(maps, "fused_for", lambda cells: None)
     assert_close(found.distances(*args), fused, rtol=1e-4, atol=1e-5)
     same = IdentityMap("input")
     assert_close(same.distances(*args)[0], (x - x[:1]).flatten(1).norm(dim=1))
@@ -372,7 +373,7 @@ def test_a_large_offset_does_not_hide_a_bend(offset):
 
 
 def test_wide_inputs_are_not_reduced(monkeypatch):
-    monkeypatch.setattr(features, "AFFINE_WIDTH", 71)
+    monkeypatch.setattr(maps, "AFFINE_WIDTH", 71)
     (found,) = build(nn.Sequential(nn.Flatten(), nn.Linear(72, 3)), ["1"], None, rand(8, 2, 6, 6))
     assert not isinstance(found, AffineMap)
 

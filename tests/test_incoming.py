@@ -29,7 +29,7 @@ PACKAGE = Path(immunonet.__file__).parent
 
 READ_ELSEWHERE = {
     # What the program itself wrote or computed, or read from a file.
-    "data.py", "search.py", "features.py", "immune/noise.py", "evaluation/benchmark.py", "evaluation/runner.py",
+    "data.py", "search.py", "maps.py", "immune/noise.py", "evaluation/benchmark.py", "evaluation/runner.py",
     "evaluation/sanity.py", "evaluation/outcome.py", "evaluation/finding.py", "studies/behaviour.py",
     "studies/search.py", "studies/experiments.py",
     # Plain numbers: bounds, and shares of draws.

@@ -280,13 +280,13 @@ X4, Y4 = torch.rand(30, 4, generator=torch.Generator().manual_seed(0)), torch.ar
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda o: (o, o), "model must give logits .B, C., floating and with C of 2 or more, got tuple"),
-        (lambda o: o[:, 0], r"got shape \(2,\), torch.float32"),
-        (lambda o: o[:, :1], r"got shape \(2, 1\)"),
-        (lambda o: o.argmax(1), r"got shape \(2,\), torch.int64"),
-        (lambda o: o.long(), r"got shape \(2, 3\), torch.int64"),
-        (lambda o: o * math.nan, "model gives NaN or infinite logits on the first examples"),
-        (lambda o: o[:1], "model must give one row of logits per input, got 1 for 2"),
+        (lambda o: {"scores": o}, "model must return a tensor of logits .* got dict"),
+        (lambda o: o[:, 0], r"logits \(2, C\), floating and C of 2 or more, .* got \(2,\) of torch.float32"),
+        (lambda o: o[:, :1], r"got \(2, 1\)"),
+        (lambda o: o.argmax(1), r"got \(2,\) of torch.int64"),
+        (lambda o: o.long(), r"got \(2, 3\) of torch.int64"),
+        (lambda o: o * math.nan, "model must return finite logits, got 6 NaN"),
+        (lambda o: o[:1], r"logits \(2, C\), .* for 2 inputs, got \(1, 3\)"),
         (lambda o: o @ torch.zeros(5, 5), r"model fails on inputs of shape \(2, 4\): mat1 and mat2"),
     ],
 )

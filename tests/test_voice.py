@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from immunonet import RAILS, DkNN, Maturation
 from immunonet.attacks import ASK, AdvKnn, SoftClones, SoftNeighbours, Unrolled
 from immunonet.attacks._surrogate import with_voice
-from immunonet.features import ROWS
+from immunonet.maps import ROWS
 
 LINE = torch.tensor([[0.1], [0.2], [0.3], [0.35], [0.5], [0.6]])
 LABELS = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -92,7 +92,7 @@ def test_a_model_without_an_answer_is_told(far):
     assert fitted(0.0, Sure(far)).predict(antigens).tolist() == [0, 1]
     rails = fitted(0.25, Sure(far))
     assert rails.predict(ANTIGEN).tolist() == [0]
-    with pytest.raises(ValueError, match="layer 'logits' gave NaN or infinite features"):
+    with pytest.raises(ValueError, match="model must return finite logits"):
         rails.predict(antigens)
 
 

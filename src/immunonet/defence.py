@@ -10,24 +10,30 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, _store, incoming
-from immunonet.features import FeatureMap, Layer, as_layers, build, check_names, evaluating, layer_names, own, space_map
+from immunonet import _check, _store, incoming, models
+from immunonet.features import Layer, as_layers, build, check_names, described, layer_names, witnessed
+from immunonet.maps import FeatureMap
 from immunonet.repertoire import Calibration, Repertoire, check_classes, hold_out
-from immunonet.search import ExactIndex, FeatureFile, Index, Progress, SignatureIndex, auto_budget, computed
+from immunonet.search import ROWS, ExactIndex, FeatureFile, Index, Progress, SignatureIndex, auto_budget
+from immunonet.witness import Witness
 
 FORMAT = 1
 PROBES = 8
 DEFENCE_FILE = "defence.json"
 
 
-class Defence(nn.Module, abc.ABC):
+class Defence(models.Asking, abc.ABC):
     """A trained classifier behind a nearest-neighbour defence. Subclasses are fitted before anything is asked.
 
-    The model is never changed: it runs in eval mode without gradients and is left in the mode it was in.
+    The model is never changed: it runs in eval mode without gradients and is left in the mode it was in. Its weights
+    must stay as they were at `fit`: where they have changed, every call raises a ValueError. Any number of threads may
+    ask at once. Copies and pickles hold all of it, the model too; `save` is smaller and outlives versions of Python.
     """
 
     repertoire: Repertoire
     calibration: Calibration
+    _witness: Witness
+    _cell_range: _check.Bounds
 
     def __init__(
         self,
@@ -74,6 +80,7 @@ class Defence(nn.Module, abc.ABC):
             return tensor.device
         return torch.device("cpu")
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def fit(
         self,
@@ -137,8 +144,7 @@ class Defence(nn.Module, abc.ABC):
     def features(self, x: Any) -> list[Tensor]:
         """Return the features `(B, D)` of inputs `x` `(B, *S)`, one tensor per layer (reduced where affine)."""
         with torch.no_grad():
-            cells = self._cells(self._inputs(x))
-            return [feature_map.chunked(cells) for feature_map in self.feature_maps]
+            return self._described(self._inputs(x))[1]
 
     @abc.abstractmethod
     def familiarity(self, x: Any) -> Tensor:
@@ -174,7 +180,7 @@ class Defence(nn.Module, abc.ABC):
             "defence": type(self).__name__,
             "layers": list(self.layers),
             "callables": [not isinstance(layer, str) for layer in self._layers],
-            "settings": self._settings() | {"bounds": self.bounds.pairs(), "false_alarm": self.false_alarm},
+            "settings": self._all_settings(),
             "classes": self.classes,
             "tensors": {"file": name, "sha256": checksum},
         }
@@ -235,6 +241,24 @@ class Defence(nn.Module, abc.ABC):
         defence.calibration = Calibration(**kept).to(x.device)
         return defence
 
+    def with_settings(self, **changes: Any) -> Self:
+        """Return a twin with some settings changed, checked as by the constructor, on the same fitted repertoire.
+
+        What is fitted is shared, not copied, nor fitted again: `calibration` stays that of the old settings.
+        """
+        twin = self._from_settings(self.model, self._layers, self._all_settings() | changes)
+        twin.memory_budget = self.memory_budget
+        for name in ("repertoire", "calibration", "indices"):
+            if name in self._modules:
+                setattr(twin, name, self._modules[name])
+        for name in ("classes", "shape", "feature_maps", "_witness", "_cell_range"):
+            if name in self.__dict__:
+                setattr(twin, name, self.__dict__[name])
+        return twin
+
+    def _all_settings(self) -> dict[str, Any]:
+        return self._settings() | {"bounds": self.bounds.pairs(), "false_alarm": self.false_alarm}
+
     @abc.abstractmethod
     def _settings(self) -> dict[str, Any]: ...
 
@@ -259,8 +283,22 @@ class Defence(nn.Module, abc.ABC):
         """Return what the model itself answers to inputs `(B, *S)`, probabilities `(B, C)`, if that counts."""
         return None
 
+    def _described(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the cells `(B, *S')` of inputs `(B, *S)` and their features `(B, D)` at every layer, in one pass."""
+        return described(self.model, self.space, self.feature_maps, x)
+
     def _cells(self, x: Tensor) -> Tensor:
-        return space_map(self.model, self.space)(x)
+        return described(self.model, self.space, (), x)[0]
+
+    @torch.no_grad()
+    def _testimony(self) -> list[Tensor]:
+        """Return what the model, as it is now, gives for the first examples wherever that counts."""
+        x = self.repertoire.x[:PROBES]
+        heard = self._known(x)
+        return witnessed(self.model, self._layers, x) + ([] if heard is None else [heard])
+
+    def _networks(self) -> list[nn.Module]:
+        return [self.model, *(m for layer in self._layers if callable(layer) for m in models.networks_of(layer))]
 
     def _remember(
         self,
@@ -270,39 +308,59 @@ class Defence(nn.Module, abc.ABC):
         feature_file: str | Path | None = None,
         on_progress: Progress | None = None,
     ) -> None:
-        maps = build(self.model, self._layers, self.space, x[:PROBES])
-        self.classes = classes
+        self.feature_maps = build(self.model, self._layers, self.space, x[:: max(1, len(x) // PROBES)][:PROBES])
+        self.classes, self.shape = classes, tuple(x.shape[1:])
         self.repertoire = Repertoire(x, y)
-        self.shape = tuple(x.shape[1:])
-        indices = []
-        for i, feature_map in enumerate(maps):
-            file = feature_file if feature_file is None or len(maps) == 1 else f"{feature_file}.{i}"
-            indices.append(self._index(feature_map, file, on_progress))
-        self.feature_maps, self.indices = maps, nn.ModuleList(indices)
+        order, counts = y.argsort(stable=True), torch.bincount(y, minlength=classes).tolist()
+        widths = [features.shape[1] for features in self._described(x[:1])[1]]
+        fit = [4 * len(y) * width * len(widths) <= self.memory_budget for width in widths]
+        keys = [x.new_empty(len(y), width) if fits else None for fits, width in zip(fit, widths, strict=True)]
+        if self.space is not None or any(fit):
+            self._pass(order, keys, on_progress)
+        indices: list[nn.Module] = []
+        for i, found in enumerate(keys):
+            if found is not None:
+                indices.append(ExactIndex(found, order, counts))
+                continue
+            file = feature_file if feature_file is None or len(widths) == 1 else f"{feature_file}.{i}"
+            rows = _Rows(self, i)
+            source = rows if file is None else FeatureFile(file, rows, len(y), on_progress=on_progress)
+            indices.append(SignatureIndex(source, order, counts, on_progress=on_progress))
+        self.indices = nn.ModuleList(indices)
+        self._witness = Witness(self._networks(), self._testimony)
 
-    def _index(
-        self, feature_map: FeatureMap, file: str | Path | None, on_progress: Progress | None
-    ) -> ExactIndex | SignatureIndex:
-        """Return an exact index of the repertoire's features, or one by signature where they exceed the budget."""
-
-        def rows(examples: Tensor) -> Tensor:
-            return self._keys(feature_map.chunked(self._cells(self.repertoire.x[examples])))
-
-        y = self.repertoire.y
-        order, counts = y.argsort(stable=True), torch.bincount(y, minlength=self.classes).tolist()
-        if 4 * len(y) * rows(order[:1]).shape[1] * len(self._layers) <= self.memory_budget:
-            return ExactIndex(computed(rows, order, on_progress), order, counts)
-        source = rows if file is None else FeatureFile(file, rows, len(y), on_progress=on_progress)
-        return SignatureIndex(source, order, counts, on_progress=on_progress)
+    def _pass(self, order: Tensor, keys: list[Tensor | None], on_progress: Progress | None) -> None:
+        """Let every example pass through the model once: fill what indices compare, and the range of the cells."""
+        ranges = []
+        for start in range(0, len(order), ROWS):
+            cells, features = self._described(self.repertoire.x[order[start : start + ROWS]])
+            channels = cells.movedim(1, 0).flatten(1) if cells.ndim > 1 else cells[None]
+            ranges.append((channels.amin(1), channels.amax(1)))
+            for out, found in zip(keys, features, strict=True):
+                if out is not None:
+                    out[start : start + ROWS] = self._keys(found)
+            if on_progress is not None:
+                on_progress(min(start + ROWS, len(order)), len(order))
+        low, high = (torch.stack(ends) for ends in zip(*ranges, strict=True))
+        self._cell_range = _check.Bounds(tuple(low.amin(0).tolist()), tuple(high.amax(0).tolist()))
 
     def _require_fit(self) -> None:
         if not self.feature_maps:
             name = type(self).__name__
             raise ValueError(f"this {name} is not fitted: call {name.lower()}.fit(x, y) with the training set first")
 
+    def check_current(self) -> None:
+        """Raise ValueError unless the defence is fitted, and its model still is the one it was fitted with."""
+        self._require_fit()
+        if not self._witness.still(self._networks(), self._testimony):
+            raise ValueError(
+                "model's weights have changed since this defence was fitted (training went on, or others were loaded): "
+                "its examples were described by the old ones. Call fit again, or load the old weights"
+            )
+
     def _inputs(self, x: Any, name: str = "x") -> Tensor:
         """Return checked inputs on the defence's device."""
-        self._require_fit()
+        self.check_current()
         checked = incoming.inputs(name, x, bounds=self.bounds, shape=self.shape).to(self.device)
         if not len(checked):
             raise ValueError(f"{name} must hold at least one input, got shape {tuple(checked.shape)}")
@@ -317,20 +375,25 @@ class Defence(nn.Module, abc.ABC):
 
     def _count_classes(self, x: Tensor) -> int:
         """Return how many classes the model tells apart, judged by its logits of one or two inputs."""
-        probe = own(self.model, x[:2])
+        probe = x[:2]
         try:
-            with evaluating(self.model):
-                out = self.model(probe)
+            out = models.logits(self.model, probe)
         except Exception as error:
             raise ValueError(f"model fails on inputs of shape {tuple(probe.shape)}: {error}") from error
-        if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[1] < 2 or not out.is_floating_point():
-            found = f"shape {tuple(out.shape)}, {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"model must give logits (B, C), floating and with C of 2 or more, got {found}")
-        if len(out) != len(probe):
-            raise ValueError(f"model must give one row of logits per input, got {len(out)} for {len(probe)}")
-        if not bool(torch.isfinite(out).all()):
-            raise ValueError("model gives NaN or infinite logits on the first examples")
+        models.warn_of_probabilities(out)
         return int(out.shape[1])
+
+
+class _Rows:
+    """What an index compares of the examples `(n,)` of a defence's repertoire at one layer, computed when asked."""
+
+    def __init__(self, defence: Defence, layer: int) -> None:
+        self._defence, self._layer = defence, layer
+
+    def __call__(self, examples: Tensor) -> Tensor:
+        defence = self._defence
+        features = defence._described(defence.repertoire.x[examples])[1][self._layer]
+        return defence._keys(features)
 
 
 def _alike(found: Tensor, stored: Tensor) -> bool:

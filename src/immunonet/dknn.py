@@ -107,10 +107,8 @@ class DkNN(Defence):
     def _nearest(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return per layer the distances and labels `(B, neighbours)` of the nearest examples, nearest first."""
         nearest = []
-        for i, feature_map in enumerate(self.feature_maps):
-            distances, found = self.index(i).nearest(
-                self._keys(feature_map.chunked(x)), self.neighbours, by_class=False
-            )
+        for i, features in enumerate(self._described(x)[1]):
+            distances, found = self.index(i).nearest(self._keys(features), self.neighbours, by_class=False)
             if self.metric == "cosine":
                 # Of unit vectors, half the squared distance is one minus the cosine.
                 distances = distances.square() / 2

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from immunonet import _check
 from immunonet.defence import Defence
-from immunonet.features import FeatureMap, Layer, logits_map
+from immunonet.features import Layer
 from immunonet.immune import sensing
 from immunonet.immune.consensus import winner
 from immunonet.immune.maturation import Matured, Naive, flocked, mature
 from immunonet.immune.noise import Noise, derive, identities
 from immunonet.immune.operators import Family
 from immunonet.immune.settings import Maturation
+from immunonet.maps import FeatureMap, LogitsMap
 from immunonet.repertoire import Calibration
 from immunonet.response import Cells, ImmuneResponse, Trace
 from immunonet.search import Progress
@@ -142,7 +143,7 @@ class RAILS(Defence):
     def naive(self, x: Any, layer: int = 0) -> tuple[Tensor, Tensor]:
         """Return the naive B cells of `x` `(B, *S)` at one layer: repertoire indices and distances, `(B, C, K)`."""
         index = self.index(layer)
-        features = self.feature_maps[layer].chunked(self._cells(self._inputs(x)))
+        features = self.features(x)[layer]
         distances, found = index.nearest(features, self.maturations[layer].neighbours)
         return found, distances
 
@@ -164,8 +165,7 @@ class RAILS(Defence):
         """Return the p-value `(B,)` of each input's distance to its nearest examples: foreign ones have a small one."""
         found = []
         for part in self._inputs(x).split(256):
-            cells = self._cells(part)
-            flocks = [self._flock(f.chunked(cells), i) for i, f in enumerate(self.feature_maps)]
+            flocks = [self._flock(features, i) for i, features in enumerate(self._described(part)[1])]
             found.append(self.calibration.familiarity(self._neighbourhood(flocks)[1]))
         return torch.cat(found)
 
@@ -197,11 +197,10 @@ class RAILS(Defence):
         names = None if self.shared_noise else identities(x)
         for start in range(0, len(x), size):
             part = slice(start, start + size)
-            cells = self._cells(x[part])
+            cells, features = self._described(x[part])
             bounds = self._cell_bounds().tensors(cells, cells.shape[1:])
-            features, naive = [], []
-            for i, (feature_map, settings) in enumerate(zip(self.feature_maps, self.maturations, strict=True)):
-                features.append(feature_map.chunked(cells))
+            naive = []
+            for i, settings in enumerate(self.maturations):
                 distances, index = self._flock(features[i], i)
                 naive.append(flocked(self.members(i, index), distances, index, cells, settings, bounds))
             known = self._known(x[part])
@@ -244,7 +243,7 @@ class RAILS(Defence):
     @torch.no_grad()
     def _known(self, x: Tensor) -> Tensor | None:
         """Return what the model itself says of antigens `x` `(B, *S)`: its softmax `(B, C)`, if it has a voice."""
-        return logits_map(self.model).chunked(x).softmax(1) if self.voice else None
+        return LogitsMap(self.model).chunked(x).softmax(1) if self.voice else None
 
     def _neighbourhood(self, flocks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Return nonconformity `(B, C)` summed over layers, and the mean distance to the K nearest `(B, L)`."""
@@ -260,15 +259,14 @@ class RAILS(Defence):
     def _calibrate(self, x: Tensor, y: Tensor) -> Calibration:
         counts, far = [], []
         for part, labels in zip(x.split(256), y.split(256), strict=True):
-            cells = self._cells(part)
-            flocks = [self._flock(f.chunked(cells), i) for i, f in enumerate(self.feature_maps)]
+            flocks = [self._flock(features, i) for i, features in enumerate(self._described(part)[1])]
             nonconformity, distance = self._neighbourhood(flocks)
             counts.append(nonconformity.gather(1, labels[:, None])[:, 0])
             far.append(distance)
         return Calibration.of(torch.cat(counts), torch.cat(far))
 
     def _cell_bounds(self) -> _check.Bounds:
-        return self.cell_bounds or (self.bounds if self.space is None else self._space_bounds)
+        return self.cell_bounds or (self.bounds if self.space is None else self._cell_range)
 
     def _remember(
         self,
@@ -278,10 +276,9 @@ class RAILS(Defence):
         feature_file: str | Path | None = None,
         on_progress: Progress | None = None,
     ) -> None:
-        if self.space is not None and self.cell_bounds is None:
-            self._space_bounds = self._range(x)
         cells = self._cells(x[:1])
-        self._cell_bounds().tensors(cells, cells.shape[1:], name="cell_bounds")
+        if self.space is None or self.cell_bounds is not None:
+            self._cell_bounds().tensors(cells, cells.shape[1:], name="cell_bounds")
         self.classes = classes
         if 4 * (values := self._population_values(x)) > self.memory_budget:
             raise ValueError(
@@ -289,13 +286,6 @@ class RAILS(Defence):
                 f"its population takes {4 * values:,} bytes"
             )
         super()._remember(x, y, classes, feature_file, on_progress)
-
-    def _range(self, x: Tensor) -> _check.Bounds:
-        """Return the range of the repertoire's cells per channel (the first axis of a cell)."""
-        parts = [self._cells(part).movedim(1, 0).flatten(1) for part in x.split(256)]
-        low = torch.stack([part.amin(1) for part in parts]).amin(0)
-        high = torch.stack([part.amax(1) for part in parts]).amax(0)
-        return _check.Bounds(tuple(low.tolist()), tuple(high.tolist()))
 
     def _keys(self, features: Tensor) -> Tensor:
         return features
@@ -318,7 +308,7 @@ class RAILS(Defence):
 
     @classmethod
     def _from_settings(cls, model: nn.Module, layers: Any, settings: dict[str, Any]) -> Self:
-        maturation = [Maturation(**values) for values in settings["maturation"]]
+        maturation = [m if isinstance(m, Maturation) else Maturation(**m) for m in settings["maturation"]]
         return cls(model, layers, **settings | {"maturation": maturation})
 
 

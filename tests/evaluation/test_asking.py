@@ -36,7 +36,7 @@ class Picky(nn.Module):
             ValueError,
             r"must return log-probabilities \(2, 3\) like base, got \(2,\) of torch.int64",
         ),
-        (lambda x: even(x).numpy(), TypeError, "must return a tensor of log-probabilities, got ndarray"),
+        (lambda x: even(x).numpy(), TypeError, "must return a tensor of logits or log-probabilities .* got ndarray"),
         (lambda x: even(x).exp(), ValueError, "got sums .* end a network with log_softmax"),
         (lambda x: even(x) * torch.nan, ValueError, "finite log-probabilities, got"),
         (lambda x: even(x)[:, :2], ValueError, r"like base, got \(2, 2\)"),

@@ -10,10 +10,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from immunonet import RAILS, Maturation, features
-from immunonet.features import AffineMap, IdentityMap
 from immunonet.immune import backend, operators
 from immunonet.immune.noise import GOLDEN, Noise, uniform
 from immunonet.immune.operators import Mutation
+from immunonet.maps import AffineMap, IdentityMap
 
 fused = pytest.importorskip("immunonet.immune.fused")
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import abc
+import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from immunonet import _check, incoming
+from immunonet import _check, incoming, models
 from immunonet.attacks._norms import NORMS, size
-from immunonet.features import evaluating
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+# Inputs that a model is asked about before it is attacked.
+_LOOKED_AT = 4
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class AttackResult:
     losses: Tensor
 
 
-class Penalised(nn.Module, abc.ABC):
+class Penalised(models.Asking, abc.ABC):
     """A model with a side condition: attacks climb their loss minus `penalty`, and succeed only where it is 0."""
 
     @abc.abstractmethod
@@ -60,6 +64,9 @@ class Attack(abc.ABC):
     targeted: bool = False
     batch_size: int = 256
 
+    # Whether more than the label of an answer counts.
+    _of_scores: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         _check.keep(self, _check.choice, "norm", options=NORMS)
         _check.keep(self, _check.boolean, "targeted")
@@ -72,7 +79,7 @@ class Attack(abc.ABC):
 
     def _attack(self, problem: Problem) -> AttackResult:
         model = problem.model
-        with evaluating(*[model] if isinstance(model, nn.Module) else []), torch.no_grad():
+        with models.evaluating(model), torch.no_grad():
             self._check_model(problem)
             found = self._search(problem)
         return AttackResult(found.points, found.success, size(found.points - problem.x, self.norm), found.losses)
@@ -83,15 +90,38 @@ class Attack(abc.ABC):
         return Problem(model, x.clamp(low, high), incoming.labels("y", y, n=len(x), own=True).to(x.device), low, high)
 
     def _check_model(self, problem: Problem) -> None:
-        """Raise ValueError unless the model gives logits, and the labels are among its classes."""
+        """Raise ValueError unless the model gives logits and the labels are among its classes; warn of other faults."""
         if len(problem.x):
-            classes = logits_of(problem.model, problem.x[:1]).shape[1]
+            first = models.logits(problem.model, problem.x[:_LOOKED_AT])
+            if self._of_scores:
+                models.warn_of_probabilities(first)
+            self._warn_of_unsteady(problem)
+            classes = first.shape[1]
             incoming.labels("y", problem.y, n=len(problem.x), classes=classes)
             if classes < self._least_classes():
                 raise ValueError(
                     f"model must tell {self._least_classes()} or more classes apart for {type(self).__name__} with "
                     f"loss={getattr(self, 'loss', None)!r}, got {classes}: use loss='ce'"
                 )
+
+    def _warn_of_unsteady(self, problem: Problem) -> None:
+        """Warn if a network's answers change from call to call, or with the batch: what fools it once may not again."""
+        if isinstance(problem.model, models.Asking):  # what this package wraps is meant to be as it is
+            return
+        wrong = models.unsteady(functools.partial(models.logits, problem.model), problem.x[:_LOOKED_AT])
+        if wrong == models.DEPENDS or (wrong == models.VARIES and not self._averages()):
+            advice = (
+                "look for normalisation over the batch, or a network in train mode inside the function"
+                if wrong == models.DEPENDS
+                else "if it is meant to be random attack attacks.Eot(model), else look for dropout left on in eval mode"
+            )
+            warnings.warn(
+                f"model {wrong}, so that success at one call says little: {advice}", UserWarning, stacklevel=4
+            )
+
+    def _averages(self) -> bool:
+        """Return whether several answers of a random model are asked for."""
+        return False
 
     def _least_classes(self) -> int:
         return 2
@@ -101,7 +131,7 @@ class Attack(abc.ABC):
 
     def _judge(self, model: Model, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
         """Return what is climbed `(B,)` float64, and whether the inputs succeed `(B,)`."""
-        logits = logits_of(model, x)
+        logits = models.logits(model, x)
         value, hit = loss(logits.double(), y), (logits.argmax(1) == y) == self.targeted
         if isinstance(model, Penalised):
             penalty = model.penalty(x)
@@ -165,17 +195,3 @@ def generator_of(seed: int | None) -> torch.Generator:
         generator.seed()
         return generator
     return generator.manual_seed(seed)
-
-
-def logits_of(model: Model, x: Tensor) -> Tensor:
-    """Return the model's logits `(B, C)`, C of 2 or more; raise unless they have that shape and are finite."""
-    logits = model(x)
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"model must return a tensor of logits (B, C), got {type(logits).__name__}")
-    if logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
-        raise ValueError(
-            f"model must return logits ({len(x)}, C), C of 2 or more, for {len(x)} inputs, got {tuple(logits.shape)}"
-        )
-    if not bool(torch.isfinite(logits).all()):
-        raise ValueError(f"model must return finite logits, got {int((~torch.isfinite(logits)).sum())} NaN or infinite")
-    return logits

@@ -10,15 +10,16 @@ from torch.nn import functional as F
 _TINY = 1e-12
 
 
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the cross-entropy `(B,)` float64, in a form that stays exact where the network is sure.
+def log_odds(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the log of the odds against `y`, `(B,)` float64: the logsumexp of the other logits minus its own.
 
-    Single precision would round a loss below 1e-7 to zero, and the gradient with it: a network that is sure
-    enough would look robust (Carlini & Wagner 2017).
+    The cross-entropy is its softplus: both climb in one direction. But where a network is sure, the slope of the
+    cross-entropy falls below what single precision holds, on its way back through the network if not in the loss, and
+    the network would look robust (Carlini & Wagner 2017); this one is the same however large the logits are.
     """
     logits = logits.double()
     label = F.one_hot(y, logits.shape[1]).bool()
-    return F.softplus(logits.masked_fill(label, -torch.inf).logsumexp(1) - logits[label])
+    return logits.masked_fill(label, -torch.inf).logsumexp(1) - logits[label]
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:

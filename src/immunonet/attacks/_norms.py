@@ -45,9 +45,9 @@ def random_within(x: Tensor, eps: float, norm: str, generator: torch.Generator) 
     They are drawn on the CPU, so that a seed means the same points on every device.
     """
     if norm == "linf":
-        return (2 * torch.rand(x.shape, generator=generator) - 1).to(x) * eps
-    direction = steepest(torch.randn(x.shape, generator=generator), "l2")
-    radius = torch.rand(len(x), generator=generator) ** (1 / direction[0].numel() if len(x) else 1)
+        return (2 * torch.rand(x.shape, generator=generator, dtype=torch.float32) - 1).to(x) * eps
+    direction = steepest(torch.randn(x.shape, generator=generator, dtype=torch.float32), "l2")
+    radius = torch.rand(len(x), generator=generator, dtype=torch.float32) ** (1 / direction[0].numel() if len(x) else 1)
     return (direction * spread(radius, x)).to(x) * eps
 
 

@@ -7,17 +7,19 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from immunonet import models
 from immunonet.defence import Defence
-from immunonet.features import logits_map, space_map
+from immunonet.features import described
+from immunonet.maps import LogitsMap
 from immunonet.rails import RAILS
 
 # Repertoire examples whose neighbourhoods set the scale of "auto".
 _PROBES = 100
 
 
-class Surrogate(nn.Module, abc.ABC):
+class Surrogate(models.Asking, abc.ABC):
     """A differentiable vote at a fitted defence's own layers: log-softmax per layer, mean, log-softmax again.
 
     Where RAILS gives its model a voice, that is mixed in. What an attack on it finds must be tested again on the
@@ -48,6 +50,7 @@ def fitted(defence: Defence) -> Defence:
         raise TypeError(f"defence must be a RAILS or a DkNN, got {type(defence).__name__}")
     if not defence.feature_maps:
         raise ValueError("defence must be fitted: call defence.fit(x, y) with the training set first")
+    defence.check_current()
     return defence
 
 
@@ -59,18 +62,23 @@ def check_shape(defence: Defence, x: Tensor) -> None:
 
 def features_of(defence: Defence, x: Tensor) -> list[Tensor]:
     """Return what a fitted defence compares of inputs `x` `(B, *S)`: `(B, D)` per layer, differentiable in `x`."""
-    cells = space_map(defence.model, defence.space)(x)
+    cells = cells_of(defence, x)
     found = [feature_map(cells) for feature_map in defence.feature_maps]
     if getattr(defence, "metric", "euclidean") == "cosine":
         found = [features / features.norm(dim=1, keepdim=True).clamp(min=1e-12) for features in found]
     return found
 
 
+def cells_of(defence: Defence, x: Tensor) -> Tensor:
+    """Return the cells `(B, *S')` of inputs `x` `(B, *S)`, differentiable in `x`."""
+    return described(defence.model, defence.space, (), x)[0]
+
+
 def with_voice(defence: Defence, votes: Tensor, x: Tensor) -> Tensor:
     """Return log-probabilities `votes` `(B, C)` mixed with the model's for inputs `x` `(B, *S)`, as RAILS does."""
     if not isinstance(defence, RAILS) or not defence.voice:
         return votes
-    known = logits_map(defence.model)(x).log_softmax(1)
+    known = LogitsMap(defence.model)(x).log_softmax(1)
     return torch.logaddexp(votes + math.log1p(-defence.voice), known + math.log(defence.voice))
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from immunonet import _check
-from immunonet.attacks._base import Attack, Found, Loss, Model, Problem, generator_of, logits_of
-from immunonet.attacks._losses import cross_entropy, dlr, gradient, targeted_dlr
+from immunonet import _check, models
+from immunonet.attacks._base import Attack, Found, Loss, Model, Problem, generator_of
+from immunonet.attacks._losses import dlr, gradient, log_odds, targeted_dlr
 from immunonet.attacks._norms import project, random_within, spread, steepest
 
 LOSSES = ("ce", "dlr", "targeted-dlr")
@@ -77,11 +77,11 @@ class APGD(Attack):
     def _loss(self, problem: Problem, target: int) -> Loss | None:
         """Return what is climbed; None where there is no such target."""
         if self.loss == "targeted-dlr":
-            logits = logits_of(problem.model, problem.x).scatter(1, problem.y[:, None], -torch.inf)
+            logits = models.logits(problem.model, problem.x).scatter(1, problem.y[:, None], -torch.inf)
             if target >= logits.shape[1] - 1:
                 return None
             return functools.partial(targeted_dlr, wanted=logits.argsort(1, descending=True)[:, target])
-        climbed = cross_entropy if self.loss == "ce" else dlr
+        climbed = log_odds if self.loss == "ce" else dlr
         return (lambda logits, y: -climbed(logits, y)) if self.targeted else climbed
 
     def _climb(self, problem: Problem, start: Tensor, loss: Loss) -> Found:

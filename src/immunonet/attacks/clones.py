@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from immunonet import _check
-from immunonet.attacks._surrogate import check_shape, fitted, with_voice
-from immunonet.features import space_map
+from immunonet import _check, models
+from immunonet.attacks._surrogate import cells_of, check_shape, fitted, with_voice
 from immunonet.immune import backend
 from immunonet.rails import RAILS
 
@@ -17,7 +16,7 @@ from immunonet.rails import RAILS
 _EVOLVED, _CLONES = 0.1, 0.3
 
 
-class SoftClones(nn.Module):
+class SoftClones(models.Asking):
     """A soft vote of the naive cells of RAILS and of their clones brought near the antigen, for attacks that know it.
 
     Per layer and class, the logit is the logsumexp of -d^2 / temperature over the K naive cells and, where the defence
@@ -49,7 +48,7 @@ class SoftClones(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return log-probabilities `(B, C)`, differentiable in inputs `x` `(B, *S)`; ValueError for another shape."""
         check_shape(self.rails, x)
-        antigens = space_map(self.rails.model, self.rails.space)(x)
+        antigens = cells_of(self.rails, x)
         votes = [self._vote(layer, antigens) for layer in range(len(self.rails.feature_maps))]
         return with_voice(self.rails, torch.stack(votes).mean(0).log_softmax(1), x)
 

@@ -1,4 +1,4 @@
-"""Attacks that follow the gradient of the cross-entropy: FGSM and PGD."""
+"""Attacks that follow the gradient of the cross-entropy, in a form that does not vanish: FGSM and PGD."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from torch import Tensor
 
 from immunonet import _check
 from immunonet.attacks._base import Attack, Found, Problem, generator_of
-from immunonet.attacks._losses import cross_entropy, gradient
+from immunonet.attacks._losses import gradient, log_odds
 from immunonet.attacks._norms import column, project, random_within, size, steepest
 
 
 @dataclass(frozen=True, kw_only=True)
 class PGD(Attack):
     """Projected gradient ascent on the cross-entropy (Madry et al. 2018), called as `attack(model, x, y)`.
+
+    What it climbs is the log of the odds against `y`, of which the cross-entropy is the softplus: the same direction
+    at any scale of the logits.
 
     Of all points visited, start included, in all restarts, it keeps per input a successful one before a
     failed one, then the one of the highest loss. `y` is the true label, or the wanted one with `targeted`.
@@ -71,7 +74,7 @@ class PGD(Attack):
         return best._replace(losses=torch.stack(curve))
 
     def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(logits, y) * (-1 if self.targeted else 1)
+        return log_odds(logits, y) * (-1 if self.targeted else 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class HopSkipJump(Attack):
     evaluations: int = 100
     most_evaluations: int = 10_000
     seed: int | None = 0
+
+    _of_scores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +87,7 @@ class HopSkipJump(Attack):
         for _ in range(_STARTS):
             if bool(found.all()):
                 break
-            noise = torch.rand(points.shape, generator=generator).to(points)
+            noise = torch.rand(points.shape, generator=generator, dtype=torch.float32).to(points)
             tried = problem.low + noise * (problem.high - problem.low)
             better = self._fools(problem, tried) & ~found
             points[better], found = tried[better], found | better
@@ -141,9 +143,9 @@ class HopSkipJump(Attack):
         total, along, score = torch.zeros_like(points), torch.zeros_like(points), torch.zeros_like(radius)
         for done in range(0, evaluations, _BLOCK):
             times = min(_BLOCK, evaluations - done)
-            noise = torch.randn(times * n, *points.shape[1:], generator=generator)
+            noise = torch.randn(times * n, *points.shape[1:], generator=generator, dtype=torch.float32)
             if self.norm == "linf":
-                noise = 2 * torch.rand(noise.shape, generator=generator) - 1
+                noise = 2 * torch.rand(noise.shape, generator=generator, dtype=torch.float32) - 1
             noise = (noise / column(size(noise, "l2"), noise)).to(points)
             around = points.repeat(times, *(1,) * (points.ndim - 1))
             reach = spread(radius.repeat(times).clamp(min=1e-12), points)

@@ -181,8 +181,8 @@ class AdvKnn(Surrogate):
         centre, scale = sample.mean(0), sample.std(correction=0).clamp(min=1e-12)
         votes = torch.cat([self._votes(layer, part) for part in chosen.split(_BATCH)])
         # A convex problem: zeros are as good a start as any.
-        weight = torch.zeros(defence.classes, len(centre), device=centre.device, requires_grad=True)
-        bias = torch.zeros(defence.classes, device=centre.device, requires_grad=True)
+        weight = centre.new_zeros(defence.classes, len(centre)).requires_grad_()
+        bias = centre.new_zeros(defence.classes).requires_grad_()
         optimiser = torch.optim.Adam([weight, bias], lr=_RATE)
         for _ in range(self.epochs):
             for some in torch.randperm(len(chosen), generator=generator).to(chosen.device).split(_BATCH):
@@ -191,7 +191,7 @@ class AdvKnn(Surrogate):
                     loss = F.cross_entropy(F.linear(features, weight, bias), votes[some])
                     weight.grad, bias.grad = torch.autograd.grad(loss, [weight, bias])
                 optimiser.step()
-        block = nn.Linear(len(centre), defence.classes, device=centre.device)
+        block = nn.Linear(len(centre), defence.classes, device=centre.device, dtype=centre.dtype)
         block.weight.copy_(weight / scale)
         block.bias.copy_(bias - weight @ centre / scale)
         return block.requires_grad_(False)

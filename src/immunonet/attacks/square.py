@@ -46,6 +46,9 @@ class Square(Attack):
         _check.keep(self, _check.boolean, "early_stop")
         _check.keep(self, _check.seed, "seed")
 
+    def _averages(self) -> bool:
+        return self.draws > 1
+
     def _search(self, problem: Problem) -> Found:
         best = Found.nothing(problem.x, self.queries + 1)
         if not len(problem.x):
@@ -120,11 +123,16 @@ class _Numbers(NamedTuple):
         n, channels, _, width = shape
 
         def signs(*size: int) -> Tensor:
-            return torch.rand(n, channels, *size, generator=generator).sub(0.5).sign()
+            return torch.rand(n, channels, *size, generator=generator, dtype=torch.float32).sub(0.5).sign()
 
-        first, second = torch.rand(2, n, 2, generator=generator)
+        first, second = torch.rand(2, n, 2, generator=generator, dtype=torch.float32)
         return cls(
-            first, second, signs(1, 1), signs(1, width), signs(*shape[2:]), torch.rand(n, 1, generator=generator)
+            first,
+            second,
+            signs(1, 1),
+            signs(1, width),
+            signs(*shape[2:]),
+            torch.rand(n, 1, generator=generator, dtype=torch.float32),
         )
 
     def of(self, rows: Tensor, like: Tensor) -> _Numbers:

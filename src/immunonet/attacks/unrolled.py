@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from immunonet import _check
-from immunonet.attacks._surrogate import check_shape, fitted, probe_distances, with_voice
-from immunonet.features import FeatureMap, space_map
+from immunonet import _check, models
+from immunonet.attacks._surrogate import cells_of, check_shape, fitted, probe_distances, with_voice
 from immunonet.immune import backend, operators
 from immunonet.immune.maturation import mutation_range, temperatures
 from immunonet.immune.settings import Maturation
+from immunonet.maps import FeatureMap
 from immunonet.rails import RAILS
 
 # Width of the soft plasma cut. A wider one leaves the defence's own, harder cut standing.
@@ -22,7 +22,7 @@ _WIDTH = 0.1
 _CACHED = 2**21
 
 
-class Unrolled(nn.Module):
+class Unrolled(models.Asking):
     """A light RAILS whose answer is differentiable in the antigen, for attacks that know the whole defence.
 
     Going forward it is the immune response itself with fewer cells and generations, except for the vote. Going
@@ -82,7 +82,7 @@ class Unrolled(nn.Module):
         rails = self.rails
         check_shape(rails, x)
         generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
-        antigens = space_map(rails.model, rails.space)(x)
+        antigens = cells_of(rails, x)
         votes = [self._respond(layer, antigens, generator) for layer in range(len(rails.feature_maps))]
         return with_voice(rails, torch.stack(votes).mean(0).log_softmax(1), x)
 
@@ -144,7 +144,7 @@ def _children(
     size = distances.shape[2]
     near = distances.flatten(0, 1)
     with torch.no_grad():
-        u = torch.rand(1, distances.shape[1], 2 * size, generator=generator).to(distances)
+        u = torch.rand(1, distances.shape[1], 2 * size, generator=generator, dtype=torch.float32).to(distances)
         parents = operators.select(
             near, tau.repeat_interleave(distances.shape[1]), u.expand(len(distances), -1, -1).flatten(0, 1)
         )
@@ -182,7 +182,7 @@ def _consensus(distances: Tensor, settings: Maturation, width: float) -> Tensor:
 
 def _uniform(cells: Tensor, generator: torch.Generator) -> Tensor:
     """Return uniform numbers for a population, the same for each of its antigens."""
-    return torch.rand(1, *cells.shape[1:], generator=generator).to(cells).expand_as(cells)
+    return torch.rand(1, *cells.shape[1:], generator=generator, dtype=torch.float32).to(cells).expand_as(cells)
 
 
 def _straight_through(value: Tensor, guide: Tensor) -> Tensor:

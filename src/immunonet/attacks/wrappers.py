@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from immunonet import _check
+from immunonet import _check, models
 from immunonet.attacks._base import Model, Penalised
 from immunonet.attacks._surrogate import features_of, fitted
 from immunonet.defence import Defence
@@ -18,7 +16,7 @@ from immunonet.dknn import DkNN
 from immunonet.rails import RAILS
 
 
-class Bpda(nn.Module):
+class Bpda(models.Asking):
     """The answer of `defence` with the gradient of `backward` (BPDA, Athalye et al. 2018).
 
     Both map the same inputs to tensors of one shape: logits or log-probabilities, or anything else where a part
@@ -36,8 +34,8 @@ class Bpda(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the defence's own output for inputs `x` `(B, *S)`, differentiable through `backward`."""
         with torch.no_grad():
-            answer: Tensor = self.defence(x.detach())
-        guide: Tensor = self.backward_model(x)
+            answer = models.ask(self.defence, x.detach())
+        guide = models.ask(self.backward_model, x)
         if answer.shape != guide.shape:
             raise ValueError(
                 f"backward must give what defence gives, {tuple(answer.shape)} for these inputs, "
@@ -47,7 +45,7 @@ class Bpda(nn.Module):
         return answer + (guide - guide.detach()).to(answer.dtype)
 
 
-class Eot(nn.Module):
+class Eot(models.Asking):
     """The log of the mean probabilities of `draws` calls of a random model (EOT, Athalye et al. 2018).
 
     A model that takes a `seed`, such as RAILS or `Unrolled`, is called with the seeds `seed` to `seed + draws - 1`
@@ -61,15 +59,13 @@ class Eot(nn.Module):
         self.defence = _callable("defence", defence)
         self.draws = _check.integer("draws", draws)
         self.seed = _check.integer("seed", seed, least=0)
-        self._seeded = takes_seed(defence)
+        self._seeded = models.takes_seed(defence)
         if isinstance(defence, DkNN) or getattr(defence, "deterministic", False):
             self.draws = 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Return log-probabilities `(B, C)` of inputs `x` `(B, *S)`."""
-        answers = [
-            self.defence(x, seed=self.seed + draw) if self._seeded else self.defence(x) for draw in range(self.draws)
-        ]
+        answers = [models.ask(self.defence, x, **_seed(self._seeded, self.seed + draw)) for draw in range(self.draws)]
         return torch.stack([answer.log_softmax(1) for answer in answers]).logsumexp(0) - math.log(self.draws)
 
 
@@ -97,8 +93,7 @@ class Stealthy(Penalised):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the surrogate gives for inputs `x` `(B, *S)`."""
-        found: Tensor = self.surrogate(x)
-        return found
+        return models.ask(self.surrogate, x)
 
     def penalty(self, x: Tensor) -> Tensor:
         """Return `(B,)`: `weight` times the strangeness of inputs `x` `(B, *S)` above the threshold; 0 below it."""
@@ -119,13 +114,8 @@ class Stealthy(Penalised):
         return torch.stack(parts).sum(0)
 
 
-def takes_seed(model: object) -> bool:
-    """Return whether a model's call takes a keyword `seed`."""
-    call: Callable[..., Any] = model.forward if isinstance(model, nn.Module) else model  # type: ignore[assignment]
-    try:
-        return "seed" in inspect.signature(call).parameters
-    except ValueError:
-        return False
+def _seed(wanted: bool, seed: int) -> dict[str, Any]:
+    return {"seed": seed} if wanted else {}
 
 
 def _sensed(defence: Defence, layer: int) -> int:

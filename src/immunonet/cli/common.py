@@ -17,7 +17,8 @@ from torch import nn
 
 from immunonet import _store, data, zoo
 from immunonet.evaluation.records import envelope
-from immunonet.features import Layer, layer_parts
+from immunonet.features import Layer
+from immunonet.maps import layer_parts
 
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file.")]
 OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that the files are written to.")]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +12,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from immunonet import incoming, models
 from immunonet.attacks import SoftClones, SoftNeighbours
 from immunonet.defence import Defence
-from immunonet.features import evaluating
 from immunonet.rails import RAILS
 
 # The label that stands for no usable answer: it is never right.
@@ -25,7 +23,7 @@ NO_ANSWER = -1
 _TRIES = 8
 
 
-class LogProbabilities(nn.Module):
+class LogProbabilities(models.Asking):
     """A network's logits as log-probabilities: the undefended network, asked like a defence."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -34,11 +32,10 @@ class LogProbabilities(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return log-probabilities `(B, C)` of inputs `(B, *S)`."""
-        logits: Tensor = self.network(x)
-        return logits.log_softmax(1)
+        return models.logits(self.network, x).log_softmax(1)
 
 
-class Subject(nn.Module):
+class Subject(models.Asking):
     """A defence under evaluation: asked in eval mode, under seeds, and in a way that survives bad answers.
 
     `defence` maps inputs `(B, *S)` to log-probabilities `(B, classes)`; its `predict`, if any, gives the labels. A
@@ -51,7 +48,7 @@ class Subject(nn.Module):
     def __init__(self, defence: Callable[..., Tensor], *, classes: int, fixed: int | None = None) -> None:
         super().__init__()
         self.defence, self.classes, self.fixed = defence, classes, fixed
-        self.seeded = is_randomised(defence) or _takes_seed(defence)
+        self.seeded = is_randomised(defence) or models.takes_seed(defence)
         self.faults: Counter[str] = Counter()
         self._calls = 0
 
@@ -62,12 +59,13 @@ class Subject(nn.Module):
             part = x[i : i + 2]
             try:
                 with torch.no_grad(), self._asked(0):
-                    found: Any = self.defence(part)
+                    found: Any = models.call(self.defence, part)
+                    labels = self._predicted(part, 0)
             except Exception as error:
                 problem = ValueError(f"defence fails on inputs of shape {tuple(part.shape)}: {error}")
                 continue
-            if not isinstance(found, Tensor):
-                raise TypeError(f"defence must return a tensor of log-probabilities, got {type(found).__name__}")
+            found = models.tensor_of(found, "defence")
+            _check_labels(labels, len(part), self.classes)
             if tuple(found.shape) != (len(part), self.classes) or not found.is_floating_point():
                 raise ValueError(
                     f"defence must return log-probabilities ({len(part)}, {self.classes}) like base, "
@@ -98,9 +96,7 @@ class Subject(nn.Module):
 
         def ask(part: Tensor) -> Tensor:
             with self._asked(seed):
-                found = (self.defence(part, seed=seed) if _takes_seed(self.defence) else self.defence(part)).to(
-                    x.device
-                )
+                found = self._log_probabilities(part, seed)
             bad = self._not_finite(found)
             return torch.where(bad[:, None], torch.zeros_like(found).log_softmax(1), found) if bad.any() else found
 
@@ -133,17 +129,24 @@ class Subject(nn.Module):
         return self._safely(x, ask, lambda part: torch.full((len(part), len(seeds)), NO_ANSWER)).unbind(1)
 
     def _run(self, x: Tensor, seed: int) -> Tensor:
-        predict = getattr(self.defence, "predict", None)
-
         def ask(part: Tensor) -> Tensor:
             with self._asked(seed):
-                if predict is not None:
-                    labels: Tensor = predict(part, seed=seed) if _takes_seed(predict) else predict(part)
-                    return labels.cpu()
-                found = self.defence(part, seed=seed) if _takes_seed(self.defence) else self.defence(part)
+                if (labels := self._predicted(part, seed)) is not None:
+                    return _check_labels(labels, len(part), self.classes)
+                found = self._log_probabilities(part, seed)
             return found.argmax(1).masked_fill(self._not_finite(found), NO_ANSWER).cpu()
 
         return self._safely(x, ask, lambda part: torch.full((len(part),), NO_ANSWER))
+
+    def _log_probabilities(self, x: Tensor, seed: int) -> Tensor:
+        keywords: dict[str, Any] = {"seed": seed} if models.takes_seed(self.defence) else {}
+        return models.ask(self.defence, x, **keywords)
+
+    def _predicted(self, x: Tensor, seed: int) -> Any:
+        """Return what the defence's `predict`, if it has one, gives."""
+        predict = getattr(self.defence, "predict", None)
+        keywords = {"seed": seed} if models.takes_seed(predict) else {}
+        return None if predict is None else predict(models.own(self.defence, x), **keywords)
 
     def _safely(self, x: Tensor, ask: Callable[[Tensor], Tensor], nothing: Callable[[Tensor], Tensor]) -> Tensor:
         """Ask; where that raises an error, ask in halves, down to the inputs that have no answer."""
@@ -164,26 +167,24 @@ class Subject(nn.Module):
 
     @contextlib.contextmanager
     def _asked(self, seed: int) -> Iterator[None]:
-        modules = [self.defence] if isinstance(self.defence, nn.Module) else []
-        with evaluating(*modules), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with models.evaluating(self.defence), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             yield
 
 
 def light_twin(rails: RAILS, *, population: int = 200, generations: int = 3) -> RAILS:
     """Return RAILS with smaller populations and fewer generations on the same fitted repertoire, not copied."""
-    twin = copy.copy(rails)
-    twin.maturations = tuple(
+    light = [
         dataclasses.replace(m, population=min(m.population, population), generations=min(m.generations, generations))
         for m in rails.maturations
-    )
-    return twin
+    ]
+    return rails.with_settings(maturation=light)
 
 
 def is_randomised(defence: object) -> bool:
     """Return whether `defence` has a `predict` that takes a seed."""
     predict = getattr(defence, "predict", None)
-    return predict is not None and _takes_seed(predict)
+    return predict is not None and models.takes_seed(predict)
 
 
 def shares_draws(defence: object) -> TypeGuard[RAILS]:
@@ -198,11 +199,11 @@ def answers(model: nn.Module, x: Tensor, seeds: Sequence[int] = ()) -> tuple[Ten
     They come from `model.predict`, or else are the largest of what it returns in eval mode.
     """
     begun = time.perf_counter()
-    with evaluating(model):
+    with models.evaluating(model):
         if seeds:
             first = model.predict(x, seed=seeds[0])  # type: ignore[operator]
         else:
-            first = model.predict(x) if hasattr(model, "predict") else model(x).argmax(1)  # type: ignore[operator]
+            first = model.predict(x) if hasattr(model, "predict") else models.logits(model, x).argmax(1)  # type: ignore[operator]
         seconds = time.perf_counter() - begun
         if shares_draws(model) and seeds[1:]:
             further = list(model.draws(x, seeds[1:]))
@@ -232,9 +233,19 @@ def describe_surrogate(target: object) -> dict[str, Any]:
     return {"surrogate": {"neighbours": target.neighbours, "temperatures": target.temperatures}}
 
 
-def _takes_seed(function: Any) -> bool:
-    function = function.forward if isinstance(function, nn.Module) else function
-    try:
-        return "seed" in inspect.signature(function).parameters
-    except (TypeError, ValueError):  # builtins have none
-        return False
+def _check_labels(labels: Any, n: int, classes: int) -> Tensor:
+    """Return the labels `(n,)` int64 on the CPU that `predict` gave; -1 is no answer. None passes."""
+    if labels is None:
+        return torch.empty(0, dtype=torch.long)
+    found = incoming.tensor("what defence.predict returns", labels)
+    if found.is_floating_point() or found.dtype == torch.bool or tuple(found.shape) != (n,):
+        raise TypeError(
+            f"defence.predict must return {n} whole-number labels for {n} inputs, got {tuple(found.shape)} of "
+            f"{found.dtype}: return labels, as scores.argmax(1), or leave predict out"
+        )
+    if n and (int(found.min()) < NO_ANSWER or int(found.max()) >= classes):
+        raise ValueError(
+            f"defence.predict must return labels in 0 to {classes - 1} (or -1 for no answer), got values in "
+            f"[{int(found.min())}, {int(found.max())}]"
+        )
+    return found.long().cpu()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -51,8 +50,7 @@ def without(rails: RAILS) -> dict[str, RAILS]:
         "selection": {"temperature": 1e9},  # every cell is as likely a parent as any other
         "generations": {"generations": 0},
     }
-    found = {}
-    for part, change in changes.items():
-        found[part] = copy.copy(rails)
-        found[part].maturations = tuple(dataclasses.replace(m, **change) for m in rails.maturations)
-    return found
+    return {
+        part: rails.with_settings(maturation=[dataclasses.replace(m, **change) for m in rails.maturations])
+        for part, change in changes.items()
+    }

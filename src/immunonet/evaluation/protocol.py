@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, _store, incoming
-from immunonet.attacks._base import logits_of
+from immunonet import _check, _store, incoming, models
 from immunonet.attacks._norms import NORMS
 from immunonet.evaluation import sanity
 from immunonet.evaluation.asking import Subject, describe
@@ -22,7 +21,6 @@ from immunonet.evaluation.runner import Runner, Trial
 from immunonet.evaluation.runner import describe as describe_planned
 from immunonet.evaluation.suite import PROTOCOLS, Budget, Planned, afford, seconds_per_call, suite
 from immunonet.evaluation.verdict import completed, standing, worst_case
-from immunonet.features import evaluating
 
 _PROBED = 8
 # Images on which an attack is compared with itself at twice the steps.
@@ -104,8 +102,8 @@ def evaluate(
         raise ValueError("x must hold at least one input")
     reach = sanity.reach_of(bounds, x, norm)
     eps = _check.number("eps", eps, least=0, most=reach)
-    with torch.no_grad(), evaluating(base):
-        classes = logits_of(base, x[:1]).shape[1]
+    with torch.no_grad():
+        classes = models.logits(base, x[:1]).shape[1]
     incoming.labels("y", y, n=len(x), classes=classes)
     subject = Subject(defence, classes=classes)
     subject.check(x)

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check
+from immunonet import _check, models
 from immunonet.attacks import FGSM
+from immunonet.attacks._losses import log_odds
 from immunonet.evaluation import statistics
 from immunonet.evaluation.asking import Subject
 from immunonet.evaluation.records import Check, Flag
 from immunonet.evaluation.runner import Runner, Trial
 from immunonet.evaluation.suite import Budget, Model, Planned
 from immunonet.evaluation.verdict import choose, worst
-from immunonet.features import evaluating
 
 DOUBLED = " doubled"
 MULTIPLES = (0.0, 0.25, 0.5, 1.0, 2.0)
@@ -203,9 +203,8 @@ def is_randomised(found: bool) -> Flag:
 
 def probabilities(base: nn.Module, x: Tensor) -> Flag:
     """Losses on probabilities instead of logits have vanishing gradients."""
-    with torch.no_grad(), evaluating(base):
-        out = base(x[:_FEW]).double()
-    found = bool((out >= 0).all()) and torch.allclose(out.sum(1), torch.ones_like(out.sum(1)), atol=1e-4)
+    with torch.no_grad():
+        found = models.are_probabilities(models.logits(base, x[:_FEW]))
     return Flag("probabilities for logits", found, "the base network's outputs sum to 1" if found else "logits")
 
 
@@ -213,11 +212,9 @@ def zero_gradients(targets: dict[str, Model], x: Tensor, y: Tensor) -> Flag:
     """A gradient of exactly zero leaves nothing to climb: robustness would be an illusion."""
     zero: dict[str, int] = {}
     for name, target in targets.items():
-        with torch.enable_grad(), evaluating(*[target] if isinstance(target, nn.Module) else []):
+        with torch.enable_grad():
             point = x.detach().requires_grad_()
-            logits = target(point).double()
-            loss = torch.logsumexp(logits.scatter(1, y[:, None], -torch.inf), 1) - logits.gather(1, y[:, None])[:, 0]
-            (gradient,) = torch.autograd.grad(loss.sum(), point)
+            (gradient,) = torch.autograd.grad(log_odds(models.logits(target, point), y).sum(), point)
         zero[name] = int((gradient.flatten(1) == 0).all(1).sum())
     bad = [f"{name}: {count} of {len(x)}" for name, count in zero.items() if count]
     return Flag("zero gradients", bool(bad), "; ".join(bad) or f"none in {len(x)} images on {', '.join(zero)}")

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, attacks
+from immunonet import _check, attacks, models
 from immunonet.attacks import AttackResult
+from immunonet.attacks._losses import log_odds
 from immunonet.attacks._norms import NORMS, random_within, size
 from immunonet.defence import Defence
 from immunonet.dknn import DkNN
@@ -170,8 +171,8 @@ class Noise:
         for _ in range(self.points):
             noise = random_within(x, self.eps, self.norm, generator)
             point = (x + (noise.sign() * self.eps if self.norm == "linf" else noise)).clamp(low, high)
-            logits = model(point)
-            loss = -logits.double().log_softmax(1).gather(1, y[:, None])[:, 0]
+            logits = models.logits(model, point)
+            loss = log_odds(logits, y)
             better = loss > highest
             best[better], highest[better] = point[better], loss[better]
             success[better] = logits.argmax(1)[better] != y[better]
@@ -278,7 +279,7 @@ def has_gradient(model: Model, x: Tensor) -> bool:
     """Return whether the first log-probability has a gradient in inputs `x` `(B, *S)` that is not zero everywhere."""
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        out = model(point)[:, 0].sum()
+        out = models.ask(model, point)[:, 0].sum()
         if not out.requires_grad:
             return False
         gradient = torch.autograd.grad(out, point, allow_unused=True)[0]
@@ -290,7 +291,7 @@ def seconds_per_call(target: Model, x: Tensor, *, gradient: bool) -> float:
     begun = time.perf_counter()
     with torch.set_grad_enabled(gradient):
         point = x.detach().requires_grad_(gradient)
-        out = target(point)
+        out = models.ask(target, point)
         if gradient and out.requires_grad:
             torch.autograd.grad(out.sum(), point, allow_unused=True)
     return (time.perf_counter() - begun) / len(x)

@@ -76,7 +76,7 @@ def band_distances(cells: Tensor, family: Family, antigens: Tensor, offsets: Ten
 def register(images: Tensor, goals: Tensor, reach: float, steps: int = 2) -> Tensor:
     """Do what `operators.register` does, on float32 CPU tensors."""
     _use_threads(images.numel() * REGISTER_WORK)
-    out = torch.empty(images.shape)
+    out = torch.empty(images.shape, dtype=torch.float32)
     _register(_contiguous(images), _contiguous(goals.expand_as(images).float()), float(reach), steps, out.numpy())
     return out
 

@@ -175,7 +175,7 @@ def _clones(population: _Population, family: Family) -> tuple[Tensor, Tensor]:
     """Return every cell as its own parents: generation 0 mutates the clones of the naive cells."""
     size = population.distances.shape[2]
     own = torch.arange(size, device=family[0].device).repeat(len(family[0]), 2)
-    return own, torch.ones(len(family[0]), size, device=own.device)
+    return own, population.distances.new_ones(len(family[0]), size)
 
 
 def _parents(distances: Tensor, temperature: Tensor, u: Tensor, settings: Maturation) -> tuple[Tensor, Tensor]:

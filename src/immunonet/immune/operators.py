@@ -73,7 +73,7 @@ def register(images: Tensor, goals: Tensor, reach: float, steps: int = 2) -> Ten
     """
     size = list(images.shape)
     with torch.autocast(images.device.type, enabled=False):
-        identity = torch.eye(2, 3, device=images.device)
+        identity = torch.eye(2, 3, device=images.device, dtype=images.dtype)
         x, y = F.affine_grid(identity[None], [1, 1, *size[2:]], align_corners=False)[0].unbind(2)
         place = torch.stack([x, y, torch.ones_like(x)])
         maps = images.new_zeros(len(images), 6)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from immunonet import _check
+from immunonet import _check, models
 from immunonet.attacks import PGD
+from immunonet.attacks._losses import log_odds
 from immunonet.attacks._norms import project, random_within
 from immunonet.data import Images
-from immunonet.features import evaluating
 
 LOSSES = ("pgd", "trades")
 
@@ -61,23 +61,23 @@ class Adversarial:
             return x  # no random number is drawn: plain training, bit for bit
         low, high = x.new_zeros(()), x.new_ones(())
         point = (x + random_within(x, eps, "linf", generator)).clamp(low, high)
-        with evaluating(net):
+        with models.evaluating(net):
             with torch.no_grad():
-                clean = net(x).float() if self.loss == "trades" else None
+                clean = models.ask(net, x).float() if self.loss == "trades" else None
             for _ in range(self.iterations):
                 point.requires_grad_()
-                logits = net(point).float()
-                climbed = F.cross_entropy(logits, y, reduction="sum") if clean is None else divergence(clean, logits)
+                logits = models.ask(net, point).float()
+                climbed = log_odds(logits, y).sum() if clean is None else divergence(clean, logits)
                 (gradient,) = torch.autograd.grad(climbed, point)
                 point = project(point.detach() + step * gradient.sign(), x, eps, "linf", low, high)
         return point
 
     def objective(self, net: nn.Module, x: Tensor, attacked: Tensor, y: Tensor) -> Tensor:
         """Return the mean loss of a batch, to be minimised."""
-        logits = net(attacked).float()
+        logits = models.tensor_of(net(models.own(net, attacked))).float()
         if self.loss == "pgd":
             return F.cross_entropy(logits, y)
-        clean = net(x).float()
+        clean = models.tensor_of(net(models.own(net, x))).float()
         return F.cross_entropy(clean, y) + self.beta * divergence(clean, logits) / len(x)
 
 

@@ -1,0 +1,298 @@
+"""Maps from cells to feature vectors: a callable, a layer of a model, what is affine, and cells as they are."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from immunonet import models
+from immunonet.immune.backend import fused_for
+from immunonet.immune.operators import Family
+
+# Values of the widest activation of a chunk of cells: near the size of a last-level cache.
+CHUNK_VALUES = 2**22
+# Cells run at once through a model that was not probed, and through a matrix.
+ROWS, MATRIX_ROWS = 128, 4096
+# Above this width a Gram matrix of the space costs more than it saves.
+AFFINE_WIDTH = 4096
+
+
+class FeatureMap:
+    """A map from cells `(n, *S)` to feature vectors `(n, D)` float32, differentiable in the cells.
+
+    This one is a callable. `tap`: the layer whose output for an input is the features of the input's cell, if any.
+    """
+
+    rows = ROWS
+    tap: str | None = None
+
+    def __init__(self, name: str, function: Callable[[Tensor], Any]) -> None:
+        self.name = name
+        self._function = function
+        self._format = torch.preserve_format
+
+    def _output(self, cells: Tensor) -> Any:
+        return models.call(self._function, cells, self._format)
+
+    def _watched(self) -> list[nn.Module]:
+        """Return the networks that run."""
+        return models.networks_of(self._function)
+
+    def probe(self, cells: Tensor) -> None:
+        """Learn from a few cells how many to run at once, and the faster memory format."""
+        widths: list[int] = []
+
+        def measure(output: Any) -> None:
+            if isinstance(output, Tensor):
+                widths.append(output.numel() // len(cells))
+
+        with models.watching({m: measure for network in self._watched() for m in network.modules()}):
+            features = self(cells)
+        self.rows = max(16, CHUNK_VALUES // max([features.shape[1], 1, *widths]))
+        if cells.ndim == 4:
+            # Convolutions run about twice as fast; models that reshape by view refuse it.
+            self._format = torch.channels_last
+            with contextlib.suppress(RuntimeError):
+                found = self(cells)
+                if found.shape == features.shape and torch.allclose(found, features, rtol=1e-3, atol=1e-4):
+                    return
+            self._format = torch.preserve_format
+
+    def __call__(self, cells: Tensor) -> Tensor:
+        """Return the features `(n, D)`, in one piece; ValueError unless the layer gives one tensor row per cell."""
+        return flat(self.name, self._output(cells), len(cells)).to(cells.device)
+
+    def chunked(self, cells: Tensor) -> Tensor:
+        """Return the features `(n, D)` of any number of cells, computed in chunks; ValueError if not finite."""
+        first = self(cells[: self.rows])
+        # A tensor of its own, which callers may overwrite.
+        out = first.new_empty(len(cells), first.shape[1])
+        out[: self.rows] = first
+        for start in range(self.rows, len(cells), self.rows):
+            out[start : start + self.rows] = self(cells[start : start + self.rows])
+        return finite(self.name, out)
+
+    def distances(self, cells: Tensor, family: Family, antigens: Tensor, features: Tensor) -> Tensor:
+        """Return feature distances `(F, P)` of families of `cells` `(B, C, P, *S)` to their antigens `(B, *S)`.
+
+        `features` `(B, D)` are the antigens' own. A cell whose features are NaN is infinitely far.
+        """
+        size = cells.shape[2]
+        chunk = self.rows
+        out = features.new_empty(len(family[0]), size)
+        step = max(1, chunk // size)
+        for start in range(0, len(out), step):
+            some = slice(start, start + step)
+            part, goal = cells[family[0][some], family[1][some]], features[family[0][some], None]
+            for i in range(0, size, chunk):
+                found = self(part[:, i : i + chunk].flatten(0, 1)).unflatten(0, (len(part), -1))
+                out[some, i : i + chunk] = torch.linalg.vector_norm(found - goal, dim=2)
+        return out.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+
+
+class LogitsMap(FeatureMap):
+    """The model's logits `(n, C)`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__("logits", model)
+
+    def _output(self, cells: Tensor) -> Any:
+        return models.logits(self._function, cells)
+
+
+class LayerMap(FeatureMap):
+    """A layer of a model, from inputs: what it gives, or its average over a grid."""
+
+    def __init__(self, model: nn.Module, layer: str) -> None:
+        super().__init__(layer, model)
+        self.model, self.tap = model, layer
+
+    def _output(self, cells: Tensor) -> Any:
+        module, side = layer_parts(self.name)
+        (found,) = models.outputs(self.model, [module], cells, memory_format=self._format)
+        return found if side is None else averaged(found, self.name, side)
+
+
+class TailMap(LayerMap):
+    """A layer of a model, from cells at another layer, the space, before it.
+
+    The model runs on a dummy input, and the space's output is replaced by the cells. One dummy row is cheapest; models
+    that reshape by their input's batch size need as many as there are cells.
+    """
+
+    def __init__(self, model: nn.Module, layer: str, space: str, x: Tensor, *, single: bool) -> None:
+        super().__init__(model, layer)
+        # Zeros show whether anything but the space reaches the layer.
+        self._space, self._dummy, self._single = space, torch.zeros_like(x[:1]), single
+
+    def _output(self, cells: Tensor) -> Any:
+        module, side = layer_parts(self.name)
+        dummy = self._dummy.to(cells.device).expand(1 if self._single else len(cells), *self._dummy.shape[1:])
+        given = self._space, models.own(self.model, cells, self._format)
+        (found,) = models.outputs(self.model, [module], dummy, given=given)
+        return found if side is None else averaged(found, self.name, side)
+
+
+class AffineMap(FeatureMap):
+    """An affine feature map of cells, reduced to at most d + 1 dimensions for cells of d values.
+
+    With homogeneous coordinates [a, 1] and the map's matrix W (its offset the last row), the root R of
+    W W' = R R' keeps every inner product, so distances and angles of `[a, 1] R` are those of the features.
+    The Gram matrix of a small convolution has few diagonals, whose quadratic form is cheaper than the root.
+    """
+
+    rows = MATRIX_ROWS
+
+    def __init__(self, name: str, matrix: Tensor, offset: Tensor) -> None:
+        self.name = name
+        self._matrix, self._offset = matrix, offset
+        self._band = _band(matrix)
+
+    def _on(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        if self._matrix.device != like.device:
+            self._matrix, self._offset = self._matrix.to(like.device), self._offset.to(like.device)
+        return self._matrix, self._offset
+
+    def __call__(self, cells: Tensor) -> Tensor:
+        """Return reduced features `(n, r)`."""
+        matrix, offset = self._on(cells)
+        with _every_digit(cells):
+            return cells.flatten(1) @ matrix + offset
+
+    def distances(self, cells: Tensor, family: Family, antigens: Tensor, features: Tensor) -> Tensor:
+        """Return feature distances `(F, P)`; the offset cancels."""
+        matrix, _ = self._on(cells)
+        fused = fused_for(cells)
+        if fused is not None and self._band is not None:
+            return fused.band_distances(cells, family, antigens, *self._band)  # type: ignore[no-any-return]
+        difference = (cells[family] - antigens[family[0], None]).flatten(2)
+        with _every_digit(cells):
+            return _norms(difference @ matrix)
+
+
+class IdentityMap(FeatureMap):
+    """Cells as their own features: `"input"`, or a layer that is itself the space."""
+
+    rows = MATRIX_ROWS
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, cells: Tensor) -> Tensor:
+        """Return the cells, flattened."""
+        return cells.flatten(1)
+
+    def distances(self, cells: Tensor, family: Family, antigens: Tensor, features: Tensor) -> Tensor:
+        """Return Euclidean distances `(F, P)` of the cells themselves."""
+        fused = fused_for(cells)
+        if fused is not None:
+            ones = antigens.new_ones(1, antigens[0].numel())
+            return fused.band_distances(cells, family, antigens, torch.zeros(1, dtype=torch.long), ones)  # type: ignore[no-any-return]
+        return _norms((cells[family] - antigens[family[0], None]).flatten(2))
+
+
+def _every_digit(like: Tensor) -> torch.autocast:
+    """Switch autocast off, which is for the model."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def _norms(difference: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(difference, dim=2)
+    return norms
+
+
+def flat(name: str, output: Any, n: int) -> Tensor:
+    """Return a layer's output for n cells as features `(n, D)` float32; ValueError unless it is one row per cell."""
+    if not isinstance(output, Tensor):
+        raise ValueError(f"layer {name!r} must give one tensor, got {type(output).__name__}")
+    if output.ndim == 0 or len(output) != n:
+        raise ValueError(f"layer {name!r} must give one row per input, got shape {tuple(output.shape)} for {n}")
+    plain: Tensor = output.dequantize() if output.is_quantized else output
+    return plain.flatten(1).float() if plain.ndim > 1 else plain[:, None].float()
+
+
+def finite(name: str, features: Tensor) -> Tensor:
+    """Return features as they are; ValueError that names the layer if they are not finite."""
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError(f"layer {name!r} gave NaN or infinite features: check the model and its precision")
+    return features
+
+
+def layer_parts(name: str) -> tuple[str, int | None]:
+    """Return a layer's submodule and the side of the grid that its output is averaged over: "block2:4" is block2, 4."""
+    module, _, side = name.rpartition(":")
+    return (module, int(side)) if module and side.isdecimal() else (name, None)
+
+
+def averaged(output: Any, name: str, side: int) -> Tensor:
+    """Return images `(n, c, h, w)` averaged over the fields of a grid of `side` x `side`: `(n, c, side, side)`."""
+    if not isinstance(output, Tensor) or output.ndim != 4 or not 1 <= side <= min(output.shape[2:]):
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"layer {name!r} must give images of at least {side} x {side}, side at least 1, got {shape}")
+    return F.adaptive_avg_pool2d(output, side)
+
+
+def affine(function: FeatureMap, cells: Tensor) -> AffineMap | None:
+    """Return the affine root of `function`, or None if it is not affine to float precision.
+
+    An affine map is affine everywhere, so points far outside the data's range are tried as well: there a
+    rectifier that is quiet on the data shows itself.
+    """
+    d = cells[0].numel()
+    if d > AFFINE_WIDTH:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(len(cells), *cells.shape[1:], generator=generator, dtype=torch.float32).to(cells.device)
+    scale = float(cells.abs().max()) or 1.0
+    for other in (cells.flip(0), noise * scale, noise * 100 * scale):
+        a, b = function(cells), function(other)
+        bend = (2 * function((cells + other) / 2) - a - b).abs().max()
+        if not bool(bend <= 2e-5 * torch.maximum(a.abs().max(), b.abs().max())):
+            return None
+    zero = function(torch.zeros_like(cells[:1]))
+    eye = torch.eye(d, device=cells.device, dtype=torch.float32)
+    rows = torch.cat(
+        [
+            function(part.reshape(-1, *cells.shape[1:])) - zero
+            for part in eye.split(max(1, CHUNK_VALUES // zero.shape[1]))
+        ]
+        + [zero]
+    )
+    if rows.shape[1] > len(rows):
+        gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+        for part in rows.split(max(1, CHUNK_VALUES // len(rows)), dim=1):
+            gram += part.double() @ part.double().T
+        values, vectors = torch.linalg.eigh(gram)
+        rows = (vectors * values.clamp(min=0).sqrt()).float()
+    found = AffineMap(function.name, rows[:-1].contiguous(), rows[-1].contiguous())
+    far = noise * scale
+    exact = torch.linalg.vector_norm(function(cells) - function(far), dim=1)
+    family = (
+        torch.arange(len(cells), device=cells.device),
+        torch.zeros(len(cells), dtype=torch.long, device=cells.device),
+    )
+    close = torch.allclose(found.distances(cells[:, None, None], family, far, far)[:, 0], exact, rtol=1e-4)
+    return found if close else None
+
+
+def _band(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the diagonals of the Gram matrix of `matrix` `(d, r)`: offsets `(t,)` >= 0 and values `(t, d)`.
+
+    Those above the main diagonal count twice. None where the root is cheaper: a band's sums run at about a
+    sixth of the rate of a matrix product.
+    """
+    d = len(matrix)
+    gram = (matrix.double() @ matrix.double().T).float().cpu()
+    gram[gram.abs() <= 1e-7 * gram.abs().max()] = 0
+    offsets = [t for t in range(d) if t == 0 or bool(gram.diagonal(t).any())]
+    if 6 * len(offsets) > matrix.shape[1]:
+        return None
+    band = torch.zeros(len(offsets), d, dtype=torch.float32)
+    for row, t in zip(band, offsets, strict=True):
+        row[: d - t] = gram.diagonal(t) * (1 if t == 0 else 2)
+    return torch.tensor(offsets), band

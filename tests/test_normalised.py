@@ -1,3 +1,5 @@
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -28,10 +30,25 @@ def test_statistics_are_buffers_of_its_own():
 
 
 @pytest.mark.parametrize(
+    "mean",
+    [np.array([2.0, 1.0])[::-1], np.array([1.0, 2.0], ">f4"), [torch.tensor(1.0), np.float64(2)], pd.Series([1, 2])],
+)
+def test_statistics_of_other_kinds(mean):
+    assert Normalised(nn.Identity(), mean, [1.0, 1.0]).mean.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
     ("model", "mean", "std", "error", "message"),
     [
         (len, 0.0, 1.0, TypeError, "model must be a torch.nn.Module, got builtin_function_or_method"),
         (nn.Identity(), "a", 1.0, TypeError, "mean must be a number or one per channel, got 'a'"),
+        (
+            nn.Identity(),
+            np.ma.masked_array([0.0], mask=[True]),
+            1.0,
+            TypeError,
+            "mean must be a number or one per channel",
+        ),
         (nn.Identity(), [], 1.0, ValueError, r"mean must be a finite number or one per channel, got \[\]"),
         (nn.Identity(), [[0.0]], 1.0, ValueError, "mean must be a finite number"),
         (nn.Identity(), 0.0, float("nan"), ValueError, "std must be a finite number"),

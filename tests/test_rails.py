@@ -397,7 +397,7 @@ def test_models_without_logits(change, message):
         ((X4, Y4.float()), TypeError, "y must have an integer dtype, got torch.float32"),
         ((X4, Y4[:5]), ValueError, r"y must have shape \(30,\), one label per input, got \(5,\)"),
         ((X4, Y4 + 1), ValueError, r"y must be in 0 to 2, the model's 3 classes, got values in \[1, 3\]"),
-        ((X4, Y4 - 1), ValueError, r"y must be in 0, got values in \[-1, 1\]"),
+        ((X4, Y4 - 1), ValueError, r"y must be in 0 to 2, .* got values in \[-1, 1\]: 10 of 30"),
         ((X4, Y4.clamp(max=1)), ValueError, "y has no example of class 2"),
         ((X4, Y4 * 0), ValueError, "y has no example of class 1"),
         ((X4[:8], Y4[:8], (X4, Y4)), ValueError, "neighbours=3 is more than the 2 examples of class 2"),

@@ -1,72 +1,12 @@
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from immunonet import DkNN
-from immunonet.repertoire import Calibration, Repertoire, check_classes, gather, hold_out
+from immunonet.repertoire import Calibration, Repertoire, check_classes, hold_out
 
 X, Y = torch.rand(10, 3, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 2
-
-
-class Rows(Dataset):
-    """A data set of arrays and plain integers."""
-
-    def __len__(self):
-        return 10
-
-    def __getitem__(self, i):
-        return X[i].numpy(), int(Y[i])
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(zip(X, Y, strict=True))
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        (X, Y),
-        (TensorDataset(X, Y),),
-        (Rows(),),
-        (Stream(),),
-        (DataLoader(TensorDataset(X, Y), batch_size=3),),
-        ([(X[:4], Y[:4]), (X[4:], Y[4:])],),
-    ],
-    ids=["tensors", "dataset", "arrays", "stream", "loader", "list"],
-)
-def test_examples_come_in_order(data):
-    if isinstance(data[0], list):
-        data = (DataLoader(TensorDataset(X, Y), batch_sampler=[range(4), range(4, 10)]),)
-    x, y = gather(*data)
-    assert torch.equal(x, X)
-    assert torch.equal(y, Y)
-
-
-class Pictures(Dataset):
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, i):
-        return X[i]
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "error", "message"),
-    [
-        (X, None, TypeError, "y is missing: give labels, or a Dataset or DataLoader"),
-        (TensorDataset(X, Y), Y, TypeError, "y must be left out when x is a TensorDataset, which holds the labels"),
-        (Pictures(), None, TypeError, r"x must yield pairs \(x, y\), got Tensor"),
-        (TensorDataset(X, Y, Y), None, TypeError, r"x must yield pairs \(x, y\), got list of 3"),
-        (TensorDataset(X[:0], Y[:0]), None, ValueError, "x is empty: a repertoire needs examples of every class"),
-    ],
-)
-def test_bad_examples(x, y, error, message):
-    with pytest.raises(error, match=message):
-        gather(x, y)
 
 
 def test_holding_out():
@@ -126,10 +66,3 @@ def test_identical_calibration_examples_have_no_scale():
     calibration = Calibration.of(torch.zeros(2), torch.zeros(2, 1))
     assert torch.isfinite(calibration.strangeness).all()
     assert calibration.familiarity(torch.tensor([[0.0], [1e-3]])).le(0.4).tolist() == [False, True]
-
-
-def test_arrays(mlp):
-    x, y = np.random.default_rng(0).random((30, 4)), np.arange(30) % 3
-    defence = DkNN(mlp, "1", neighbours=5).fit(x, y)
-    again = DkNN(mlp, "1", neighbours=5).fit(torch.from_numpy(x).float(), torch.from_numpy(y))
-    assert torch.equal(defence.predict(x), again.predict(x.tolist()))

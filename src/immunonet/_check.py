@@ -1,27 +1,43 @@
-"""Validation of arguments: every error names the argument, what was found and what would be valid."""
+"""Validation of settings: every error names the argument, what was found and what would be valid.
+
+Numbers of NumPy and torch (scalars, arrays and tensors of no dimension) are taken as settings, and become Python's own.
+What a caller gives as arrays is read in `incoming`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-6
+from immunonet import incoming
+
+
+def keep(settings: Any, check: Callable[..., Any], *names: str, optional: bool = False, **limits: Any) -> None:
+    """Replace fields of a frozen dataclass by what `check(name, value, **limits)` returns; None stays if `optional`."""
+    for name in names:
+        value = getattr(settings, name)
+        if not (optional and value is None):
+            object.__setattr__(settings, name, check(name, value, **limits))
 
 
 def integer(name: str, value: object, *, least: int = 1, most: int | None = None) -> int:
-    """Return `value` if it is an int in [least, most]; raise TypeError or ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Return `value` as an int if it is one in [least, most]; raise TypeError or ValueError otherwise."""
+    found = _plain(value)
+    if isinstance(found, bool) or not isinstance(found, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least or (most is not None and value > most):
+    found = int(found)
+    if found < least or (most is not None and found > most):
         upper = "" if most is None else f" and at most {most}"
-        raise ValueError(f"{name} must be at least {least}{upper}, got {value}")
-    return value
+        raise ValueError(f"{name} must be at least {least}{upper}, got {found}")
+    return found
 
 
 def number(
@@ -34,14 +50,23 @@ def number(
     below: bool = False,
 ) -> float:
     """Return `value` as a float if it lies in [least, most], without `least` if `above`, without `most` if `below`."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    value = float(value)
-    outside = not least <= value <= most or (above and value == least) or (below and value == most)
-    if outside or math.isinf(value):
+    try:
+        found = float(_plain(value))  # type: ignore[arg-type]
+    except OverflowError:
+        found = math.inf
+    outside = not least <= found <= most or (above and found == least) or (below and found == most)
+    if outside or math.isinf(found):
         left, right = "(" if above else "[", ")" if below else "]"
-        raise ValueError(f"{name} must be a finite number in {left}{least:g}, {most:g}{right}, got {value:g}")
-    return value
+        raise ValueError(f"{name} must be a finite number in {left}{least:g}, {most:g}{right}, got {found:g}")
+    return found
+
+
+def is_number(value: object) -> bool:
+    """Return whether `number` would take `value`, but for its limits."""
+    found = _plain(value)
+    return isinstance(found, numbers.Real) and not isinstance(found, bool)
 
 
 def fraction(name: str, value: object) -> float:
@@ -55,22 +80,41 @@ def fraction(name: str, value: object) -> float:
 
 
 def choice(name: str, value: Any, options: Sequence[Any]) -> Any:
-    """Return `value` if it is one of `options`; raise ValueError otherwise."""
-    if value not in options:
+    """Return the one of `options` (strings, or None) that equals `value`; raise ValueError otherwise."""
+    if not isinstance(value, str | None) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
-    return value
+    return options[options.index(value)]
 
 
 def boolean(name: str, value: object) -> bool:
-    """Return `value` if it is a bool; raise TypeError otherwise."""
-    if not isinstance(value, bool):
+    """Return `value` as a bool if it is one; raise TypeError otherwise."""
+    found = _plain(value)
+    if not isinstance(found, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
-    return value
+    return found
 
 
 def seed(name: str, value: object) -> int | None:
     """Return `value` if it is None or an int in [0, 2**63); raise otherwise."""
     return None if value is None else integer(name, value, least=0, most=2**63 - 1)
+
+
+def bounds(name: str, value: Any) -> Bounds:
+    """Return `value` if it is Bounds already, else what `Bounds.of` reads from it."""
+    return value if isinstance(value, Bounds) else Bounds.of(name, value)
+
+
+def _plain(value: object) -> object:
+    """Return numbers and truth values of NumPy and torch as Python's own, and anything else as it is.
+
+    None for times and for what is masked: NumPy takes a span of time for an integer, and gives 0 for a masked number.
+    """
+    if not isinstance(value, np.generic | np.ndarray | Tensor) or value.ndim:
+        return value
+    if isinstance(value, np.ma.MaskedArray) or (not isinstance(value, Tensor) and value.dtype.kind in "mM"):
+        return None
+    found: object = value.item()
+    return found
 
 
 @dataclass(frozen=True)
@@ -84,8 +128,8 @@ class Bounds:
     def of(cls, name: str, value: Any) -> Bounds:
         """Read `(low, high)` or a sequence (or `(F, 2)` array) of such pairs; raise if not low < high."""
         try:
-            table = torch.as_tensor(value, dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError) as error:
+            table = incoming.tensor(name, value).double()
+        except (TypeError, ValueError) as error:
             raise TypeError(f"{name} must be (low, high) or one such pair per channel, got {value!r}") from error
         table = table.reshape(1, 2) if table.shape == (2,) else table
         if table.ndim != 2 or table.shape[1] != 2 or not len(table):
@@ -113,54 +157,3 @@ class Bounds:
     def pairs(self) -> list[list[float]]:
         """Return `[[low, high], ...]`, the form that JSON keeps and `of` reads."""
         return [list(pair) for pair in zip(self.low, self.high, strict=True)]
-
-
-def inputs(name: str, value: Any, *, bounds: Bounds, shape: Sequence[int] | None = None) -> Tensor:
-    """Return a batch of inputs `(B, *S)` as float32; raise unless finite, within `bounds` and of sample `shape`.
-
-    Floating tensors and arrays are taken; integers are refused, because 0..255 images are the usual reason.
-    """
-    x = _tensor(name, value)
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must have a floating dtype, got {x.dtype}; scale images to [0, 1], as x.float() / 255")
-    if x.ndim < 2 or 0 in x.shape[1:]:
-        raise ValueError(f"{name} must have shape (B, *S) with no empty axis, got {tuple(x.shape)}")
-    if shape is not None and tuple(x.shape[1:]) != tuple(shape):
-        raise ValueError(f"{name} must have shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
-    x = x.detach().float()
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(x)).sum())} NaN or infinite values")
-    low, high = bounds.tensors(x, x.shape[1:])
-    if bool(((x < low - TOLERANCE) | (x > high + TOLERANCE)).any()):
-        raise ValueError(
-            f"{name} must lie within bounds={_short(bounds)}, got values in [{x.min():.4g}, {x.max():.4g}]. "
-            "Give inputs in their raw range; if the model wants normalised inputs, wrap it: "
-            "immunonet.Normalised(model, mean, std)"
-        )
-    return x
-
-
-def labels(name: str, value: Any, *, n: int, classes: int | None = None) -> Tensor:
-    """Return labels `(n,)` as int64; raise unless they are whole numbers in [0, classes), one per input."""
-    y = _tensor(name, value)
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise TypeError(f"{name} must have an integer dtype, got {y.dtype}")
-    if tuple(y.shape) != (n,):
-        raise ValueError(f"{name} must have shape ({n},), one label per input, got {tuple(y.shape)}")
-    y = y.detach().long()
-    if n and (int(y.min()) < 0 or (classes is not None and int(y.max()) >= classes)):
-        upper = "" if classes is None else f" to {classes - 1}, the model's {classes} classes"
-        raise ValueError(f"{name} must be in 0{upper}, got values in [{int(y.min())}, {int(y.max())}]")
-    return y
-
-
-def _tensor(name: str, value: Any) -> Tensor:
-    try:
-        return value if isinstance(value, Tensor) else torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a tensor or an array of numbers, got {type(value).__name__}") from error
-
-
-def _short(bounds: Bounds) -> str:
-    pairs = list(zip(bounds.low, bounds.high, strict=True))
-    return str(pairs[0]) if len(pairs) == 1 else f"{len(pairs)} pairs {pairs[:3]}..."

@@ -122,9 +122,9 @@ def split(n: int, validation: int | None = None) -> tuple[Tensor, Tensor]:
     The last `validation` of one permutation (the same for every run) are held out: calibration and tuning use
     them, training never sees them. Default: 3,000, or a tenth of a dataset with fewer than 30,000 examples.
     """
-    _check.integer("n", n, least=2)
+    n = _check.integer("n", n, least=2)
     held = max(1, min(3000, n // 10)) if validation is None else validation
-    _check.integer("validation", held, least=1, most=n - 1)
+    held = _check.integer("validation", held, least=1, most=n - 1)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     return order[:-held].sort().values, order[-held:].sort().values
 

@@ -10,10 +10,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, _store, models
+from immunonet import _check, _store, incoming, models
 from immunonet.features import Layer, as_layers, build, check_names, described, layer_names, witnessed
 from immunonet.maps import FeatureMap
-from immunonet.repertoire import Calibration, Repertoire, check_classes, gather, hold_out
+from immunonet.repertoire import Calibration, Repertoire, check_classes, hold_out
 from immunonet.search import ExactIndex, FeatureFile, Index, Progress, SignatureIndex, auto_budget, batches
 from immunonet.witness import Witness
 
@@ -94,11 +94,14 @@ class Defence(models.Asking, abc.ABC):
         """Take the training examples as repertoire, calibrate sensing on others, and return self.
 
         Args:
-            x: inputs `(N, *S)` within bounds (tensor or array), or a Dataset or DataLoader of `(x, y)`.
+            x: inputs `(N, *S)` within bounds (tensor, array, frame, or list of these; whole numbers where bounds are
+                wider than 1), or a Dataset, a DataLoader or a list of `(x, y)` or of such dicts. All is copied, as
+                float32: a feature that this would round by more than a thousandth of its standard deviation (a
+                float64 column with a large offset) is a ValueError, which says to subtract the offset.
             y: labels `(N,)`, whole numbers in [0, C) where the model gives C logits.
-            calibration: the fraction of the examples held out to calibrate on (the same ones each time), or
-                `(x_cal, y_cal)`, which the model should never have seen: p-values are valid only then. With
-                fewer than 1 / false_alarm - 1 of them nothing can look foreign.
+            calibration: the fraction of the examples held out to calibrate on (the same ones each time), or others, as
+                `(x_cal, y_cal)` or a Dataset or DataLoader, which the model should never have seen: p-values are valid
+                only then. With fewer than 1 / false_alarm - 1 of them nothing can look foreign.
             feature_file: where features beyond `memory_budget` are kept as float16 (2 N D bytes, logged before they
                 are written; ".0", ".1" and so on are added for several layers); None: computed again when needed.
             on_progress: called with how many examples are done, and how many there are, layer by layer.
@@ -108,17 +111,15 @@ class Defence(models.Asking, abc.ABC):
             labels, a class with fewer examples than neighbours, or a model or layer that cannot be used.
             After a failed fit the defence is unfitted.
         """
-        x, y = self._examples("x", "y", *gather(x, y))
+        x, y = incoming.examples(x, y)
+        x = self._kept("x", x, fitted=True)
         classes = self._count_classes(x)
-        y = _check.labels("y", y, n=len(x), classes=classes)
-        if isinstance(calibration, tuple | list):
-            if len(calibration) != 2:
-                raise ValueError(f"calibration must be a fraction or (x_cal, y_cal), got {len(calibration)} items")
-            x_cal, y_cal = self._examples("x_cal", "y_cal", calibration[0], calibration[1], shape=tuple(x.shape[1:]))
-            y_cal = _check.labels("y_cal", y_cal, n=len(x_cal), classes=classes)
+        y = incoming.labels("y", y, n=len(x), classes=classes, own=True).to(self.device)
+        if not _check.is_number(calibration):
+            x_cal, y_cal = incoming.calibration(calibration)
+            x_cal = self._kept("x_cal", x_cal, shape=tuple(x.shape[1:]))
+            y_cal = incoming.labels("y_cal", y_cal, n=len(x_cal), classes=classes, own=True).to(self.device)
         else:
-            if isinstance(calibration, bool) or not isinstance(calibration, int | float):
-                raise TypeError(f"calibration must be a fraction or a pair (x_cal, y_cal), got {calibration!r}")
             fraction = _check.number("calibration", calibration, least=0, most=1, above=True)
             keep, held = hold_out(y, fraction, seed=0)
             x, y, x_cal, y_cal = x[keep], y[keep], x[held], y[held]
@@ -370,19 +371,17 @@ class Defence(models.Asking, abc.ABC):
     def _inputs(self, x: Any, name: str = "x") -> Tensor:
         """Return checked inputs on the defence's device."""
         self.check_current()
-        checked = _check.inputs(name, x, bounds=self.bounds, shape=self.shape).to(self.device)
+        checked = incoming.inputs(name, x, bounds=self.bounds, shape=self.shape).to(self.device)
         if not len(checked):
             raise ValueError(f"{name} must hold at least one input, got shape {tuple(checked.shape)}")
         return checked
 
-    def _examples(
-        self, x_name: str, y_name: str, x: Any, y: Any, shape: tuple[int, ...] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        x = _check.inputs(x_name, x, bounds=self.bounds, shape=shape)
-        if not len(x):
-            raise ValueError(f"{x_name} must hold at least one example, got shape {tuple(x.shape)}")
-        y = _check.labels(y_name, y, n=len(x))
-        return x.to(self.device), y.to(self.device)
+    def _kept(self, name: str, x: Any, *, shape: tuple[int, ...] | None = None, fitted: bool = False) -> Tensor:
+        """Return a checked copy of examples on the defence's device."""
+        kept = incoming.inputs(name, x, bounds=self.bounds, shape=shape, own=True, fitted=fitted)
+        if not len(kept):
+            raise ValueError(f"{name} must hold at least one example, got shape {tuple(kept.shape)}")
+        return kept.to(self.device)
 
     def _count_classes(self, x: Tensor) -> int:
         """Return how many classes the model tells apart, judged by its logits of one or two inputs."""

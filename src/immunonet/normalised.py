@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from immunonet import incoming
+
 
 class Normalised(nn.Module):
     """Apply `model` to (x - mean) / std, per channel or feature (the first axis of a sample).
@@ -28,8 +30,8 @@ class Normalised(nn.Module):
         self.model = model
         for name, value in (("mean", mean), ("std", std)):
             try:
-                numbers = torch.as_tensor(value, dtype=torch.float32).detach().clone()
-            except (TypeError, ValueError, RuntimeError) as error:
+                numbers = incoming.tensor(name, value).to(torch.float32, copy=True)
+            except (TypeError, ValueError) as error:
                 raise TypeError(f"{name} must be a number or one per channel, got {value!r}") from error
             if numbers.ndim > 1 or not numbers.numel() or not bool(torch.isfinite(numbers).all()):
                 raise ValueError(f"{name} must be a finite number or one per channel, got {value!r}")

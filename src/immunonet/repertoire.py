@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from immunonet.immune import sensing
 from immunonet.search import Kept
@@ -53,27 +50,6 @@ class Calibration(Kept):
     def familiarity(self, far: Tensor) -> Tensor:
         """Return the p-values `(B,)` of mean distances `(B, L)` among those of the calibration examples."""
         return sensing.p_values(self.strangeness, (far / self.scales).sum(1))
-
-
-def gather(x: Any, y: Any = None) -> tuple[Any, Any]:
-    """Return inputs and labels from tensors or arrays, or from a Dataset or DataLoader of `(x, y)` as `x` alone."""
-    if not isinstance(x, DataLoader | Dataset):
-        if y is None:
-            raise TypeError("y is missing: give labels, or a Dataset or DataLoader of (x, y) as x")
-        return x, y
-    if y is not None:
-        raise TypeError(f"y must be left out when x is a {type(x).__name__}, which holds the labels")
-    loader = x if isinstance(x, DataLoader) else DataLoader(x, batch_size=512)
-    xs, ys = [], []
-    for batch in loader:
-        if not isinstance(batch, list | tuple) or len(batch) != 2:
-            size = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
-            raise TypeError(f"x must yield pairs (x, y), got {type(batch).__name__}{size}")
-        xs.append(torch.as_tensor(batch[0]))
-        ys.append(torch.as_tensor(batch[1]))
-    if not xs:
-        raise ValueError("x is empty: a repertoire needs examples of every class")
-    return torch.cat(xs), torch.cat(ys)
 
 
 def hold_out(y: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

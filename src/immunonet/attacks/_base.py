@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from immunonet import _check, models
+from immunonet import _check, incoming, models
 from immunonet.attacks._norms import NORMS, size
 
 Model = Callable[[Tensor], Tensor]
@@ -68,11 +68,10 @@ class Attack(abc.ABC):
     _of_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check.choice("norm", self.norm, NORMS)
-        _check.boolean("targeted", self.targeted)
-        _check.integer("batch_size", self.batch_size)
-        if not isinstance(self.bounds, _check.Bounds):
-            object.__setattr__(self, "bounds", _check.Bounds.of("bounds", self.bounds))
+        _check.keep(self, _check.choice, "norm", options=NORMS)
+        _check.keep(self, _check.boolean, "targeted")
+        _check.keep(self, _check.integer, "batch_size")
+        _check.keep(self, _check.bounds, "bounds")
 
     def __call__(self, model: Model, x: Any, y: Any) -> AttackResult:
         """Attack `model` at inputs `x` `(B, *S)` with labels `y` `(B,)`."""
@@ -86,9 +85,9 @@ class Attack(abc.ABC):
         return AttackResult(found.points, found.success, size(found.points - problem.x, self.norm), found.losses)
 
     def _problem(self, model: Model, x: Any, y: Any) -> Problem:
-        x = _check.inputs("x", x, bounds=self.bounds)
+        x = incoming.inputs("x", x, bounds=self.bounds)
         low, high = self.bounds.tensors(x, x.shape[1:])
-        return Problem(model, x.clamp(low, high), _check.labels("y", y, n=len(x)).to(x.device), low, high)
+        return Problem(model, x.clamp(low, high), incoming.labels("y", y, n=len(x), own=True).to(x.device), low, high)
 
     def _check_model(self, problem: Problem) -> None:
         """Raise ValueError unless the model gives logits and the labels are among its classes; warn of other faults."""
@@ -98,7 +97,7 @@ class Attack(abc.ABC):
                 models.warn_of_probabilities(first)
             self._warn_of_unsteady(problem)
             classes = first.shape[1]
-            _check.labels("y", problem.y, n=len(problem.x), classes=classes)
+            incoming.labels("y", problem.y, n=len(problem.x), classes=classes)
             if classes < self._least_classes():
                 raise ValueError(
                     f"model must tell {self._least_classes()} or more classes apart for {type(self).__name__} with "

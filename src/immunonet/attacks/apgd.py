@@ -48,14 +48,11 @@ class APGD(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check.number("eps", self.eps, least=0.0)
-        _check.integer("iterations", self.iterations)
-        _check.integer("restarts", self.restarts)
-        _check.choice("loss", self.loss, LOSSES)
-        _check.integer("targets", self.targets)
-        _check.boolean("random_start", self.random_start)
-        _check.boolean("early_stop", self.early_stop)
-        _check.seed("seed", self.seed)
+        _check.keep(self, _check.number, "eps", least=0.0)
+        _check.keep(self, _check.integer, "iterations", "restarts", "targets")
+        _check.keep(self, _check.choice, "loss", options=LOSSES)
+        _check.keep(self, _check.boolean, "random_start", "early_stop")
+        _check.keep(self, _check.seed, "seed")
         if self.targeted and self.loss == "targeted-dlr":
             raise ValueError("loss='targeted-dlr' chooses its own targets from the true label: use 'ce' or 'dlr'")
 

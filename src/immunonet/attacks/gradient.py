@@ -40,13 +40,10 @@ class PGD(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check.number("eps", self.eps, least=0.0)
-        _check.number("step", self.step, least=0.0)
-        _check.integer("iterations", self.iterations)
-        _check.integer("restarts", self.restarts)
-        _check.number("momentum", self.momentum, least=0.0)
-        _check.boolean("random_start", self.random_start)
-        _check.seed("seed", self.seed)
+        _check.keep(self, _check.number, "eps", "step", "momentum", least=0.0)
+        _check.keep(self, _check.integer, "iterations", "restarts")
+        _check.keep(self, _check.boolean, "random_start")
+        _check.keep(self, _check.seed, "seed")
 
     def _search(self, problem: Problem) -> Found:
         x, generator = problem.x, generator_of(self.seed)
@@ -92,7 +89,7 @@ class FGSM(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check.number("eps", self.eps, least=0.0)
+        _check.keep(self, _check.number, "eps", least=0.0)
 
     def _search(self, problem: Problem) -> Found:
         return PGD(step=self.eps, iterations=1, random_start=False, **vars(self))._search(problem)

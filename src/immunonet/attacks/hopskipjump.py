@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from immunonet import _check
+from immunonet import _check, incoming
 from immunonet.attacks._base import Attack, AttackResult, Found, Model, Problem, generator_of
 from immunonet.attacks._losses import margin
 from immunonet.attacks._norms import column, size, spread, steepest
@@ -47,12 +47,10 @@ class HopSkipJump(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eps is not None:
-            _check.number("eps", self.eps, least=0.0)
-        _check.integer("iterations", self.iterations)
-        _check.integer("evaluations", self.evaluations)
-        _check.integer("most_evaluations", self.most_evaluations, least=self.evaluations)
-        _check.seed("seed", self.seed)
+        _check.keep(self, _check.number, "eps", least=0.0, optional=True)
+        _check.keep(self, _check.integer, "iterations", "evaluations")
+        _check.keep(self, _check.integer, "most_evaluations", least=self.evaluations)
+        _check.keep(self, _check.seed, "seed")
 
     def __call__(self, model: Model, x: Any, y: Any, *, starts: Any = None) -> AttackResult:
         """Attack `model` at inputs `x` `(B, *S)` with labels `y` `(B,)`, from `starts` `(B, *S)` if given."""
@@ -60,7 +58,8 @@ class HopSkipJump(Attack):
             raise ValueError("starts must be given for a targeted attack: for every input one that has the label y")
         problem = self._problem(model, x, y)
         if starts is not None:
-            starts = _check.inputs("starts", starts, bounds=self.bounds, shape=problem.x.shape[1:]).to(problem.x.device)
+            shape = problem.x.shape[1:]
+            starts = incoming.inputs("starts", starts, bounds=self.bounds, shape=shape, own=True).to(problem.x.device)
             if len(starts) != len(problem.x):
                 raise ValueError(f"starts must be one per input, {len(problem.x)}, got {len(starts)}")
         return self._attack(problem._replace(starts=starts))

@@ -40,12 +40,11 @@ class Square(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check.number("eps", self.eps, least=0.0)
-        _check.integer("queries", self.queries)
-        _check.number("p", self.p, least=0.0, most=1.0, above=True)
-        _check.boolean("early_stop", self.early_stop)
-        _check.integer("draws", self.draws)
-        _check.seed("seed", self.seed)
+        _check.keep(self, _check.number, "eps", least=0.0)
+        _check.keep(self, _check.integer, "queries", "draws")
+        _check.keep(self, _check.number, "p", least=0.0, most=1.0, above=True)
+        _check.keep(self, _check.boolean, "early_stop")
+        _check.keep(self, _check.seed, "seed")
 
     def _averages(self) -> bool:
         return self.draws > 1

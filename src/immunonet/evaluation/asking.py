@@ -9,11 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeGuard
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from immunonet import models
+from immunonet import incoming, models
 from immunonet.attacks import SoftClones, SoftNeighbours
 from immunonet.defence import Defence
 from immunonet.rails import RAILS
@@ -238,8 +237,8 @@ def _check_labels(labels: Any, n: int, classes: int) -> Tensor:
     """Return the labels `(n,)` int64 on the CPU that `predict` gave; -1 is no answer. None passes."""
     if labels is None:
         return torch.empty(0, dtype=torch.long)
-    found = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool or tuple(found.shape) != (n,):
+    found = incoming.tensor("what defence.predict returns", labels)
+    if found.is_floating_point() or found.dtype == torch.bool or tuple(found.shape) != (n,):
         raise TypeError(
             f"defence.predict must return {n} whole-number labels for {n} inputs, got {tuple(found.shape)} of "
             f"{found.dtype}: return labels, as scores.argmax(1), or leave predict out"
@@ -249,4 +248,4 @@ def _check_labels(labels: Any, n: int, classes: int) -> Tensor:
             f"defence.predict must return labels in 0 to {classes - 1} (or -1 for no answer), got values in "
             f"[{int(found.min())}, {int(found.max())}]"
         )
-    return found.detach().long().cpu()
+    return found.long().cpu()

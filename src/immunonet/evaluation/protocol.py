@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, _store, models
+from immunonet import _check, _store, incoming, models
 from immunonet.attacks._norms import NORMS
 from immunonet.evaluation import sanity
 from immunonet.evaluation.asking import Subject, describe
@@ -88,13 +89,14 @@ def evaluate(
         that answers none of the first images. OSError where the folder cannot be written to; what was
         finished before is kept.
     """
+    transfer = tuple(transfer)
     budget = PROTOCOLS[_check.choice("protocol", protocol, tuple(PROTOCOLS))]
     if minutes is not None:
-        _check.number("minutes", minutes, least=0, above=True)
+        minutes = _check.number("minutes", minutes, least=0, above=True)
     if black_box is not None:
         budget = dataclasses.replace(budget, black_box=_check.integer("black_box", black_box))
-    _check.integer("seed", seed, least=0, most=2**31)
-    _check.choice("norm", norm, NORMS)
+    seed = _check.integer("seed", seed, least=0, most=2**31)
+    norm = _check.choice("norm", norm, NORMS)
     if not callable(defence):
         raise TypeError(f"defence must be a module or a function of inputs, got {type(defence).__name__}")
     for network in (base, *transfer):
@@ -102,18 +104,18 @@ def evaluate(
             raise TypeError(f"base and transfer must be torch.nn.Modules, got {type(network).__name__}")
     bounds = _bounds(defence)
     device = next((parameter.device for parameter in base.parameters()), torch.device("cpu"))
-    x = _check.inputs("x", x, bounds=bounds).to(device)
-    y = _check.labels("y", y, n=len(x)).to(device)
+    x = incoming.inputs("x", x, bounds=bounds, own=True).to(device)
+    y = incoming.labels("y", y, n=len(x), own=True).to(device)
     if not len(x):
         raise ValueError("x must hold at least one input")
     # Where only some images are attacked they are a random sample, whatever order they were given in.
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x, y = x[order.to(device)], y[order.to(device)]
     reach = sanity.reach_of(bounds, x, norm)
-    _check.number("eps", eps, least=0, most=reach)
+    eps = _check.number("eps", eps, least=0, most=reach)
     with torch.no_grad():
         classes = models.logits(base, x[:1]).shape[1]
-    _check.labels("y", y, n=len(x), classes=classes)
+    incoming.labels("y", y, n=len(x), classes=classes)
     subject = Subject(defence, classes=classes)
     subject.check(x)
     varies = subject.varies(x[:_PROBED])
@@ -123,11 +125,11 @@ def evaluate(
     select, report = (slice(0, few), slice(few, None)) if randomised else (slice(0, 1), slice(0, 1))
     wanted = suite(
         subject, base, transfer, x,
-        eps=float(eps), norm=norm, bounds=bounds, budget=budget, seed=seed, randomised=randomised,
+        eps=eps, norm=norm, bounds=bounds, budget=budget, seed=seed, randomised=randomised,
     )  # fmt: skip
     claim = Claim(
         name=name or _name(defence), base_name=base_name, dataset=dataset, protocol=protocol, seed=seed,
-        eps=float(eps), norm=norm, bounds=bounds, told=settings or {}, order=tuple(order.tolist()),
+        eps=eps, norm=norm, bounds=bounds, told=copy.deepcopy(settings or {}), order=tuple(order.tolist()),
     )  # fmt: skip
     known = {
         "name": claim.name,

@@ -64,8 +64,8 @@ class Row:
         return cls(n=n, correct=mean, accuracy=mean / n, ci95=ci95, seeds=tuple(seeds), **fields)
 
     def __post_init__(self) -> None:
-        _check.choice("knows", self.knows, ("base", "defence"))
-        _check.number("seconds_per_image", self.seconds_per_image, least=0)
+        _check.keep(self, _check.choice, "knows", options=("base", "defence"))
+        _check.keep(self, _check.number, "seconds_per_image", least=0)
         for key in ("model", "layers", "slice"):
             if key not in self.settings:
                 raise ValueError(f"settings must have {key!r}, got {sorted(self.settings)}")

@@ -17,7 +17,8 @@ def wilson(correct: float, n: int, *, confidence: float = 0.95) -> tuple[float, 
     `correct` in [0, n] may be a mean over runs. ValueError for n < 1 or a confidence not in (0, 1).
     """
     n = _check.integer("n", n)
-    share = _check.number("correct", correct, least=0.0, most=n) / n
+    correct = _check.number("correct", correct, least=0.0, most=n)
+    share = correct / n
     z = NormalDist().inv_cdf((1 + _confidence(confidence)) / 2)
     centre = share + z**2 / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
@@ -34,7 +35,7 @@ def bootstrap(correct: Tensor, *, confidence: float = 0.95, draws: int = 2000, s
     """
     if correct.ndim != 2 or not correct.numel():
         raise ValueError(f"correct must have shape (runs, images), neither empty, got {tuple(correct.shape)}")
-    _check.integer("draws", draws)
+    draws = _check.integer("draws", draws)
     runs, n = correct.shape
     table = correct.detach().cpu().double()
     generator = torch.Generator().manual_seed(seed)

@@ -154,11 +154,11 @@ class Noise:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check.number("eps", self.eps, least=0.0)
-        _check.integer("points", self.points)
-        _check.choice("norm", self.norm, NORMS)
-        if not isinstance(self.bounds, _check.Bounds):
-            object.__setattr__(self, "bounds", _check.Bounds.of("bounds", self.bounds))
+        _check.keep(self, _check.number, "eps", least=0.0)
+        _check.keep(self, _check.integer, "points")
+        _check.keep(self, _check.integer, "seed", least=0)
+        _check.keep(self, _check.choice, "norm", options=NORMS)
+        _check.keep(self, _check.bounds, "bounds")
 
     @torch.no_grad()
     def __call__(self, model: Model, x: Tensor, y: Tensor) -> AttackResult:

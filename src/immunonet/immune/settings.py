@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+from torch import Tensor
+
 from immunonet import _check
 
 
@@ -56,35 +59,19 @@ class Maturation:
     candidates: int | None = None
 
     def __post_init__(self) -> None:
-        _check.integer("population", self.population)
-        _check.integer("neighbours", self.neighbours)
-        _check.integer("generations", self.generations, least=0)
-        _check.number("alignment", self.alignment, least=0, most=1)
-        if self.recombination is not None:
-            _check.number("recombination", self.recombination, least=0, above=True)
-        if not isinstance(self.temperature, str):
-            _check.number("temperature", self.temperature, least=0, above=True)
-        elif self.temperature != "auto":
-            raise TypeError(f"temperature must be a number or 'auto', got {self.temperature!r}")
-        rate = self.mutation_rate
-        if isinstance(rate, tuple | list):
-            object.__setattr__(self, "mutation_rate", _pair("mutation_rate", rate))
-        else:
-            _check.number("mutation_rate", rate, least=0, most=1)
-        if self.mutation_range != "auto":
-            object.__setattr__(self, "mutation_range", _pair("mutation_range", self.mutation_range))
-        _check.number("decay", self.decay, least=0, most=1, above=True)
-        _check.choice("crossover", self.crossover, ("affinity", "authors", None))
-        _check.number("plasma", self.plasma, least=0, most=1, above=True)
-        _check.number("memory", self.memory, least=0, most=1)
+        _check.keep(self, _check.integer, "population", "neighbours")
+        _check.keep(self, _check.integer, "generations", least=0)
+        _check.keep(self, _check.number, "alignment", "memory", least=0, most=1)
+        _check.keep(self, _check.number, "decay", "plasma", least=0, most=1, above=True)
+        _check.keep(self, _check.number, "recombination", least=0, above=True, optional=True)
+        _check.keep(self, _temperature, "temperature")
+        _check.keep(self, _rate, "mutation_rate")
+        _check.keep(self, _range, "mutation_range")
+        _check.keep(self, _check.choice, "crossover", options=("affinity", "authors", None))
         if self.plasma + self.memory > 1 + 1e-9:
             raise ValueError(f"plasma + memory must be at most 1, got {self.plasma:g} + {self.memory:g}")
-        if self.early_stop is not None:
-            _check.integer("early_stop", self.early_stop)
-        if self.candidates is not None:
-            _check.integer("candidates", self.candidates)
-        if self.prune is not None:
-            _check.number("prune", self.prune, least=0)
+        _check.keep(self, _check.integer, "early_stop", "candidates", optional=True)
+        _check.keep(self, _check.number, "prune", least=0, optional=True)
 
     @property
     def rates(self) -> tuple[float, float]:
@@ -140,9 +127,27 @@ class Maturation:
         return [cls(**common | {"temperature": tau, "generations": g} | overrides) for tau, g in ((1.0, 10), (10.0, 5))]
 
 
+def _several(value: Any) -> bool:
+    return isinstance(value, tuple | list) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 1)
+
+
+def _rate(name: str, value: Any) -> float | tuple[float, float]:
+    return _pair(name, value) if _several(value) else _check.number(name, value, least=0, most=1)
+
+
+def _range(name: str, value: Any) -> Literal["auto"] | tuple[float, float]:
+    return "auto" if isinstance(value, str) and value == "auto" else _pair(name, value)
+
+
+def _temperature(name: str, value: Any) -> Literal["auto"] | float:
+    if isinstance(value, str) and value != "auto":
+        raise TypeError(f"{name} must be a number or 'auto', got {value!r}")
+    return "auto" if isinstance(value, str) else _check.number(name, value, least=0, above=True)
+
+
 def _pair(name: str, value: Any) -> tuple[float, float]:
     """Return `value` as (least, most) with 0 <= least <= most <= 1; raise naming the argument otherwise."""
-    if not isinstance(value, tuple | list) or len(value) != 2:
+    if not _several(value) or len(value) != 2:
         raise TypeError(f"{name} must be a pair (least, most), got {value!r}")
     least, most = (_check.number(name, v, least=0, most=1) for v in value)
     if least > most:

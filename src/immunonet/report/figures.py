@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from immunonet import _check, _store
+from immunonet import _check, _store, incoming
 from immunonet.response import Cells, ImmuneResponse, Trace
 
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8a8f98", "#1d2129"
@@ -121,7 +121,7 @@ def learning_curves(clean: Trace, adversarial: Trace, truth: Tensor, wrong: Tens
     entropy of the votes in nats; means over antigens with the 95 % interval of the mean. Raises ValueError
     unless all are of one B.
     """
-    truth, wrong = torch.as_tensor(truth), torch.as_tensor(wrong)
+    truth, wrong = incoming.tensor("truth", truth), incoming.tensor("wrong", wrong)
     sizes = [clean.votes.shape[1], adversarial.votes.shape[1], len(truth), len(wrong)]
     if len(set(sizes)) != 1 or not sizes[0]:
         raise ValueError(f"clean, adversarial, truth and wrong must be of the same antigens, got {sizes} antigens")
@@ -174,7 +174,7 @@ def response_figure(
     those of the response.
     """
     require_images("antigens", antigens.shape[1:])
-    _check.integer("cells", cells)
+    cells = _check.integer("cells", cells)
     if len(antigens) != len(response.labels):
         raise ValueError(f"antigens must be those of the response, {len(response.labels)}, got {len(antigens)}")
     chosen = list(range(min(4, len(antigens)))) if indices is None else list(indices)

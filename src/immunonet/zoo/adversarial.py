@@ -41,14 +41,12 @@ class Adversarial:
     validation_eps: float | None = None
 
     def __post_init__(self) -> None:
-        _check.choice("loss", self.loss, LOSSES)
-        _check.number("eps", self.eps, least=0, most=1)
-        for name in ("step", "validation_eps"):
-            if getattr(self, name) is not None:
-                _check.number(name, getattr(self, name), least=0, most=1)
-        _check.integer("iterations", self.iterations)
-        _check.number("beta", self.beta, least=0)
-        _check.integer("ramp", self.ramp, least=0)
+        _check.keep(self, _check.choice, "loss", options=LOSSES)
+        _check.keep(self, _check.number, "eps", least=0, most=1)
+        _check.keep(self, _check.number, "step", "validation_eps", least=0, most=1, optional=True)
+        _check.keep(self, _check.integer, "iterations")
+        _check.keep(self, _check.number, "beta", least=0)
+        _check.keep(self, _check.integer, "ramp", least=0)
 
     @property
     def measured_eps(self) -> float:

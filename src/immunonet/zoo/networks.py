@@ -115,7 +115,7 @@ class ResidualNet(nn.Module):
 
     def __init__(self, classes: int = 10, *, width: int = 32) -> None:
         super().__init__()
-        _check.integer("width", width)
+        width = _check.integer("width", width)
         self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(width)
         self.block1 = ResidualBlock(width, width, 1)
@@ -147,11 +147,11 @@ class TinyViT(nn.Module):
         depth: int = 2,
     ) -> None:
         super().__init__()
-        for name, value in (("channels", channels), ("size", size), ("patch", patch), ("depth", depth)):
-            _check.integer(name, value)
+        channels, size = _check.integer("channels", channels), _check.integer("size", size)
+        patch, depth, dim = (_check.integer(k, v) for k, v in (("patch", patch), ("depth", depth), ("dim", dim)))
         if size % patch:
             raise ValueError(f"patch must divide size, got patch={patch}, size={size}")
-        if _check.integer("dim", dim) % 4:
+        if dim % 4:
             raise ValueError(f"dim must be a multiple of the 4 heads, got {dim}")
         self.embed = nn.Conv2d(channels, dim, patch, patch)
         self.token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
@@ -185,7 +185,7 @@ def build(name: str, *, classes: int = 10, seed: int = 0) -> nn.Module:
     "mnist" and "mnist-small" take (B, 1, 28, 28), "digits" and "vit" (B, 1, 8, 8), "residual" (B, 3, 32, 32).
     """
     _check.choice("name", name, NAMES)
-    _check.integer("classes", classes, least=2)
+    classes = _check.integer("classes", classes, least=2)
     # Modules draw their first weights from the global generator: fork it, so that it stays as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_check.integer("seed", seed, least=0))

@@ -72,6 +72,8 @@ def train(
         "first_weights": hashlib.sha256(safetensors.torch.save(net.state_dict())).hexdigest()[:12],
         "images": [len(train_images), len(validation_images)],
     }
+    epochs, batch_size, lr, weight_decay = (settings[k] for k in ("epochs", "batch_size", "lr", "weight_decay"))
+    seed, patience, augment, bfloat16 = (settings[k] for k in ("seed", "patience", "augment", "bfloat16"))
     for name, images in (("train_images", train_images), ("validation_images", validation_images)):
         if not len(images):
             raise ValueError(f"{name} is empty")

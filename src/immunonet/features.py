@@ -135,9 +135,6 @@ def build(model: nn.Module, layers: Sequence[Layer], space: str | None, x: Tenso
             _check_layer(model, layer, x)
             direct = LayerMap(model, layer)
             found = direct if space is None else _tail(model, layer, space, x, cells, direct(x))
-        expected = found(cells[:1])
-        if expected.shape != found(cells[:2])[:1].shape:
-            raise ValueError(f"layer {name!r} must give features of one width, whatever the batch")
         finite(name, found(cells[:_STEADY]))
         if wrong := models.unsteady(found, cells[:_STEADY]):
             raise ValueError(
@@ -145,6 +142,9 @@ def build(model: nn.Module, layers: Sequence[Layer], space: str | None, x: Tenso
                 "or random numbers that eval mode does not switch off, networks in train mode inside a function, "
                 "counters, and normalisation over the batch (BatchNorm with track_running_stats=False)"
             )
+        expected = found(cells[:1])
+        if expected.shape != found(cells[:2])[:1].shape:
+            raise ValueError(f"layer {name!r} must give features of one width, whatever the batch")
         found.probe(cells)
         maps.append(affine(found, cells) or found)
     return maps

@@ -303,12 +303,13 @@ def unsteady(function: Callable[[Tensor], Tensor], x: Tensor) -> str | None:
     """
     with torch.no_grad():
         first, again = function(x), function(x)
-        alone = torch.cat([function(row) for row in x.split(1)])
-    if not _same(first, again):
-        return VARIES
-    if not _same(first, alone):
-        return DEPENDS
-    return None
+        if not _same(first, again):
+            return VARIES
+        try:
+            alone = torch.cat([function(row) for row in x.split(1)])
+        except Exception:  # such as normalisation over the batch, which one input has none of
+            return DEPENDS
+    return None if _same(first, alone) else DEPENDS
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -85,8 +85,7 @@ class Benchmark:
             "chunk": chunk,
             "version": VERSION,
             "base": identity(base),
-            "images": {name: _store.digest(part) for name, part in (("test", test), ("repertoire", repertoire))},
-            "calibration images": _store.digest(calibration),
+            "examples": [_store.digest(repertoire), _store.digest(calibration)],
         }
         self.journal = Journal(folder / "parts.jsonl", settings | own)
         self.base, self.repertoire, self.calibration, self.test = base, repertoire, calibration, test
@@ -100,6 +99,8 @@ class Benchmark:
         self.advance = advance
         self._settings = settings
         self._parts = [slice(i, min(i + chunk, len(test[1]))) for i in range(0, len(test[1]), chunk)]
+        # More images may be asked for later: each part is known by its own.
+        self._images = {part.start: _store.digest(values[part] for values in test)[:12] for part in self._parts}
 
     def run(
         self, kind: str, layer: str | None, defence: nn.Module, attacks: Sequence[str], **extra: Any
@@ -116,7 +117,7 @@ class Benchmark:
         for attack in attacks:
             vote: nn.Module | None = None
             for part in self._parts:
-                if (key := _key(name, attack, part)) not in self.journal:
+                if (key := self._key(name, attack, part)) not in self.journal:
                     self._fit(defence)
                     if attack in SURROGATES and vote is None:
                         vote = SURROGATES[attack](defence)  # it refuses a defence that it does not know
@@ -136,11 +137,11 @@ class Benchmark:
         under PGD on ASK, on a soft vote of 20 neighbours per class, and on soft counts of 5, 20, 75 and 200. The fewest
         neighbours win a tie, then cosine.
         """
-        key = f"tuning dknn {layer}"
+        few = min(TUNING_IMAGES, len(self.test[1])) if knowing else TUNING_IMAGES
+        key = f"tuning dknn {layer} on {few}{' knowing' if knowing else ''}"
         if key in self.journal:
             self.advance(len(METRICS) * len(NEIGHBOURS))
         else:
-            few = min(TUNING_IMAGES, len(self.test[1])) if knowing else TUNING_IMAGES
             x, y = (values[:few].to(self.test[0].device) for values in self.calibration)
             versions = [x, self.pgd(self.base, x, y).adversarials]
             scores: dict[tuple[int, Literal["cosine", "euclidean"]], float] = {}
@@ -167,7 +168,8 @@ class Benchmark:
         if attack == "none":
             return x
         of = f"-{name}" if attack in SURROGATES else ""
-        file = re.sub(r"[^\w.-]+", "-", f"{attack}{of}-{part.start}-{part.stop}") + ".safetensors"
+        name = f"{attack}{of}-{part.start}-{part.stop}-{self._images[part.start]}"
+        file = re.sub(r"[^\w.-]+", "-", name) + ".safetensors"
         path = self.folder / "adversarials" / file
         if not path.exists():
             target = self.base if vote is None else vote
@@ -182,8 +184,11 @@ class Benchmark:
             foreign = defence.foreign(x).tolist()
         return {"labels": labels.tolist(), "foreign": foreign, "seconds": seconds}
 
+    def _key(self, name: str, attack: str, part: slice) -> str:
+        return f"{name} / {attack} / {part.start}-{part.stop} / {self._images[part.start]}"
+
     def _outcome(self, kind: str, name: str, attack: str, randomised: bool, settings: dict[str, Any]) -> Outcome:
-        parts = [self.journal[_key(name, attack, part)] for part in self._parts]
+        parts = [self.journal[self._key(name, attack, part)] for part in self._parts]
         labels = torch.cat([torch.tensor(part["labels"]) for part in parts], 1)
         correct = labels == self.test[1].cpu()
         foreign = None if parts[0]["foreign"] is None else torch.tensor([f for part in parts for f in part["foreign"]])
@@ -219,7 +224,3 @@ def _votes(dknn: DkNN) -> list[nn.Module]:
     """Return differentiable votes of few to many neighbours: who knows DkNN fits the attack to its number."""
     counts = [SoftCount(dknn, neighbours=k) for k in COUNTED if k <= dknn.neighbours]
     return [ASK(dknn), SoftNeighbours(dknn, neighbours=min(20, fewest_examples(dknn))), *counts]
-
-
-def _key(name: str, attack: str, part: slice) -> str:
-    return f"{name} / {attack} / {part.start}-{part.stop}"

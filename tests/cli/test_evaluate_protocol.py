@@ -95,7 +95,7 @@ def test_three_defences_are_attacked_and_the_finding_is_written(run):
     silent = copy.deepcopy(record)
     for row in silent["results"]:
         row["settings"].pop("voice", None)
-    names = [finding._name(case) for case in finding.cases(finding.merge([record, silent, record]))]
+    names = [finding.title(case) for case in finding.cases(finding.merge([record, silent, record]))]
     assert names[2:] == ["RAILS, input, T 50, voice 0.25", "RAILS, input, T 50"]
     assert "## RAILS less one of its parts" not in document
     lesser = copy.deepcopy(record)
@@ -109,19 +109,6 @@ def test_three_defences_are_attacked_and_the_finding_is_written(run):
     assert "| 0.750 (" in line
     assert "| 0.250 (" in line
     assert f"| whole | {cell(record, 'none')} | {cell(record, 'worst-case')} |" in "\n".join(lines)
-    # The advice follows from the images, in pairs.
-    for worst_of_rails, word in ((0.0, "worse than"), (1.0, "not told apart from"), (0.5, "worse than")):
-        other = copy.deepcopy(record)
-        for one in other["evaluations"]:
-            for image in one["per_example"]:
-                image["worst"] = worst_of_rails if one["defence"] == "rails" else 1.0
-        advice, beside = (line for line in finding.document(finding.merge([other]), "x").split("\n") if word in line)
-        assert beside.startswith(
-            f"- digits, digits: the best RAILS (RAILS, input, T 50, voice 0.25) is {word} the best"
-        )
-        assert advice == f"- digits, digits: in the worst case it is {word} no defence" + (
-            "." if worst_of_rails == 1 else ": do not put it there for robustness."
-        )
     finding.main(["--json", "all.json", "--doc", "again.md"])
     assert Path("again.md").read_text().replace("all.json", "") == document.replace("all.json", "")
 

@@ -6,9 +6,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from immunonet.evaluation.journal import leaves
 from immunonet.immune.settings import Maturation
 
 Case = dict[str, Any]
+NAMES = {"cnn": "CNN, undefended", "dknn": "DkNN", "rails": "RAILS"}
+# Settings of a worst case that say how it was reached, not what was attacked; all others tell cases apart.
+_REACHED = ("attacks", "selected_on", "draws", "tuning", "device")
 
 
 def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -44,49 +48,84 @@ def _apart(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def cases(record: dict[str, Any]) -> list[Case]:
-    """Return one case per evaluation of a merged record: what stands in a line of the tables, each once."""
-    found: list[Case] = []
+    """Return one case per evaluation of a merged record: what stands in a line of the tables, each under its own name.
+
+    Of evaluations of the same defence with the same settings the lower worst case counts. ValueError for runs on
+    others than test images, and for a run of two evaluations that its rows do not tell apart.
+    """
+    once: dict[str, Case] = {}
     for run in record["runs"]:
         rows = record["results"][slice(*run["rows"])]
         if rows[0]["settings"].get("split", "test") != "test":
             raise ValueError(f"results come from test images, got a run on others: {run['command']}")
         for one in run["evaluations"]:
-            key = one["defence"], one["layers"], one["weights"]
-            by = {row["attack"]: row for row in rows if _key(row) == key}
-            clean, worst = by["none"], by["worst-case"]
-            kinds = {name: attack["kind"] for name, attack in one["attacks"].items()}
-            found.append(
-                {
-                    "defence": one["defence"],
-                    "layer": " and ".join(one["layers"]),
-                    "maturation": worst["settings"].get("maturation", ()),
-                    "space": worst["settings"].get("space"),
-                    "cells": cells(worst["settings"].get("maturation", ())),
-                    "neighbours": worst["settings"].get("neighbours"),
-                    "voice": worst["settings"].get("voice", 0),
-                    "dataset": worst["dataset"],
-                    "net": worst["settings"]["net"],
-                    "eps": worst["eps"],
-                    "norm": worst["norm"],
-                    "n": worst["n"],
-                    "protocol": worst["settings"]["protocol"],
-                    "clean": clean,
-                    "paper": by["pgd"],
-                    "transfer": _strongest(by, kinds, "transfer"),
-                    "adaptive": _strongest(by, kinds, "adaptive"),
-                    "worst": worst,
-                    "evaluation": one,
-                }
-            )
-    same = ("defence", "layer", "neighbours", "maturation", "space", "voice", "dataset", "net", "eps", "norm", "n")
-    once: dict[str, Case] = {}
-    for case in found:
-        once.setdefault(json.dumps([case[key] for key in same]), case)
-    return list(once.values())
+            case = _case(one, rows)
+            told = [case[key] for key in ("defence", "dataset", "eps", "norm", "n", "settings")]
+            key = json.dumps(told, sort_keys=True)
+            if key not in once or case["worst"]["accuracy"] < once[key]["worst"]["accuracy"]:
+                once[key] = case
+    found = list(once.values())
+    called = [(where(case), title(case)) for case in found]
+    for case, own in zip(found, called, strict=True):
+        case["apart"] = _differing(case, [other for other, its in zip(found, called, strict=True) if its == own])
+    return found
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["defence"], row["settings"]["layers"], row["settings"]["weights"]
+def _case(one: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Case:
+    """Return the case of one evaluation of a run, from the run's rows."""
+    key = one["defence"], one["layers"], one["weights"]
+    mine = [row for row in rows if (row["defence"], row["settings"]["layers"], row["settings"]["weights"]) == key]
+    by = {row["attack"]: row for row in mine}
+    if len(by) < len(mine):
+        raise ValueError(f"two evaluations of one run have the same defence, layers and weights, got {key}: merge runs")
+    worst = by["worst-case"]
+    settings = worst["settings"]
+    kinds = {attacked: attack["kind"] for attacked, attack in one["attacks"].items()}
+    return {
+        "defence": one["defence"],
+        "layer": " and ".join(one["layers"]),
+        "settings": {key: value for key, value in settings.items() if key not in _REACHED},
+        "space": settings.get("space"),
+        "cells": cells(settings.get("maturation", ())),
+        "neighbours": settings.get("neighbours"),
+        "voice": settings.get("voice", 0),
+        "dataset": worst["dataset"],
+        "net": settings["net"],
+        "weights": one["weights"],
+        "eps": worst["eps"],
+        "norm": worst["norm"],
+        "n": worst["n"],
+        "images": range(*settings["slice"]),
+        "protocol": settings["protocol"],
+        "clean": by["none"],
+        "paper": by["pgd"],
+        "transfer": _strongest(by, kinds, "transfer"),
+        "adaptive": _strongest(by, kinds, "adaptive"),
+        "worst": worst,
+        "evaluation": one,
+        "apart": "",
+    }
+
+
+def title(case: Case) -> str:
+    """Return what a case is called in a table: its settings as far as they matter, and what sets it apart there."""
+    told = [NAMES.get(case["defence"], str(case["defence"])), case["layer"]]
+    told += [f"k {case['neighbours']}" if case["neighbours"] else case["cells"]]
+    told += ["cells there" if case["space"] else "", f"voice {case['voice']:g}" if case["voice"] else ""]
+    return ", ".join(filter(None, (*told, case["apart"])))
+
+
+def where(case: Case) -> str:
+    """Return which network was attacked how, and on how many images."""
+    return f"{case['dataset']}, {case['net']}, {case['norm']} {case['eps']:.3g}, {case['n']} images"
+
+
+def _differing(case: Case, alike: Sequence[Case]) -> str:
+    """Return the settings in which cases of the same title differ, with the values of `case`; "" for it alone."""
+    every = [leaves(other["settings"] | {"eps": other["eps"]}) for other in alike]
+    own = leaves(case["settings"] | {"eps": case["eps"]})
+    differing = sorted({key for one in every for key in one if any(key not in o or o[key] != one[key] for o in every)})
+    return ", ".join(f"{key} {own.get(key, 'untold')}" for key in differing)
 
 
 def _strongest(by: dict[str, Case], kinds: dict[str, str], kind: str) -> Case | None:

@@ -65,9 +65,13 @@ def cases(record: dict[str, Any]) -> list[Case]:
             if key not in once or case["worst"]["accuracy"] < once[key]["worst"]["accuracy"]:
                 once[key] = case
     found = list(once.values())
-    called = [(where(case), title(case)) for case in found]
-    for case, own in zip(found, called, strict=True):
-        case["apart"] = _differing(case, [other for other, its in zip(found, called, strict=True) if its == own])
+    called: dict[tuple[str, str], list[Case]] = {}
+    for case in found:
+        called.setdefault((where(case), title(case)), []).append(case)
+    for alike in called.values():
+        told = [case["settings"] | {"eps": case["eps"]} for case in alike]
+        for case, own in zip(alike, told, strict=True):
+            case["apart"] = differing(own, told)
     return found
 
 
@@ -120,12 +124,11 @@ def where(case: Case) -> str:
     return f"{case['dataset']}, {case['net']}, {case['norm']} {case['eps']:.3g}, {case['n']} images"
 
 
-def _differing(case: Case, alike: Sequence[Case]) -> str:
-    """Return the settings in which cases of the same title differ, with the values of `case`; "" for it alone."""
-    every = [leaves(other["settings"] | {"eps": other["eps"]}) for other in alike]
-    own = leaves(case["settings"] | {"eps": case["eps"]})
-    differing = sorted({key for one in every for key in one if any(key not in o or o[key] != one[key] for o in every)})
-    return ", ".join(f"{key} {own.get(key, 'untold')}" for key in differing)
+def differing(own: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:
+    """Return in which settings those called alike, `own` among them, differ, with the values of `own`; "" in none."""
+    every, mine = [leaves(one) for one in alike], leaves(own)
+    names = sorted({name for one in every for name in one if any(name not in o or o[name] != one[name] for o in every)})
+    return ", ".join(f"{name} {mine.get(name, 'untold')}" for name in names)
 
 
 def _strongest(by: dict[str, Case], kinds: dict[str, str], kind: str) -> Case | None:

@@ -102,6 +102,15 @@ def test_only_the_same_images_are_compared():
         table(run("cnn", [0.0] * 4, labels=[0, 1, 2, 3]), run("rails", [1.0] * 4, labels=[0, 1, 3, 2]))
 
 
+def test_a_sample_is_the_beginning_of_a_larger_one_and_of_no_other():
+    whole, part, other = ({"sample": [n, of], "seed": 0} for n, of in ((8, 100), (6, 100), (6, 90)))
+    (line,) = table(run("cnn", [0.0] * 8, slice=whole), run("rails", [1.0] * 6, slice=part))
+    assert line["worst case better than"] == "no defence (p = 0.031)"
+    for told in (other, [0, 6]):
+        (line,) = table(run("cnn", [0.0] * 8, slice=whole), run("rails", [1.0] * 6, slice=told))
+        assert line["worst case better than"] == ""
+
+
 @pytest.mark.parametrize(
     ("one", "other", "names"),
     [

@@ -99,7 +99,7 @@ def _case(one: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Case:
         "eps": worst["eps"],
         "norm": worst["norm"],
         "n": worst["n"],
-        "images": range(*settings["slice"]),
+        "images": _images(settings["slice"]),
         "protocol": settings["protocol"],
         "clean": by["none"],
         "paper": by["pgd"],
@@ -109,6 +109,14 @@ def _case(one: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Case:
         "evaluation": one,
         "apart": "",
     }
+
+
+def _images(told: list[int] | dict[str, Any]) -> tuple[Any, ...]:
+    """Return what each image is known by: its place in the file, or in the random order of a sample of so many."""
+    if isinstance(told, list):
+        return tuple(range(*told))
+    count, whole = told["sample"]
+    return tuple((whole, told["seed"], i) for i in range(count))
 
 
 def title(case: Case) -> str:

@@ -48,10 +48,11 @@ def paired(one: Case, other: Case) -> Pair | None:
 
     ValueError where the labels of these images differ.
     """
-    shared = sorted(set(one["images"]) & set(other["images"]))
+    own, peers = _examples(one), _examples(other)
+    shared = [image for image in own if image in peers]
     if not shared:
         return None
-    mine, others = ([_examples(case)[i] for i in shared] for case in (one, other))
+    mine, others = ([known[image] for image in shared] for known in (own, peers))
     if [image["label"] for image in mine] != [image["label"] for image in others]:
         raise ValueError(
             f"{title(one)} and {title(other)} ({where(one)}) must have been attacked on the same images, "
@@ -146,6 +147,6 @@ def _network(case: Case) -> tuple[Any, ...]:
     return case["dataset"], case["net"], case["weights"], case["norm"], case["eps"]
 
 
-def _examples(case: Case) -> dict[int, dict[str, Any]]:
-    """Return what is known of each image, by its place in the data."""
+def _examples(case: Case) -> dict[Any, dict[str, Any]]:
+    """Return what came of each image."""
     return dict(zip(case["images"], case["evaluation"]["per_example"], strict=True))

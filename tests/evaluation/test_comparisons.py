@@ -137,6 +137,19 @@ def test_settings_of_cells_that_no_name_tells_are_told_where_they_differ():
     ]
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"recombination": 0.5, "alignment": 0}, "T 1000, recombined"),
+        ({"alignment": 0}, "T 1000, not aligned"),
+        ({"neighbours": 50, "generations": 0}, "T 1000, K 50, G 0"),
+    ],
+)
+def test_settings_of_cells_that_are_not_the_default_are_in_the_name(changes, told):
+    (case,) = cases(merge([run("rails", [1.0], maturation=[MATURATION | changes], space="block", voice=0.5)]))
+    assert title(case) == f"RAILS, input, {told}, cells there, voice 0.5"
+
+
 def test_of_two_evaluations_of_the_same_the_lower_one_counts():
     high, low = (run("dknn", right, attacks=attacks) for right, attacks in (([1.0], ["pgd"]), ([0.0], ["apgd-ce"])))
     for records in ([high, low], [low, high]):

@@ -15,7 +15,7 @@ demo: setup
 	$(BIN)/immunonet demo --out demo --json demo/results.json
 
 test: lint
-	$(BIN)/python -m pytest --cov
+	$(BIN)/python -m pytest --cov -n 2
 
 lint: setup
 	$(BIN)/ruff check src tests

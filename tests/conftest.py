@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Read when numba is first imported. Threads that wait for each other cost more than these small tests take, and
-# many times more on a busy machine.
+# Read when torch and numba are first imported. Threads that wait for each other cost more than these small tests take,
+# and many times more on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 import pytest

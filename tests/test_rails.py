@@ -137,11 +137,11 @@ def test_the_global_generator_is_neither_used_nor_moved(rails):
 def test_batch_size_and_shards_change_next_to_nothing(functional_conv, examples, layer, shared_noise):
     settings = {"maturation": Maturation(population=90, neighbours=3, generations=4), "shared_noise": shared_noise}
     rails = RAILS(functional_conv, layer, seed=0, **settings).fit(*examples(120, (1, 6, 6)))
-    x = examples(400, (1, 6, 6), seed=1)[0]
-    x[::2] = torch.rand(200, 1, 6, 6, generator=torch.Generator().manual_seed(2))
+    x = examples(200, (1, 6, 6), seed=1)[0]
+    x[::2] = torch.rand(100, 1, 6, 6, generator=torch.Generator().manual_seed(2))
     whole = rails.respond(x)
     assert len(whole.labels.unique()) == 3
-    others = [rails.respond(x, batch_size=size) for size in (7, 150)]
+    others = [rails.respond(x, batch_size=size) for size in (7, 90)]
     shards = [rails.respond(part) for part in (x[:33], x[33:34], x[34:])]
     labels = [*(r.labels for r in others), torch.cat([r.labels for r in shards])]
     votes = [*(r.votes for r in others), torch.cat([r.votes for r in shards])]

@@ -437,6 +437,34 @@ def test_a_file_is_written_once(path, net, images):
     assert torch.equal(again.predict(images[0]), first.predict(images[0]))
 
 
+@pytest.mark.parametrize("defence", [rails, cosine])
+def test_a_saved_defence_opens_its_file_and_computes_nothing_in_it(defence, path, net, images, tmp_path, monkeypatch):
+    fitted = defence(net, memory_budget=BUDGET).fit(*images, feature_file=path)
+    fitted.save(tmp_path / "saved")
+    monkeypatch.setattr("immunonet.defence.auto_budget", lambda: BUDGET)
+    keys, computed, told = type(fitted)._keys, [], []
+    monkeypatch.setattr(type(fitted), "_keys", lambda self, found: (computed.append(len(found)), keys(self, found))[1])
+    loaded = type(fitted).load(tmp_path / "saved", net, feature_file=path, on_progress=lambda *part: told.append(part))
+    # A row for the width, and the probes that the file is known by.
+    assert computed == [1, 8]
+    n = len(fitted.repertoire)
+    assert told == [(n, n)]
+    computed.clear()
+    type(fitted).load(tmp_path / "saved", net)
+    assert sum(computed) > n
+    assert isinstance(loaded.index(), SignatureIndex)
+    assert torch.equal(loaded.predict(images[0]), fitted.predict(images[0]))
+
+
+def test_a_saved_defence_refuses_the_file_of_another(path, net, images, tmp_path, monkeypatch):
+    fitted = rails(net, memory_budget=BUDGET).fit(*images)
+    fitted.save(tmp_path / "saved")
+    rails(net, memory_budget=BUDGET).fit(images[0].flip(0), images[1].flip(0), feature_file=path)
+    monkeypatch.setattr("immunonet.defence.auto_budget", lambda: BUDGET)
+    with pytest.raises(ValueError, match="holds features of other examples"):
+        RAILS.load(tmp_path / "saved", net, feature_file=path)
+
+
 def test_several_layers_have_files_of_their_own(path, net, images):
     rails(net, ["wide", "conv"], memory_budget=BUDGET).fit(*images, feature_file=path)
     names = sorted(p.name for p in path.parent.iterdir())

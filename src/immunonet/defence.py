@@ -196,10 +196,20 @@ class Defence(models.Asking, abc.ABC):
 
     @classmethod
     @torch.no_grad()
-    def load(cls, folder: str | Path, model: nn.Module, layers: Layer | Sequence[Layer] | None = None) -> Self:
+    def load(
+        cls,
+        folder: str | Path,
+        model: nn.Module,
+        layers: Layer | Sequence[Layer] | None = None,
+        *,
+        feature_file: str | Path | None = None,
+        on_progress: Progress | None = None,
+    ) -> Self:
         """Return the defence that `save` wrote, around `model`, which must have the weights it was fitted with.
 
-        `layers` is needed again where one of them was a callable. Raises FileNotFoundError or ValueError for
+        `layers` is needed again where one of them was a callable. `feature_file` and `on_progress` as in `fit`: a file
+        that `fit` wrote is opened, where features exceed the budget again, and nothing in it is computed; None: the
+        features of the repertoire are computed again. Raises FileNotFoundError or ValueError for
         missing, truncated, edited or foreign files, another format version, and a model with other weights.
         """
         path = Path(folder) / DEFENCE_FILE
@@ -223,7 +233,7 @@ class Defence(models.Asking, abc.ABC):
         x, y = tensors["x"].to(defence.device), tensors["y"].to(defence.device)
         if (classes := defence._count_classes(x)) != record["classes"]:
             raise ValueError(f"model must give {record['classes']} logits, as when {folder} was saved, got {classes}")
-        defence._remember(x, y, classes)
+        defence._remember(x, y, classes, feature_file, on_progress)
         for i, (name, found) in enumerate(zip(names, defence.features(x[:PROBES]), strict=True)):
             if not _alike(found, tensors[f"probe.{i}"].to(x.device)):
                 raise ValueError(

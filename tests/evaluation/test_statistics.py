@@ -62,6 +62,19 @@ def test_bootstrap_sees_the_variance_between_runs():
     assert statistics.bootstrap(alike, draws=500)[0] > 0.4
 
 
+@pytest.mark.parametrize("block", [1, 2**20])
+def test_bootstrap_is_that_of_one_draw_after_the_other(block, monkeypatch):
+    monkeypatch.setattr(statistics, "_BLOCK", block)
+    correct = torch.rand(3, 50, generator=torch.Generator().manual_seed(0)) < 0.6
+    generator, means = torch.Generator().manual_seed(5), []
+    for _ in range(300):
+        runs = torch.randint(3, (3,), generator=generator)
+        images = torch.randint(50, (50,), generator=generator)
+        means.append(sum(int(correct[run, image]) for run in runs for image in images) / 150)
+    expected = torch.tensor(means, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    assert statistics.bootstrap(correct, draws=300, seed=5) == pytest.approx(tuple(expected.tolist()), abs=1e-12)
+
+
 def test_bootstrap_depends_on_its_seed_alone():
     correct = torch.rand(3, 50, generator=torch.Generator().manual_seed(0)) < 0.6
     assert statistics.bootstrap(correct, seed=1) == statistics.bootstrap(correct, seed=1)

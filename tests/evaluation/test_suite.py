@@ -75,14 +75,62 @@ def test_points_that_break_the_threat_model_are_replaced_and_counted():
         (None, 0),
         (attacks.FGSM(), 2),
         (attacks.PGD(iterations=20, restarts=3), 63),
-        (attacks.APGD(iterations=10, restarts=1, loss="targeted-dlr", targets=4), 44),
-        (attacks.Square(queries=100, draws=3), 300),
-        (attacks.HopSkipJump(eps=0.1, iterations=2, evaluations=10), 24),
+        (attacks.APGD(iterations=10, restarts=1, loss="targeted-dlr", targets=4), 48),
+        (attacks.Square(queries=100, draws=3), 303),
+        # The point itself, 100 starts, 25 halvings on the first line, then on each line and step, and 10 + 14 around.
+        (attacks.HopSkipJump(iterations=2, evaluations=10), 1 + 100 + 25 + 2 * 50 + 24),
+        (attacks.HopSkipJump(iterations=2, evaluations=10, most_evaluations=12), 1 + 100 + 25 + 2 * 50 + 22),
         (Noise(eps=0.1, points=7), 7),
     ],
 )
 def test_calls_of_the_target_are_counted(method, calls):
     assert Planned(name="a", knows="base", kind="adaptive", n=1, method=method, target=len).calls() == calls
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(
+    "method",
+    [
+        attacks.FGSM(eps=0.3),
+        attacks.PGD(eps=0.3, iterations=3, restarts=2),
+        attacks.APGD(eps=0.3, iterations=6, restarts=2),
+        attacks.APGD(eps=0.3, iterations=6, loss="targeted-dlr", targets=2),
+        attacks.Square(eps=0.3, queries=20, draws=2, early_stop=False),
+        attacks.HopSkipJump(iterations=4, evaluations=20),
+        attacks.HopSkipJump(iterations=4, evaluations=20, norm="l2", most_evaluations=25),
+        Noise(eps=0.3, points=5),
+    ],
+)
+def test_no_attack_asks_more_often_than_its_plan_says(method, flat):
+    """`flat`: a model that nothing fools, so that the search for a start fails."""
+    asked = 0
+    weight = torch.randn(30, 5, generator=torch.Generator().manual_seed(0))
+
+    def model(x):
+        nonlocal asked
+        asked += len(x)
+        return x.flatten(1) @ weight * (0.0 if flat else 1.0) + 9.0 * flat * torch.eye(5)[0]
+
+    x = torch.rand(1, 30, generator=torch.Generator().manual_seed(1))
+    y = model(x).argmax(1)
+    asked = 0
+    planned = Planned(name="a", knows="base", kind="adaptive", n=1, method=method, target=model)
+    planned(x, y)
+    # One more, on one image of all: is it a model at all?
+    assert asked <= planned.calls() + (not isinstance(method, Noise))
+
+
+def test_an_attack_without_a_ball_is_held_to_the_bounds_alone():
+    model = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    x, y = torch.tensor([[0.9, 0.1], [0.1, 0.7]]), torch.tensor([0, 1])
+    method = attacks.HopSkipJump(iterations=2, evaluations=10)
+    planned = Planned(name="hop-skip-jump", knows="base", kind="black box", n=2, method=method, target=model)
+    found, _, outside = planned(x, y)
+    assert outside == 0
+    assert found.equal(method(model, x, y).adversarials)
+    assert (model(found).argmax(1) != y).all()
 
 
 def test_a_budget_cuts_the_attacks_that_ask_first_and_keeps_ten_images():

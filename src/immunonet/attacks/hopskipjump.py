@@ -64,6 +64,15 @@ class HopSkipJump(Attack):
                 raise ValueError(f"starts must be one per input, {len(problem.x)}, got {len(starts)}")
         return self._attack(problem._replace(starts=starts))
 
+    def calls(self) -> int:
+        """Return how often the model is asked per input, at most: all of the search, not only the directions."""
+        around = sum(self._evaluations(iteration) for iteration in range(1, self.iterations + 1))
+        # The input itself, the starts, a search on the line at first and in each iteration, and the halved steps.
+        return 1 + _STARTS + _HALVINGS + 2 * _HALVINGS * self.iterations + around
+
+    def _evaluations(self, iteration: int) -> int:
+        return min(int(self.evaluations * math.sqrt(iteration)), self.most_evaluations)
+
     def _search(self, problem: Problem) -> Found:
         points = problem.x.clone()
         hit = self._fools(problem, points)
@@ -106,8 +115,7 @@ class HopSkipJump(Attack):
             width = float((problem.high - problem.low).max())
             radius = near * distance * (math.sqrt(values) if self.norm == "l2" else values)
             radius = torch.full_like(radius, 0.1 * width) if iteration == 1 else radius
-            evaluations = min(int(self.evaluations * math.sqrt(iteration)), self.most_evaluations)
-            direction = self._direction(problem, points, radius, evaluations, generator)
+            direction = self._direction(problem, points, radius, self._evaluations(iteration), generator)
             points = self._to_boundary(
                 problem, self._step(problem, points, direction, distance / math.sqrt(iteration)), near
             )

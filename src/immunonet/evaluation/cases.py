@@ -6,9 +6,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from immunonet.evaluation.journal import leaves
 from immunonet.immune.settings import Maturation
 
 Case = dict[str, Any]
+NAMES = {"cnn": "CNN, undefended", "dknn": "DkNN", "rails": "RAILS"}
+# Settings of a worst case that say how it was reached, not what was attacked; all others tell cases apart.
+_REACHED = ("attacks", "selected_on", "draws", "tuning", "device")
 
 
 def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -44,49 +48,95 @@ def _apart(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def cases(record: dict[str, Any]) -> list[Case]:
-    """Return one case per evaluation of a merged record: what stands in a line of the tables, each once."""
-    found: list[Case] = []
+    """Return one case per evaluation of a merged record: what stands in a line of the tables, each under its own name.
+
+    Of evaluations of the same defence with the same settings the lower worst case counts. ValueError for runs on
+    others than test images, and for a run of two evaluations that its rows do not tell apart.
+    """
+    once: dict[str, Case] = {}
     for run in record["runs"]:
         rows = record["results"][slice(*run["rows"])]
         if rows[0]["settings"].get("split", "test") != "test":
             raise ValueError(f"results come from test images, got a run on others: {run['command']}")
         for one in run["evaluations"]:
-            key = one["defence"], one["layers"], one["weights"]
-            by = {row["attack"]: row for row in rows if _key(row) == key}
-            clean, worst = by["none"], by["worst-case"]
-            kinds = {name: attack["kind"] for name, attack in one["attacks"].items()}
-            found.append(
-                {
-                    "defence": one["defence"],
-                    "layer": " and ".join(one["layers"]),
-                    "maturation": worst["settings"].get("maturation", ()),
-                    "space": worst["settings"].get("space"),
-                    "cells": cells(worst["settings"].get("maturation", ())),
-                    "neighbours": worst["settings"].get("neighbours"),
-                    "voice": worst["settings"].get("voice", 0),
-                    "dataset": worst["dataset"],
-                    "net": worst["settings"]["net"],
-                    "eps": worst["eps"],
-                    "norm": worst["norm"],
-                    "n": worst["n"],
-                    "protocol": worst["settings"]["protocol"],
-                    "clean": clean,
-                    "paper": by["pgd"],
-                    "transfer": _strongest(by, kinds, "transfer"),
-                    "adaptive": _strongest(by, kinds, "adaptive"),
-                    "worst": worst,
-                    "evaluation": one,
-                }
-            )
-    same = ("defence", "layer", "neighbours", "maturation", "space", "voice", "dataset", "net", "eps", "norm", "n")
-    once: dict[str, Case] = {}
+            case = _case(one, rows)
+            told = [case[key] for key in ("defence", "dataset", "eps", "norm", "n", "settings")]
+            key = json.dumps(told, sort_keys=True)
+            if key not in once or case["worst"]["accuracy"] < once[key]["worst"]["accuracy"]:
+                once[key] = case
+    found = list(once.values())
+    called: dict[tuple[str, str], list[Case]] = {}
     for case in found:
-        once.setdefault(json.dumps([case[key] for key in same]), case)
-    return list(once.values())
+        called.setdefault((where(case), title(case)), []).append(case)
+    for alike in called.values():
+        told = [case["settings"] | {"eps": case["eps"]} for case in alike]
+        for case, own in zip(alike, told, strict=True):
+            case["apart"] = differing(own, told)
+    return found
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["defence"], row["settings"]["layers"], row["settings"]["weights"]
+def _case(one: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Case:
+    """Return the case of one evaluation of a run, from the run's rows."""
+    key = one["defence"], one["layers"], one["weights"]
+    mine = [row for row in rows if (row["defence"], row["settings"]["layers"], row["settings"]["weights"]) == key]
+    by = {row["attack"]: row for row in mine}
+    if len(by) < len(mine):
+        raise ValueError(f"two evaluations of one run have the same defence, layers and weights, got {key}: merge runs")
+    worst = by["worst-case"]
+    settings = worst["settings"]
+    kinds = {attacked: attack["kind"] for attacked, attack in one["attacks"].items()}
+    return {
+        "defence": one["defence"],
+        "layer": " and ".join(one["layers"]),
+        "settings": {key: value for key, value in settings.items() if key not in _REACHED},
+        "space": settings.get("space"),
+        "cells": cells(settings.get("maturation", ())),
+        "neighbours": settings.get("neighbours"),
+        "voice": settings.get("voice", 0),
+        "dataset": worst["dataset"],
+        "net": settings["net"],
+        "weights": one["weights"],
+        "eps": worst["eps"],
+        "norm": worst["norm"],
+        "n": worst["n"],
+        "images": _images(settings["slice"]),
+        "protocol": settings["protocol"],
+        "clean": by["none"],
+        "paper": by["pgd"],
+        "transfer": _strongest(by, kinds, "transfer"),
+        "adaptive": _strongest(by, kinds, "adaptive"),
+        "worst": worst,
+        "evaluation": one,
+        "apart": "",
+    }
+
+
+def _images(told: list[int] | dict[str, Any]) -> tuple[Any, ...]:
+    """Return what each image is known by: its place in the file, or in the random order of a sample of so many."""
+    if isinstance(told, list):
+        return tuple(range(*told))
+    count, whole = told["sample"]
+    return tuple((whole, told["seed"], i) for i in range(count))
+
+
+def title(case: Case) -> str:
+    """Return what a case is called in a table: its settings as far as they matter, and what sets it apart there."""
+    told = [NAMES.get(case["defence"], str(case["defence"])), case["layer"]]
+    told += [f"k {case['neighbours']}" if case["neighbours"] else case["cells"]]
+    told += ["cells there" if case["space"] else "", f"voice {case['voice']:g}" if case["voice"] else ""]
+    return ", ".join(filter(None, (*told, case["apart"])))
+
+
+def where(case: Case) -> str:
+    """Return which network was attacked how, and on how many images."""
+    return f"{case['dataset']}, {case['net']}, {case['norm']} {case['eps']:.3g}, {case['n']} images"
+
+
+def differing(own: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:
+    """Return in which settings those called alike, `own` among them, differ, with the values of `own`; "" in none."""
+    every, mine = [leaves(one) for one in alike], leaves(own)
+    names = sorted({name for one in every for name in one if any(name not in o or o[name] != one[name] for o in every)})
+    return ", ".join(f"{name} {mine.get(name, 'untold')}" for name in names)
 
 
 def _strongest(by: dict[str, Case], kinds: dict[str, str], kind: str) -> Case | None:

@@ -10,15 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
 from immunonet import _store
-from immunonet.evaluation.cases import Case, cases, cells, merge
-from immunonet.evaluation.statistics import mcnemar
+from immunonet.evaluation.cases import NAMES, Case, cases, cells, merge, title, where
+from immunonet.evaluation.comparisons import advice, findings, groups
 from immunonet.report.figures import accuracy_points, rejection_curves, save
 
-NAMES = {"cnn": "CNN, undefended", "dknn": "DkNN", "rails": "RAILS"}
 JPEG = {"cifar10"}
 # Levels of rejection in the table.
 SHOWN = (0.0, 0.05, 0.2)
@@ -38,7 +36,7 @@ def document(record: dict[str, Any], source: str) -> str:
         f"Generated from `{source}` by `python -m immunonet.evaluation.finding`; do not edit. Commands are at the end. "
         "All figures are upper bounds of robustness: a better attack may lower them.",
         "## Result",
-        *_findings(found),
+        *findings(found),
         "## Figures",
         "Share right with its 95 % interval. *PGD on the network* is the paper's attack, made on the bare network. "
         "*Best transfer* is the strongest attack made without knowing the defence, *best adaptive* the strongest that "
@@ -46,7 +44,7 @@ def document(record: dict[str, Any], source: str) -> str:
         "randomised defence and counted on others. For the bare network all gradient attacks stand under transfer.",
         f"![{ALT['accuracy']}]({FIGURES}-accuracy.png)",
     ]
-    for group in _groups(found):
+    for group in groups(found):
         first = group[0]
         jpeg = " (JPEG copies of the images)" if first["dataset"] in JPEG else ""
         parts.append(
@@ -73,7 +71,13 @@ def document(record: dict[str, Any], source: str) -> str:
         "## What it costs",
         _costs(found),
         "## When to use it",
-        *_advice(found),
+        "Worst cases in pairs, on the images that both were attacked on, by McNemar's test; *told apart*: p below .05. "
+        "DkNN and other RAILS are those of the same images and protocol.",
+        _grid(advice(found)[0], advice(found)[1:]),
+        "Robustness against attackers who know the defence is the worst case and nothing else. Where RAILS is *not "
+        "told apart from* no defence it is no protection from them; where it is *worse than* no defence, do not put it "
+        "there for robustness. What it gives besides (an answer by examples, and a flag on foreign inputs) costs the "
+        "time above.",
         "## What was not done",
         *_limits(found),
         "## How it was measured",
@@ -97,7 +101,7 @@ def figures(record: dict[str, Any]) -> dict[str, Figure]:
     found = cases(record)
     shown = (("clean", "clean"), ("PGD on the network", "paper"), ("worst case, knows the defence", "worst"))
     lines = {
-        f"{_setting(case)}\n{_name(case)}": {title: (case[key]["accuracy"], case[key]["ci95"]) for title, key in shown}
+        f"{where(case)}\n{title(case)}": {how: (case[key]["accuracy"], case[key]["ci95"]) for how, key in shown}
         for case in found
     }
     drawn = {"accuracy": accuracy_points(lines)}
@@ -112,7 +116,7 @@ def _curves(found: Sequence[Case]) -> dict[str, dict[str, Any]]:
     for case in found:
         # Records from before abstention and disagreement were measured lack them.
         if levels := case["evaluation"].get("abstention"):
-            curves.setdefault(_setting(case), {})[_name(case)] = levels
+            curves.setdefault(where(case), {})[title(case)] = levels
     return curves
 
 
@@ -126,7 +130,7 @@ def _abstention(found: Sequence[Case]) -> str:
                 joint = "" if level["joint"] is None else f"{level['joint']:.3f}"
                 figures = (f"{level['accepted']:.3f}", f"{level['right']:.3f}", f"{level['held']:.3f}")
                 lines.append(
-                    [_where(case), _name(case), f"{level['level']:g}", *figures, f"{low:.2f} to {high:.2f}", joint]
+                    [where(case), title(case), f"{level['level']:g}", *figures, f"{low:.2f} to {high:.2f}", joint]
                 )
     heads = ("network", "defence", "level", "clean answered", "clean answered rightly", "held in the worst case")
     return _grid((*heads, "95 % interval", "held under the joint attack alone"), lines)
@@ -139,9 +143,9 @@ def _ablations(found: Sequence[Case]) -> list[str]:
         rows = {(row["defence"], row["attack"]): row for row in case["evaluation"]["ablations"]}
         for name in dict.fromkeys(who for who, _ in rows):
             figures = (_share(rows[name, attack]) for attack in ("none", "worst-case"))
-            lines.append([_where(case), _name(case), name.removeprefix(f"{case['defence']} "), *figures])
+            lines.append([where(case), title(case), name.removeprefix(f"{case['defence']} "), *figures])
         if rows:
-            lines.append([_where(case), _name(case), "whole", _share(case["clean"]), _share(case["worst"])])
+            lines.append([where(case), title(case), "whole", _share(case["clean"]), _share(case["worst"])])
     if not lines:
         return []
     return [
@@ -175,20 +179,6 @@ def _choices(records: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _groups(found: Sequence[Case]) -> list[list[Case]]:
-    groups: dict[tuple[Any, ...], list[Case]] = {}
-    for case in found:
-        groups.setdefault((case["dataset"], case["net"], case["eps"], case["norm"], case["n"]), []).append(case)
-    return list(groups.values())
-
-
-def _name(case: Case) -> str:
-    told = [NAMES.get(case["defence"], str(case["defence"])), case["layer"]]
-    told += [f"k {case['neighbours']}" if case["neighbours"] else case["cells"]]
-    told += ["cells there" if case["space"] else "", f"voice {case['voice']:g}" if case["voice"] else ""]
-    return ", ".join(filter(None, told))
-
-
 def _share(row: dict[str, Any] | None, *, named: bool = False) -> str:
     if row is None:
         return ""
@@ -205,7 +195,7 @@ def _table(group: Sequence[Case]) -> str:
     heads = ("defence", "clean", "PGD on the network", "best transfer", "best adaptive", "worst case", "protocol")
     lines = [
         [
-            _name(case),
+            title(case),
             _share(case["clean"]),
             _share(case["paper"]),
             _share(case["transfer"], named=True),
@@ -228,7 +218,7 @@ def _breakers(group: Sequence[Case]) -> str:
             calm = case["clean"].get("foreign")
             alarm += "" if calm is None else f" ({calm:.3f} of the clean images)"
             text = (
-                f"- {_name(case)}: right in most draws {draws['majority']:.3f}, in all {len(case['worst']['seeds'])} "
+                f"- {title(case)}: right in most draws {draws['majority']:.3f}, in all {len(case['worst']['seeds'])} "
                 f"draws {draws['always']:.3f}{alarm}."
             )
             if differing := case["evaluation"].get("disagreement"):
@@ -249,7 +239,7 @@ def _broken_by(found: Sequence[Case]) -> str:
                 name = "already wrong" if image["attack"] == "none" else image["attack"]
                 count[name] = count.get(name, 0) + 1
         told = ", ".join(f"{name} {n}" for name, n in sorted(count.items(), key=lambda item: -item[1]))
-        lines.append([_where(case), _name(case), told or "none"])
+        lines.append([where(case), title(case), told or "none"])
     return _grid(("network", "defence", "broken by"), lines)
 
 
@@ -258,10 +248,10 @@ def _checks(found: Sequence[Case]) -> str:
     for case in found:
         for check in case["evaluation"]["checks"]:
             word = "pass" if check["passed"] else "**FAIL**"
-            lines.append([_where(case), _name(case), word, check["name"], check["detail"]])
+            lines.append([where(case), title(case), word, check["name"], check["detail"]])
         for flag in case["evaluation"]["flags"]:
             if flag["raised"]:
-                lines.append([_where(case), _name(case), "flag", flag["name"], flag["detail"]])
+                lines.append([where(case), title(case), "flag", flag["name"], flag["detail"]])
     return _grid(("network", "defence", "", "what", "figures"), lines)
 
 
@@ -271,8 +261,8 @@ def _costs(found: Sequence[Case]) -> str:
         cost = case["evaluation"]["cost"]
         lines.append(
             [
-                _where(case),
-                _name(case),
+                where(case),
+                title(case),
                 f"{1000 * cost['seconds_batch_1']:.3g}",
                 f"{1000 * cost['seconds_best_batch']:.3g} ({cost['best_batch']})",
                 f"{cost['forward_passes']:.3g}",
@@ -282,57 +272,6 @@ def _costs(found: Sequence[Case]) -> str:
     return (
         _grid(heads, lines) + "\n\nTimes were taken on a machine that did other work as well: compare them with care."
     )
-
-
-def _setting(case: Case) -> str:
-    return f"{case['net']}, {case['norm']} {case['eps']:.3g}, {case['n']} images"
-
-
-def _where(case: Case) -> str:
-    return f"{case['dataset']}, {case['net']}"
-
-
-def _findings(found: Sequence[Case]) -> list[str]:
-    """Return what follows from the figures, one bullet each."""
-    lines = []
-    for group in _groups(found):
-        base = next((case for case in group if case["defence"] == "cnn"), None)
-        for case in group:
-            if case["defence"] != "rails":
-                continue
-            paper, worst, clean = (case[key] for key in ("paper", "worst", "clean"))
-            text = (
-                f"- {_where(case)}, {_name(case)}: {clean['accuracy']:.3f} without an attack, {paper['accuracy']:.3f} "
-                f"under PGD on the network, which is what the paper measured, and {worst['accuracy']:.3f} in the worst "
-                f"case of all attacks, {100 * (paper['accuracy'] - worst['accuracy']):.0f} points less."
-            )
-            if base is not None:
-                text += f" {_against('The undefended network', base, case)}"
-            peers = [other for other in group if other["defence"] == "dknn" and other["layer"] == case["layer"]]
-            for peer in peers:
-                text += f" {_against(_name(peer), peer, case)}"
-            lines.append(text)
-    return ["\n".join(lines)]
-
-
-def _against(name: str, other: Case, rails: Case) -> str:
-    """Return the comparison of two worst cases."""
-    alone, other_alone, p = _paired(rails, other)
-    word = "above it" if rails["worst"]["accuracy"] > other["worst"]["accuracy"] else "below it"
-    told = f"RAILS is {word}" if p < 0.05 else "the two are not told apart"
-    return (
-        f"{name} keeps {other['worst']['accuracy']:.3f} in its own worst case: {told} (RAILS alone right on {alone} "
-        f"images, the other alone on {other_alone}; McNemar p = {p:.2g})."
-    )
-
-
-def _paired(one: Case, other: Case) -> tuple[int, int, float]:
-    """Return on how many images each alone is right in its worst case, by the majority of its draws, and McNemar's p.
-
-    The images are the same.
-    """
-    a, b = (torch.tensor([image["worst"] > 0.5 for image in c["evaluation"]["per_example"]]) for c in (one, other))
-    return int((a & ~b).sum()), int((b & ~a).sum()), mcnemar(b, a)
 
 
 def _limits(found: Sequence[Case]) -> list[str]:
@@ -353,8 +292,9 @@ def _limits(found: Sequence[Case]) -> list[str]:
             for key, text in (("targeted", "targeted attacks"), ("eot", "expectation over transformations"))
             if not any(key in name for name in names)
         ]
+        networks = dict.fromkeys(f"{case['dataset']}, {case['net']}" for case in mine)
         lines.append(
-            f"- `{protocol}` ({'; '.join(dict.fromkeys(map(_where, mine)))}): {_range([case['n'] for case in mine])} "
+            f"- `{protocol}` ({'; '.join(networks)}): {_range([case['n'] for case in mine])} "
             f"images, at most {steps} steps. Attacks that only ask took {_range(asked)} images, with "
             f"{most['Square']:,} calls (Square), {most['HopSkipJump']:,} (HopSkipJump) and {most['Noise']:,} draws of "
             "noise." + (f" Missing: {', '.join(missing)}." if missing else "")
@@ -369,46 +309,6 @@ def _limits(found: Sequence[Case]) -> list[str]:
 def _range(values: Sequence[int]) -> str:
     low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _advice(found: Sequence[Case]) -> list[str]:
-    """Return when to use RAILS, as far as the figures carry."""
-    lines = []
-    for group in _groups(found):
-        base = next((case for case in group if case["defence"] == "cnn"), None)
-        rails = [case for case in group if case["defence"] == "rails"]
-        best = max(rails, key=lambda case: float(case["worst"]["accuracy"]), default=None)
-        if base is None or best is None:
-            continue
-        where = _where(best)
-        if best["paper"]["ci95"][0] > base["paper"]["ci95"][1]:
-            lines.append(
-                f"- {where}: against attackers who do not know that it is there, RAILS ({best['layer']}) helps."
-            )
-        else:
-            lines.append(
-                f"- {where}: against PGD on the network RAILS ({best['layer']}) is not measurably better than none."
-            )
-        alone, base_alone, p = _paired(best, base)
-        if p >= 0.05:
-            lines.append(f"- {where}: in the worst case it is not told apart from no defence.")
-        elif alone > base_alone:
-            lines.append(f"- {where}: in the worst case it is better than no defence, by these attacks.")
-        else:
-            lines.append(
-                f"- {where}: in the worst case it is worse than no defence: do not put it there for robustness."
-            )
-        peers = [case for case in group if case["defence"] == "dknn"]
-        if peer := max(peers, key=lambda case: float(case["worst"]["accuracy"]), default=None):
-            alone, other_alone, p = _paired(best, peer)
-            word = "not told apart from" if p >= 0.05 else "better than" if alone > other_alone else "worse than"
-            lines.append(f"- {where}: the best RAILS ({_name(best)}) is {word} the best DkNN ({_name(peer)}) there.")
-    fixed = (
-        "Robustness against attackers who know the defence is the column *worst case* and nothing else: where RAILS is "
-        "not above the undefended network there, it is no protection from them. What it gives besides (an answer by "
-        "examples, and a flag on foreign inputs) costs the time above."
-    )
-    return ["\n".join(lines), fixed]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -62,7 +62,7 @@ class Journal:
         self._parts[key] = json.loads(line)["value"]
 
     def _same(self, name: str, found: dict[str, Any], settings: dict[str, Any]) -> None:
-        old, new = _leaves(found), _leaves(settings)
+        old, new = leaves(found), leaves(settings)
         if differing := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
             changes = "; ".join(f"{name}{key} was {old.get(key)}, now {new.get(key)}" for key in differing)
             raise ValueError(
@@ -70,9 +70,9 @@ class Journal:
             )
 
 
-def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+def leaves(value: Any, name: str = "") -> dict[str, Any]:
     """Return what nested objects and lists hold, by dotted names."""
     if not isinstance(value, dict | list):
         return {name: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {k: v for key, part in items for k, v in _leaves(part, f"{name}.{key}" if name else str(key)).items()}
+    return {k: v for key, part in items for k, v in leaves(part, f"{name}.{key}" if name else str(key)).items()}

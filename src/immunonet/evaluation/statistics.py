@@ -10,6 +10,9 @@ from torch import Tensor
 
 from immunonet import _check
 
+# Images of as many draws of a bootstrap are counted at once.
+_BLOCK = 2**20
+
 
 def wilson(correct: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
     """Return the score interval of a share `correct / n` (Wilson 1927), within [0, 1].
@@ -39,12 +42,18 @@ def bootstrap(correct: Tensor, *, confidence: float = 0.95, draws: int = 2000, s
     runs, n = correct.shape
     table = correct.detach().cpu().double()
     generator = torch.Generator().manual_seed(seed)
-    means = torch.empty(draws, dtype=torch.float64)
-    for i in range(draws):
-        weights = torch.bincount(torch.randint(runs, (runs,), generator=generator), minlength=runs).double()
-        means[i] = (weights @ table)[torch.randint(n, (n,), generator=generator)].mean() / runs
+    means = []
+    for first in range(0, draws, block := max(1, _BLOCK // n)):
+        # In the order of the draws, so that what an interval is does not depend on the block.
+        drawn = [
+            [torch.randint(most, (most,), generator=generator) for most in (runs, n)]
+            for _ in range(first, min(first + block, draws))
+        ]
+        own, images = (torch.stack(part) for part in zip(*drawn, strict=True))
+        weights = torch.zeros(len(own), runs, dtype=torch.float64).scatter_add_(1, own, torch.ones_like(own).double())
+        means.append((weights @ table).gather(1, images).mean(1) / runs)
     tail = (1 - _confidence(confidence)) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(torch.cat(means), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
 
 

@@ -86,9 +86,9 @@ class Found(NamedTuple):
 class Planned:
     """An attack to be run: its name, what the attacker differentiates or queries (`knows`), how, on what, and where.
 
-    `method` None leaves inputs as they are. `n`: it takes the first so many images; with `standing` only those of them
-    on which the defence has not failed in every selection draw already. `kind`: "none", "transfer", "adaptive" or
-    "black box".
+    `method` None leaves inputs as they are; what breaks the bounds, or the ball of a method that has one (its `eps` is
+    not None), is replaced. `n`: it takes the first so many images; with `standing` only those of them on which the
+    defence has not failed in every selection draw already. `kind`: "none", "transfer", "adaptive" or "black box".
     """
 
     name: str
@@ -114,7 +114,8 @@ class Planned:
         found = result.adversarials.detach()
         low, high = self.method.bounds.tensors(x, x.shape[1:])
         wrong = ((found < low - 1e-6) | (found > high + 1e-6) | ~torch.isfinite(found)).flatten(1).any(1)
-        wrong |= ~(size(found - x, self.method.norm) <= self.method.eps * (1 + 1e-4) + 1e-6)
+        if self.method.eps is not None:
+            wrong |= ~(size(found - x, self.method.norm) <= self.method.eps * (1 + 1e-4) + 1e-6)
         kept = torch.where(wrong.reshape(-1, *(1,) * (x.ndim - 1)), x, found)
         return Found(kept, result.losses, int(wrong.sum()))
 
@@ -130,14 +131,15 @@ class Planned:
         """Return how often the target is asked per image, at most."""
         settings = {} if self.method is None else vars(self.method)
         if "queries" in settings:
-            return int(settings["queries"]) * int(settings.get("draws", 1))
-        if "evaluations" in settings:
-            return int(settings["evaluations"] * sum(math.sqrt(i + 1) for i in range(settings["iterations"])))
+            return (1 + int(settings["queries"])) * int(settings.get("draws", 1))  # first about the input itself
+        if isinstance(self.method, attacks.HopSkipJump):
+            return self.method.calls()
         if isinstance(self.method, Noise):
             return int(self.method.points)
-        targets = settings["targets"] if settings.get("loss") == "targeted-dlr" else 1
-        steps = int(settings.get("iterations", bool(settings))) + bool(settings)
-        return steps * int(settings.get("restarts", 1)) * int(targets)
+        # A targeted loss asks for the likeliest labels before each of its ascents.
+        targeted = settings.get("loss") == "targeted-dlr"
+        steps = int(settings.get("iterations", bool(settings))) + bool(settings) + targeted
+        return steps * int(settings.get("restarts", 1)) * (int(settings["targets"]) if targeted else 1)
 
 
 @dataclass(frozen=True, kw_only=True)

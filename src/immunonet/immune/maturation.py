@@ -87,7 +87,7 @@ def mature(
     keep_cells: bool = True,
     trace: bool = False,
 ) -> tuple[Matured, Trace | None]:
-    """Evolve the naive cells of B antigens for up to G generations (design, section 5).
+    """Evolve the naive cells of B antigens for up to G generations, by the formulas of ARCHITECTURE.md.
 
     `distances_of(cells (B, C, P, *S), family)` gives the feature distances `(F, P)` of some families to their
     antigens. `bounds`, low and high, broadcast against `*S`. Families whose antigen has its answer, and those

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from immunonet import _check
+
+
+@contextlib.contextmanager
+def told(where: str) -> Iterator[None]:
+    """Name the table `where` in every ValueError and TypeError that is raised inside."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def size(name: str, value: Any) -> float:
@@ -31,6 +42,12 @@ def text(name: str, value: object, *, optional: bool = False) -> object:
     if not isinstance(value, str) and not (optional and value is None):
         raise TypeError(f"{name} must be a string, got {value!r}")
     return value
+
+
+def stem(name: str, value: object) -> None:
+    """Raise unless `value` is a string that may be a part of a file's name."""
+    if not re.fullmatch(r"[^/\\\0]+", str(text(name, value))):
+        raise ValueError(f"{name} must be the name of a file's part, not empty and without slashes, got {value!r}")
 
 
 def as_tuple(of: Any, name: str, check: Callable[[str, Any], Any], *, empty: bool = False) -> None:

@@ -8,10 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import nn
+
 from immunonet import RAILS, Maturation, _check
 from immunonet.studies import checks
+from immunonet.studies.tasks import show
 
 DEFENCES = ("cnn", "knn", "dknn", "dknn-tuned", "rails-authors", "rails-paper", "rails")
+# Those that sense, and may be hardened.
+SENSING = ("knn", "dknn", "dknn-tuned", "rails")
 SPLITS = ("test", "validation")
 TESTED = tuple(f.name for f in dataclasses.fields(Maturation))
 # Settings that are counts.
@@ -72,18 +77,27 @@ class Comparison:
         checks.as_tuple(self, "bases", lambda name, value: checks.text(name, value), empty=True)
         _check.choice("split", self.split, SPLITS)
         _check.integer("seeds", self.seeds)
-        if self.repertoire is not None:
-            _check.integer("repertoire", self.repertoire)
+        checks.stem("name", self.name)
+        checks.text("title", self.title)
+        _repertoire(self)
         checks.keys("maturation", self.maturation, set(TESTED))
-        checks.keys("options", self.options, _OPTIONS)
+        _check_options(self.options)
         _check.boolean("choose_layers", self.choose_layers)
         if self.choose_layers and self.defences != ("dknn-tuned",):
             raise ValueError(f"defences must be ['dknn-tuned'] with choose_layers, got {list(self.defences)}")
         if self.vary is not None:
             _check.choice("vary", self.vary, ("eps", "repertoire", "layers", *TESTED))
             checks.as_tuple(self, "values", lambda name, value: _value(str(self.vary), value))
+            if len({show(value) for value in self.values}) < len(self.values):
+                raise ValueError(f"values must differ as they are shown, got {list(map(show, self.values))}")
             if self.vary == "layers":
                 object.__setattr__(self, "layers", self.values)
+        elif self.values:
+            raise ValueError(f"values must be left out without vary, got {self.values!r}")
+        of_rails = [key for key in ("maturation", "options", "hidden") if getattr(self, key)]
+        of_rails += ["vary"] if self.vary in TESTED else []
+        if of_rails and not any(kind.startswith("rails") for kind in self.defences):
+            raise ValueError(f"{of_rails[0]} is a setting of RAILS: name one among defences, got {list(self.defences)}")
         checks.as_tuple(self, "layers", checks.layers)
         if _check.boolean("hidden", self.hidden) and ("space" in self.options or any(len(s) > 1 for s in self.layers)):
             raise ValueError(
@@ -106,10 +120,12 @@ class Learning:
     maturation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        checks.stem("name", self.name)
         object.__setattr__(self, "layers", checks.layers("layers", self.layers))
         _check.integer("images", self.images)
         checks.as_tuple(self, "eps", checks.size)
         _check.choice("split", self.split, SPLITS)
+        _repertoire(self)
         checks.keys("maturation", self.maturation, set(TESTED))
 
 
@@ -130,13 +146,13 @@ class Sensing:
     repertoire: int | None = None
 
     def __post_init__(self) -> None:
+        checks.stem("name", self.name)
         object.__setattr__(self, "layers", checks.layers("layers", self.layers))
         _check.integer("images", self.images)
         checks.as_tuple(self, "strangers", lambda name, value: checks.text(name, value))
         object.__setattr__(self, "eps", checks.size("eps", self.eps))
-        checks.as_tuple(
-            self, "defences", lambda name, value: _check.choice(name, value, ("dknn", "dknn-tuned", "knn", "rails"))
-        )
+        checks.as_tuple(self, "defences", lambda name, value: _check.choice(name, value, SENSING))
+        _repertoire(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +173,12 @@ class Hardening:
     maturation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        checks.stem("name", self.name)
         object.__setattr__(self, "layers", checks.layers("layers", self.layers))
         _check.integer("images", self.images, least=2)
         _check.integer("cells", self.cells)
-        checks.as_tuple(self, "defences", lambda name, value: _check.choice(name, value, DEFENCES))
+        checks.as_tuple(self, "defences", lambda name, value: _check.choice(name, value, SENSING))
+        _repertoire(self)
         checks.keys("maturation", self.maturation, set(TESTED))
 
 
@@ -209,8 +227,8 @@ class Search:
     maturation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("name", "title"):
-            checks.text(name, getattr(self, name))
+        checks.stem("name", self.name)
+        checks.text("title", self.title)
         object.__setattr__(self, "layers", checks.layers("layers", self.layers))
         for name in ("images", "confirm"):
             _check.integer(name, getattr(self, name))
@@ -219,8 +237,7 @@ class Search:
         checks.as_tuple(self, "attacks", lambda name, value: checks.text(name, value))
         if _check.boolean("hidden", self.hidden) and len(self.layers) > 1:
             raise ValueError("hidden must be false with several layers at once: cells live in one")
-        if self.repertoire is not None:
-            _check.integer("repertoire", self.repertoire)
+        _repertoire(self)
         checks.keys("maturation", self.maturation, set(TESTED))
         checks.keys("space", self.space, set(TESTED) - self.maturation.keys())
         if not self.space:
@@ -252,6 +269,12 @@ class Target:
     goal_share: float | None = None
 
     def __post_init__(self) -> None:
+        checks.text("text", self.text)
+        checks.text("published", self.published)
+        checks.text("choice", self.choice, optional=True)
+        for name in ("least", "goal", "least_share", "goal_share"):
+            if (value := getattr(self, name)) is not None:
+                _check.number(name, value)
         _check.choice("defence", self.defence, DEFENCES)
         if self.over is not None:
             _check.choice("over", self.over, DEFENCES)
@@ -260,6 +283,19 @@ class Target:
             raise ValueError("layers or choice must be given, and not both")
         if self.layers is not None:
             object.__setattr__(self, "layers", checks.layers("layers", self.layers))
+
+
+def _repertoire(entry: Comparison | Learning | Sensing | Hardening | Search) -> None:
+    if entry.repertoire is not None:
+        _check.integer("repertoire", entry.repertoire)
+
+
+def _check_options(found: Mapping[str, Any]) -> None:
+    """Raise unless these are options that RAILS takes around some network; a `space` is looked for in the network."""
+    checks.keys("options", found, _OPTIONS)
+    checks.text("options.space", found.get("space"), optional=True)
+    with checks.told("options"):
+        RAILS(nn.Identity(), "input", **{key: value for key, value in found.items() if key != "space"})
 
 
 def _value(vary: str, value: Any) -> Any:
@@ -281,10 +317,8 @@ def _options(name: str, found: Any) -> Range | tuple[Any, ...]:
     if not isinstance(found, Mapping) or not {"low", "high"} <= found.keys():
         raise TypeError(f"{where} must be a list of choices, or a table with low and high, got {found!r}")
     checks.keys(where, found, {f.name for f in dataclasses.fields(Range)})
-    try:
+    with checks.told(where):
         if name in WHOLE:
             for end in ("low", "high"):
                 _check.integer(end, found[end], least=0)
         return Range(**found)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{where}: {error}") from error

@@ -41,11 +41,13 @@ def _curve(title: str, rows: Sequence[Record]) -> Figure:
     numeric = all(isinstance(row["settings"]["value"], int | float) for row in rows) and len(values) > 2
     lines: dict[str, dict[str, Record]] = {}
     several = len({row["settings"]["base"] for row in rows}) > 1
+    placed = vary != "layers" and len({str(row["settings"]["layers"]) for row in rows if row["defence"] != "cnn"}) > 1
+    attacked = vary != "eps" or len({row["attack"] for row in rows} - {"none"}) > 1
     for row in rows:
         name = (f"{row['settings']['base']}: " if several else "") + tables.TITLES[row["defence"]]
-        if row["defence"] != "cnn" and vary != "layers" and len({str(r["settings"]["layers"]) for r in rows}) > 2:
+        if row["defence"] != "cnn" and placed:
             name += f" at {' + '.join(row['settings']['layers'])}"
-        name += ", clean" if row["attack"] == "none" else f", {row['attack'].upper()}" if vary != "eps" else ""
+        name += ", clean" if row["attack"] == "none" else f", {row['attack'].upper()}" if attacked else ""
         lines.setdefault(name, {})[show(row["settings"]["value"])] = row
     figure = _figure(6.4, 3.6)
     axes = figure.subplots()

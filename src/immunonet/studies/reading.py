@@ -40,10 +40,8 @@ def load(source: str | Path) -> Study:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML ({error})") from error
-    try:
+    with checks.told(str(path)):
         return _study(table)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{path}: {error}") from error
 
 
 def _study(table: dict[str, Any]) -> Study:
@@ -53,7 +51,8 @@ def _study(table: dict[str, Any]) -> Study:
     if "tuning" in table:
         parts["tuning"] = _read(Tuning, "tuning", table["tuning"])
     for key in ("attacks", "defences"):
-        parts |= {key: dict(_table(key, table[key]))} if key in table else {}
+        for name, found in _table(key, table.get(key, {})):
+            _table(f"{key}.{name}", found)
     kinds: dict[str, type[Any]] = {
         "main": Comparison,
         "curves": Comparison,
@@ -79,10 +78,8 @@ def _read(kind: Callable[..., T], where: str, found: Any) -> T:
     required = [f for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     if missing := [f.name for f in required if f.name not in found]:
         raise ValueError(f"{where} needs {', '.join(missing)}")
-    try:
+    with checks.told(where):
         return kind(**found)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{where}: {error}") from error
 
 
 def _table(name: str, value: Any) -> list[tuple[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from immunonet.evaluation.cases import differing
 from immunonet.evaluation.statistics import mcnemar
 from immunonet.studies.entries import Target
 from immunonet.studies.experiments import Measured
@@ -23,6 +24,8 @@ TITLES = {
 }
 
 Record = Mapping[str, Any]
+# Settings of a row that say how it was measured, not which defence on which images.
+_MEASURED = ("attack", "chunk", "device", "experiment", "slice", "tuning")
 
 
 @dataclass(frozen=True)
@@ -41,17 +44,15 @@ def pairs(found: Sequence[Measured]) -> list[dict[str, Any]]:
     `gain`: points of accuracy, a mean over seeds. `p`: McNemar's, of RAILS with its first seed, of which `only_rails`
     and `only_other` count the images that one alone got right.
     """
-    main = [m for m in found if m.measurement.experiment == "main"]
+    main = [m for m in found if m.measurement.experiment == "main" and m.row.defence != "cnn"]
     out = []
     for a in main:
+        alike = [m for m in main if m.row.defence == a.row.defence and _place_of(m) == _place_of(a)]
+        apart = differing(_identity(a.row.settings), [_identity(m.row.settings) for m in alike])
         for b in main:
             kinds = a.row.defence.startswith("rails") and b.row.defence in ("knn", "dknn", "dknn-tuned")
-            same = all(
-                x.row.attack == y.row.attack
-                and x.measurement.base == y.measurement.base
-                and x.measurement.split == y.measurement.split
-                for x, y in ((a, b),)
-            )
+            same = _place_of(a)[1:] == _place_of(b)[1:]
+            same &= a.row.settings["repertoire"] == b.row.settings["repertoire"]
             chosen = len(b.measurement.candidates) > 1
             if not kinds or not same or not (chosen or a.row.settings["layers"] == b.row.settings["layers"]):
                 continue
@@ -64,6 +65,7 @@ def pairs(found: Sequence[Measured]) -> list[dict[str, Any]]:
                     "base": a.measurement.base,
                     "layers": a.row.settings["layers"],
                     "defence": a.row.defence,
+                    "apart": apart,
                     "over": b.row.defence,
                     "over_layers": b.row.settings["layers"],
                     "chosen": chosen,
@@ -89,6 +91,7 @@ def _target(study: Study, target: Target, found: Sequence[Measured]) -> dict[str
         m
         for m in found
         if m.measurement.experiment == "main"
+        and m.measurement.split == "test"
         and m.measurement.base == target.base
         and m.row.attack == target.attack
         and m.row.n >= target.images
@@ -225,21 +228,15 @@ def _share(row: Mapping[str, Any]) -> str:
 def _main(rows: Sequence[Record]) -> tuple[tuple[str, ...], ...]:
     attacks = list(dict.fromkeys(row["attack"] for row in rows))
     heads = {row["attack"]: _attack(row) for row in rows}
-    lines: dict[tuple[str, ...], dict[str, Record]] = {}
+    called: dict[tuple[str, ...], list[Record]] = {}
     for row in rows:
-        settings, title = row["settings"], TITLES[row["defence"]]
-        if len(settings.get("tuning", {}).get("candidates", ())) > 1:
-            title += ", layers chosen"
-        if "maturation" in settings:
-            title += f", T {settings['maturation'][0]['population']}"
-        size = f"{settings['repertoire']:,}" if "repertoire" in settings else ""
-        space = settings.get("space")
-        place = _place(settings["layers"])
-        place += f" (cells at {space})" if space not in (None, *settings["layers"]) else ""
-        title += ", cells there" if space in settings["layers"] else ""
-        title += f", voice {settings['voice']:g}" if settings.get("voice") else ""
-        key = (settings["base"], place, title, size, f"{row['n']:,}", str(len(row["seeds"]) or ""))
-        lines.setdefault(key, {})[row["attack"]] = row
+        called.setdefault(_called(row), []).append(row)
+    lines: dict[tuple[str, ...], dict[str, Record]] = {}
+    for (base, place, title, *rest), same in called.items():
+        told = [_identity(row["settings"]) for row in same]
+        for row, own in zip(same, told, strict=True):
+            whole = ", ".join(filter(None, (title, differing(own, told))))
+            lines.setdefault((base, place, whole, *rest), {})[row["attack"]] = row
     # Layers stay together, in the order of their first appearance.
     places = list(dict.fromkeys(key[:2] for key in lines))
     kinds = list(TITLES)
@@ -253,6 +250,30 @@ def _main(rows: Sequence[Record]) -> tuple[tuple[str, ...], ...]:
         body.append((*line[:3], *shares, *line[3:], time))
     head = ("base", "layer", "defence", *(heads[a] for a in attacks), "repertoire", "images", "seeds", "ms")
     return head, *body
+
+
+def _called(row: Record) -> tuple[str, ...]:
+    """Return what a line of the main table is called: base, layer, defence, repertoire, images, seeds."""
+    settings, title = row["settings"], TITLES[row["defence"]]
+    if len(settings.get("tuning", {}).get("candidates", ())) > 1:
+        title += ", layers chosen"
+    if "maturation" in settings:
+        title += f", T {settings['maturation'][0]['population']}"
+    size = f"{settings['repertoire']:,}" if "repertoire" in settings else ""
+    space = settings.get("space")
+    place = _place(settings["layers"])
+    place += f" (cells at {space})" if space not in (None, *settings["layers"]) else ""
+    title += ", cells there" if space in settings["layers"] else ""
+    title += f", voice {settings['voice']:g}" if settings.get("voice") else ""
+    return (settings["base"], place, title, size, f"{row['n']:,}", str(len(row["seeds"]) or ""))
+
+
+def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in _MEASURED}
+
+
+def _place_of(m: Measured) -> tuple[Any, ...]:
+    return m.row.settings["layers"], m.row.attack, m.measurement.base, m.measurement.split
 
 
 def _attack(row: Record) -> str:
@@ -292,7 +313,8 @@ def _pairs(found: Sequence[Record]) -> tuple[tuple[str, ...], ...]:
     body = [
         (
             pair["base"],
-            _place(pair["layers"]),
+            # Pairs of before other settings of RAILS were told have none.
+            ", ".join(filter(None, (_place(pair["layers"]), pair.get("apart")))),
             pair["attack"],
             TITLES[pair["over"]] + (f" at {_place(pair['over_layers'])}, chosen" if pair["chosen"] else ""),
             f"{pair['gain']:+.2f}",

@@ -121,3 +121,11 @@ def test_fingerprints_ignore_order_and_see_every_value():
     assert _store.fingerprint(value) == _store.fingerprint({"b": [1.5, None], "a": 1})
     assert _store.fingerprint(value) == _store.fingerprint(json.loads(json.dumps(value)))
     assert _store.fingerprint(value) != _store.fingerprint({"a": 1, "b": [1.5, 0]})
+
+
+def test_names_of_files_are_kept_apart():
+    assert _store.slug("rails-fc1+fc2") == "rails-fc1+fc2"
+    names = ["block2:4", "block2-4", "block2/4", "block2 4", "a b", "a  b"]
+    slugs = {_store.slug(name) for name in names}
+    assert len(slugs) == len(names)
+    assert not any(set(slug) & set(":/ ") for slug in slugs)

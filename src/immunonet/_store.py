@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -86,6 +87,12 @@ def read_metadata(path: str | Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+
+
+def slug(name: str) -> str:
+    """Return a name as that of a file: other characters are replaced, and a short digest keeps such names apart."""
+    found = re.sub(r"[^\w.+-]+", "-", name)
+    return found if found == name else f"{found}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 def fingerprint(value: Any) -> str:

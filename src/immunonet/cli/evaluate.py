@@ -361,7 +361,7 @@ def _tell(found: list[Evaluation], out: Path, json: Path | None) -> None:
         cells = (f"{right['none']:.4f}", f"{min(transfer):.4f}", f"{verdict.accuracy:.4f}", f"{low:.3f} to {high:.3f}")
         table.add_row(layer, verdict.defence, *cells, "no" if one.unreliable else "yes")
         results += [row.to_json() for row in (*own, verdict)]
-        page = "-".join((verdict.defence, *verdict.settings["layers"])).replace("/", "-").replace(":", "-")
+        page = _store.slug("-".join(filter(None, (verdict.defence, "+".join(verdict.settings["layers"])))))
         one.to_html(out / f"{page}.html")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if json is not None:

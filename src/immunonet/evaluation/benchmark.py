@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,10 +166,9 @@ class Benchmark:
         x, y = self.test[0][part], self.test[1][part]
         if attack == "none":
             return x
-        of = f"-{name}" if attack in SURROGATES else ""
-        name = f"{attack}{of}-{part.start}-{part.stop}-{self._images[part.start]}"
-        file = re.sub(r"[^\w.-]+", "-", name) + ".safetensors"
-        path = self.folder / "adversarials" / file
+        of = f" of {name}" if attack in SURROGATES else ""
+        file = _store.slug(f"{attack}{of} {part.start}-{part.stop} {self._images[part.start]}")
+        path = self.folder / "adversarials" / f"{file}.safetensors"
         if not path.exists():
             target = self.base if vote is None else vote
             found = self.attacks[attack](target, x, y)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-from immunonet import RAILS, DkNN, Maturation
+from immunonet import RAILS, DkNN, Maturation, search
 
 SMALL = Maturation(population=60, neighbours=3, generations=3)
 
@@ -593,3 +593,20 @@ def test_there_and_back_on_a_gpu(functional_conv, images, defence, tmp_path):
     loaded = defence.load(tmp_path, functional_conv)
     assert torch.equal(loaded.predict(images[0].cuda()), found)
     assert torch.equal(there.to("cpu").predict(images[0]), expected)
+
+
+@pytest.mark.parametrize(
+    ("layers", "space"), [("3", "3"), ("3", "1"), (["3", "4"], "1"), (["1", "3", "4"], None)], ids=str
+)
+def test_fit_lets_every_example_pass_through_the_network_once(layers, space, monkeypatch):
+    monkeypatch.setattr(search, "ROWS", 100)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    x, y = torch.rand(750, 1, 6, 6, generator=torch.Generator().manual_seed(0)), torch.arange(750) % 3
+    passed = []
+    net[0].register_forward_pre_hook(lambda _, inputs: passed.append(inputs[0].flatten(1)))
+    RAILS(net, layers, space=space, maturation=SMALL).fit(x[:700], y[:700], calibration=(x[700:], y[700:]))
+    rows, counts = torch.cat(passed).unique(dim=0, return_counts=True)
+    # A few examples probe the model: they pass more often, and a dummy of zeros stands for those behind a space.
+    assert len(rows) >= 750
+    assert int((counts > 1).sum()) <= 30
+    assert int(counts.sum()) <= 750 + 600

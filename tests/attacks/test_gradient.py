@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from immunonet.attacks import FGSM, PGD, _norms
+from immunonet.attacks import APGD, FGSM, PGD, _norms
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # foolbox imports scipy by a name that scipy has deprecated
@@ -373,3 +373,35 @@ def test_bad_models_are_named(model, error, match):
 def test_a_model_that_cuts_the_graph_before_its_weights_is_named(net):
     with pytest.raises(ValueError, match="differentiable"):
         PGD()(lambda x: net(x.detach()), X, Y)
+
+
+class Louder(nn.Module):
+    """A network with its logits multiplied: the same labels everywhere."""
+
+    def __init__(self, net, factor):
+        super().__init__()
+        self.net, self.factor = net, factor
+
+    def forward(self, x):
+        return self.net(x) * self.factor
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        FGSM(eps=0.06),
+        PGD(eps=0.06, step=0.02, iterations=5),
+        PGD(eps=0.5, step=0.2, iterations=5, norm="l2"),
+        APGD(eps=0.06, iterations=8),
+        PGD(eps=0.06, step=0.02, iterations=5, momentum=1.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("factor", [1e-2, 1e2, 1e4])
+def test_the_scale_of_the_logits_does_not_matter(net, batch, attack, factor):
+    x, y = batch
+    plain, scaled = attack(net, x, y), attack(Louder(net, factor), x, y)
+    # The best of several other classes counts for more the larger the logits are, which moves a few images.
+    assert abs(int(plain.success.sum()) - int(scaled.success.sum())) <= 2
+    moved = (scaled.adversarials - x).abs().flatten(1).amax(1)
+    assert (moved > 0).all()

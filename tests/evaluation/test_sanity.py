@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from immunonet import RAILS, Maturation, _check
+from immunonet.attacks import PGD
 from immunonet.evaluation import cost, sanity
 from immunonet.evaluation.asking import LogProbabilities, Subject
 from immunonet.evaluation.runner import Runner
@@ -120,3 +121,35 @@ def test_rails_less_one_part_shares_the_rest(images, conv):
     assert rails.maturations[0] == Maturation(population=300, neighbours=2)
     assert all(variant.repertoire is rails.repertoire for variant in found.values())
     assert found["selection"].predict(images[0][:3], seed=0).shape == (3,)
+
+
+class Stops(PGD):
+    """An attack that gives up where logits are large, as the cross-entropy in single precision does."""
+
+    def _loss(self, logits, y):
+        return (logits.float().softmax(1).gather(1, y[:, None])[:, 0] * -1).double()
+
+
+@pytest.mark.parametrize(("method", "passed"), [(PGD, True), (Stops, False)])
+def test_an_attack_that_large_logits_stop_is_found(method, passed, base, points):
+    attack = planned(method(eps=0.2, step=0.05, iterations=10, random_start=False), base, "pgd")
+    (check,) = sanity.scale(runner(LogProbabilities(base), base, points), [attack], 20)
+    assert check.passed is passed, check.detail
+
+
+def test_a_network_that_depends_on_the_batch_is_flagged(points):
+    x, _ = points
+    unsteady = sanity.steady(nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False), nn.Linear(2, 2)), x)
+    assert unsteady.raised
+    assert "what else is in the batch" in unsteady.detail
+    assert not sanity.steady(nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(), nn.Linear(2, 2)).train(), x).raised
+
+
+def test_labels_that_are_not_those_of_the_log_probabilities_are_flagged(base, points):
+    class Beside(LogProbabilities):
+        def predict(self, x):
+            return 1 - self(x).argmax(1)
+
+    x, _ = points
+    assert sanity.agreement(Subject(Beside(base), classes=2), x, (), True).raised
+    assert not sanity.agreement(Subject(LogProbabilities(base), classes=2), x, (), True).raised

@@ -17,7 +17,7 @@ from torch import nn
 from immunonet import _store, data, studies, zoo
 from immunonet.cli import common
 from immunonet.evaluation.journal import Journal
-from immunonet.evaluation.records import envelope
+from immunonet.evaluation.records import VERSION, envelope
 from immunonet.studies import behaviour, experiments, runner, search
 from immunonet.studies.lab import Lab, digest
 from immunonet.studies.settings import Study
@@ -88,6 +88,8 @@ def reproduce(
         "device": target.type,
         "weights": {base: digest(net) for base, net in nets.items()},
         "sizes": [len(training), len(held_out), len(test)],
+        "images": [_store.digest([part.x, part.y]) for part in (training, held_out, test)],
+        "version": VERSION,
     }
     journal = Journal(runner.journal_path(out, part), settings)
     lab = Lab(

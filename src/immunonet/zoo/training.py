@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from immunonet import _check, _store
+from immunonet import _check, _store, models
 from immunonet.data import Images
 from immunonet.zoo.adversarial import Adversarial, robust_accuracy
 
@@ -56,7 +56,7 @@ def train(
 
     Returns one row per epoch: `epoch` (from 1), `loss` (training mean), `validation_loss`,
     `validation_accuracy`, and of adversarial training `validation_robust_accuracy` (`robust_accuracy`). ValueError
-    if the loss stops being finite, or if the checkpoint belongs to other settings, numbers of images, another
+    if the loss stops being finite, or if the checkpoint belongs to other settings, other images, another
     network or other first weights.
     """
     settings: dict[str, Any] = {
@@ -70,7 +70,7 @@ def train(
         "bfloat16": _check.boolean("bfloat16", bfloat16),
         "adversarial": None if adversarial is None else dataclasses.asdict(adversarial),
         "first_weights": hashlib.sha256(safetensors.torch.save(net.state_dict())).hexdigest()[:12],
-        "images": [len(train_images), len(validation_images)],
+        "images": [_store.digest([part.x, part.y])[:12] for part in (train_images, validation_images)],
     }
     epochs, batch_size, lr, weight_decay = (settings[k] for k in ("epochs", "batch_size", "lr", "weight_decay"))
     seed, patience, augment, bfloat16 = (settings[k] for k in ("seed", "patience", "augment", "bfloat16"))
@@ -101,7 +101,11 @@ def train(
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 attacked = adversarial.attacked(net, x, y, generator, step * epochs / steps) if adversarial else x
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                loss = adversarial.objective(net, x, attacked, y) if adversarial else F.cross_entropy(net(x).float(), y)
+                loss = (
+                    adversarial.objective(net, x, attacked, y)
+                    if adversarial
+                    else F.cross_entropy(models.tensor_of(net(x)).float(), y)
+                )
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the loss became {loss.item()} at step {step}: give a smaller lr than {lr:g}")
             loss.backward()
@@ -148,16 +152,13 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 @torch.no_grad()
 def _measure(net: nn.Module, images: Images, batch_size: int = 500) -> tuple[float, float]:
-    """Return mean cross-entropy and accuracy in eval mode; the net's mode is left as it was found."""
-    training, device = net.training, next(net.parameters()).device
-    net.eval()
+    """Return mean cross-entropy and accuracy."""
     loss, correct = 0.0, 0
     batches = zip(torch.split(images.x, batch_size), torch.split(images.y, batch_size), strict=True)
     for x, y in batches:
-        logits, labels = net(x.to(device)), y.to(device)
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        correct += int((logits.argmax(1) == labels).sum())
-    net.train(training)
+        logits = models.logits(net, x)
+        loss += F.cross_entropy(logits, y, reduction="sum").item()
+        correct += int((logits.argmax(1) == y).sum())
     return loss / len(images), correct / len(images)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,9 +21,9 @@ _8, _15, _16 = np.uint32(8), np.uint32(15), np.uint32(16)
 _ONE, _TWO, _UNIT = np.float32(1), np.float32(2), np.float32(2.0**-24)
 
 SERIAL_VALUES = 2**18
-"""Values of cells up to which one thread is used."""
-GROUP = 7
-"""Diagonals that are added in one pass over a cell."""
+"""Values of cells up to which one thread is used: several would wait for each other longer than they work."""
+PARTS = 8
+"""Parts of a loop for each thread."""
 REGISTER_WORK = 8
 """Passes over the values of a cell that take as long as its registration."""
 
@@ -36,8 +38,10 @@ def offspring(
     mutation: Mutation,
 ) -> None:
     """Do what `operators.offspring` does, on contiguous float32 CPU tensors."""
-    _use_threads(share.numel() * cells[0, 0, 0].numel())
-    _offspring(
+    _share_out(
+        _offspring,
+        len(share),
+        share.numel() * cells[0, 0, 0].numel(),
         _flat(cells),
         *(_contiguous(part) for part in family),
         _contiguous(parents),
@@ -58,11 +62,13 @@ def band_distances(cells: Tensor, family: Family, antigens: Tensor, offsets: Ten
     The squared distance of a difference q is the sum over diagonals of `band[t, j] q[j] q[j + offsets[t]]`:
     `offsets` `(t,)` >= 0, `band` `(t, d)`.
     """
-    _use_threads(len(family[0]) * cells[0, 0].numel())
-    missing = -len(offsets) % GROUP
+    missing = -len(offsets) % 7  # `_quadratic` adds seven in one pass
     offsets, band = F.pad(offsets, (0, missing)), F.pad(band, (0, 0, 0, missing))
     out = cells.new_empty(len(family[0]), cells.shape[2])
-    _band_distances(
+    _share_out(
+        _band_distances,
+        len(out),
+        len(out) * cells[0, 0].numel(),
         _flat(cells),
         *(_contiguous(part) for part in family),
         _contiguous(antigens.flatten(1)),
@@ -75,20 +81,34 @@ def band_distances(cells: Tensor, family: Family, antigens: Tensor, offsets: Ten
 
 def register(images: Tensor, goals: Tensor, reach: float, steps: int = 2) -> Tensor:
     """Do what `operators.register` does, on float32 CPU tensors."""
-    _use_threads(images.numel() * REGISTER_WORK)
-    out = torch.empty(images.shape)
-    _register(_contiguous(images), _contiguous(goals.expand_as(images).float()), float(reach), steps, out.numpy())
+    out = torch.empty_like(images, memory_format=torch.contiguous_format)
+    _share_out(
+        _register,
+        len(images),
+        images.numel() * REGISTER_WORK,
+        _contiguous(images),
+        _contiguous(goals.expand_as(images).float()),
+        float(reach),
+        steps,
+        out.numpy(),
+    )
     return out
 
 
-def _use_threads(values: int) -> None:
-    """Use as many threads as torch does, and one where several would wait for each other longer than they work."""
-    count = torch.get_num_threads()
-    most = min(count, numba.config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(most if values > SERIAL_VALUES else 1)
-    # Numba's first start sets the threads of the OpenMP that torch may share with it.
-    if torch.get_num_threads() != count:
-        torch.set_num_threads(count)
+def _share_out(loop: Callable[..., None], count: int, values: int, *arguments: Any) -> None:
+    """Run `loop(start, stop, *arguments)` on the parts of `range(count)`, in as many threads as torch uses.
+
+    They are Python's, which live for one call: numba's own end a process that was forked (OpenMP) or that asks from
+    two threads (workqueue), and change the threads that torch uses.
+    """
+    threads = min(torch.get_num_threads(), count) if values > SERIAL_VALUES else 1
+    if threads <= 1:
+        return loop(0, count, *arguments)
+    # Small parts, because a thread may find its core busy: those of torch wait for their next work awake.
+    step = max(1, count // (threads * PARTS))
+    with ThreadPoolExecutor(threads) as pool:
+        parts = pool.map(lambda start: loop(start, min(start + step, count), *arguments), range(0, count, step))
+        collections.deque(parts, maxlen=0)  # raises what a part raised
 
 
 def _flat(cells: Tensor) -> Any:
@@ -129,14 +149,14 @@ def _child(
         out[j] = min(max(value, least_value), most_value)
 
 
-@njit(parallel=True, cache=True)
+@njit(nogil=True, cache=True)
 def _offspring(
-    cells: Any, antigen: Any, label: Any, parents: Any, share: Any, cross_keys: Any, mutate_keys: Any,
-    rate: Any, least: Any, most: Any, low: Any, high: Any,
+    start: Any, stop: Any, cells: Any, antigen: Any, label: Any, parents: Any, share: Any, cross_keys: Any,
+    mutate_keys: Any, rate: Any, least: Any, most: Any, low: Any, high: Any,
 ) -> None:  # fmt: skip
     size, values = cells.shape[2], cells.shape[3]
     steps = np.arange(values).astype(np.uint32) * _GOLDEN
-    for f in prange(len(antigen)):
+    for f in range(start, stop):
         b, c = antigen[f], label[f]
         family = cells[b, c]
         children = np.empty((size, values), np.float32)
@@ -170,13 +190,13 @@ def _quadratic(q: Any, offsets: Any, band: Any, partial: Any) -> Any:
     return total
 
 
-@njit(parallel=True, cache=True)
+@njit(nogil=True, cache=True)
 def _band_distances(
-    cells: Any, antigen: Any, label: Any, antigens: Any, offsets: Any, band: Any, out: Any
+    start: Any, stop: Any, cells: Any, antigen: Any, label: Any, antigens: Any, offsets: Any, band: Any, out: Any
 ) -> None:  # fmt: skip
     values = cells.shape[3]
     pad = offsets.max()
-    for f in prange(len(antigen)):
+    for f in range(start, stop):
         family = cells[antigen[f], label[f]]
         goal = antigens[antigen[f]]
         q = np.zeros(values + pad, np.float32)
@@ -187,12 +207,12 @@ def _band_distances(
             out[f, i] = np.sqrt(max(_quadratic(q, offsets, band, partial), np.float32(0)))
 
 
-@njit(parallel=True, cache=True, error_model="numpy")
-def _register(images: Any, goals: Any, reach: Any, steps: Any, out: Any) -> None:
+@njit(nogil=True, cache=True, error_model="numpy")
+def _register(start: Any, stop: Any, images: Any, goals: Any, reach: Any, steps: Any, out: Any) -> None:
     channels, height, width = images.shape[1:]
     x = ((2 * np.arange(width) + 1) / width - 1).astype(np.float32)
     y = ((2 * np.arange(height) + 1) / height - 1).astype(np.float32)
-    for n in prange(len(images)):
+    for n in range(start, stop):
         image = np.empty((channels, height + 2, width + 2), np.float32)
         image[:, 1:-1, 1:-1] = images[n]
         _repeat_border(image)

@@ -204,3 +204,10 @@ def _offspring(
 def _spread(values: Tensor, like: Tensor) -> Tensor:
     """Return `values` with trailing axes of one, to broadcast against `like`."""
     return values.reshape(*values.shape, *(1,) * (like.ndim - values.ndim))
+
+
+FUSED: dict[str, tuple[Callable[..., object], ...]] = {
+    "offspring": (offspring, _offspring, cross, mutate, _spread, uniform),
+    "register": (register, _slopes),
+}
+"""The operators with a twin in `fused`, each with the functions whose formulas the twin repeats."""

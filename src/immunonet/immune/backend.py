@@ -47,7 +47,7 @@ def _one_thread() -> None:
     if torch.get_num_threads() > 1:
         torch.set_num_threads(1)
         logging.getLogger("immunonet").info(
-            "torch uses one thread in this forked process, because OpenMP does not survive a fork: "
+            "torch and the fused loops use one thread in this forked process, because OpenMP does not survive a fork: "
             "start workers with the method 'spawn' to give them several"
         )
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import collections
+import functools
+import logging
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numba
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, prange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,10 +26,11 @@ _ONE, _TWO, _UNIT = np.float32(1), np.float32(2), np.float32(2.0**-24)
 
 SERIAL_VALUES = 2**18
 """Values of cells up to which one thread is used: several would wait for each other longer than they work."""
-PARTS = 8
-"""Parts of a loop for each thread."""
 REGISTER_WORK = 8
 """Passes over the values of a cell that take as long as its registration."""
+
+_HOME = os.getpid()
+_turn = threading.Lock()
 
 
 def offspring(
@@ -38,8 +43,9 @@ def offspring(
     mutation: Mutation,
 ) -> None:
     """Do what `operators.offspring` does, on contiguous float32 CPU tensors."""
-    _share_out(
+    _run(
         _offspring,
+        _offspring_parts,
         len(share),
         share.numel() * cells[0, 0, 0].numel(),
         _flat(cells),
@@ -65,8 +71,9 @@ def band_distances(cells: Tensor, family: Family, antigens: Tensor, offsets: Ten
     missing = -len(offsets) % 7  # `_quadratic` adds seven in one pass
     offsets, band = F.pad(offsets, (0, missing)), F.pad(band, (0, 0, 0, missing))
     out = cells.new_empty(len(family[0]), cells.shape[2])
-    _share_out(
+    _run(
         _band_distances,
+        _band_distances_parts,
         len(out),
         len(out) * cells[0, 0].numel(),
         _flat(cells),
@@ -82,8 +89,9 @@ def band_distances(cells: Tensor, family: Family, antigens: Tensor, offsets: Ten
 def register(images: Tensor, goals: Tensor, reach: float, steps: int = 2) -> Tensor:
     """Do what `operators.register` does, on float32 CPU tensors."""
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
-    _share_out(
+    _run(
         _register,
+        _register_parts,
         len(images),
         images.numel() * REGISTER_WORK,
         _contiguous(images),
@@ -95,20 +103,37 @@ def register(images: Tensor, goals: Tensor, reach: float, steps: int = 2) -> Ten
     return out
 
 
-def _share_out(loop: Callable[..., None], count: int, values: int, *arguments: Any) -> None:
-    """Run `loop(start, stop, *arguments)` on the parts of `range(count)`, in as many threads as torch uses.
+def _run(loop: Callable[..., None], parts: Callable[..., None], count: int, values: int, *arguments: Any) -> None:
+    """Run `loop` on all of `range(count)`, or its `parts` in as many threads as torch uses.
 
-    They are Python's, which live for one call: numba's own end a process that was forked (OpenMP) or that asks from
-    two threads (workqueue), and change the threads that torch uses.
+    Numba's threads end a process that was forked from theirs (OpenMP), or in which two threads call them (workqueue).
+    There, and where they would wait for each other longer than they work, the loop runs in this thread alone.
     """
-    threads = min(torch.get_num_threads(), count) if values > SERIAL_VALUES else 1
-    if threads <= 1:
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, count) if values > SERIAL_VALUES else 1
+    if threads <= 1 or os.getpid() != _HOME or not _turn.acquire(blocking=False):
         return loop(0, count, *arguments)
-    # Small parts, because a thread may find its core busy: those of torch wait for their next work awake.
-    step = max(1, count // (threads * PARTS))
-    with ThreadPoolExecutor(threads) as pool:
-        parts = pool.map(lambda start: loop(start, min(start + step, count), *arguments), range(0, count, step))
-        collections.deque(parts, maxlen=0)  # raises what a part raised
+    try:
+        if not _started():
+            return loop(0, count, *arguments)
+        before = numba.get_num_threads()
+        numba.set_num_threads(threads)
+        try:
+            parts(threads, count, *arguments)
+        finally:
+            numba.set_num_threads(before)
+    finally:
+        _turn.release()
+
+
+@functools.cache
+def _started() -> bool:
+    """Return whether numba's threads could be started."""
+    # OpenMP changes the threads of torch in the thread that starts numba's.
+    with ThreadPoolExecutor(1) as pool:
+        error = pool.submit(numba.get_num_threads).exception()
+    if error is not None:
+        logging.getLogger("immunonet").warning("the fused loops run in one thread: numba has no other: %s", error)
+    return error is None
 
 
 def _flat(cells: Tensor) -> Any:
@@ -169,6 +194,18 @@ def _offspring(
         family[:] = children
 
 
+@njit(parallel=True, nogil=True, cache=True)
+def _offspring_parts(
+    parts: Any, count: Any, cells: Any, antigen: Any, label: Any, parents: Any, share: Any, cross_keys: Any,
+    mutate_keys: Any, rate: Any, least: Any, most: Any, low: Any, high: Any,
+) -> None:  # fmt: skip
+    for part in prange(parts):
+        _offspring(
+            count * part // parts, count * (part + 1) // parts, cells, antigen, label, parents, share, cross_keys,
+            mutate_keys, rate, least, most, low, high,
+        )  # fmt: skip
+
+
 @njit(fastmath=True, cache=True)
 def _quadratic(q: Any, offsets: Any, band: Any, partial: Any) -> Any:
     values = partial.shape[0]
@@ -207,6 +244,16 @@ def _band_distances(
             out[f, i] = np.sqrt(max(_quadratic(q, offsets, band, partial), np.float32(0)))
 
 
+@njit(parallel=True, nogil=True, cache=True)
+def _band_distances_parts(
+    parts: Any, count: Any, cells: Any, antigen: Any, label: Any, antigens: Any, offsets: Any, band: Any, out: Any
+) -> None:  # fmt: skip
+    for part in prange(parts):
+        _band_distances(
+            count * part // parts, count * (part + 1) // parts, cells, antigen, label, antigens, offsets, band, out
+        )  # fmt: skip
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
 def _register(start: Any, stop: Any, images: Any, goals: Any, reach: Any, steps: Any, out: Any) -> None:
     channels, height, width = images.shape[1:]
@@ -228,6 +275,12 @@ def _register(start: Any, stop: Any, images: Any, goals: Any, reach: Any, steps:
             _resample(image, maps.astype(np.float32), x, y, moved)
             _repeat_border(moved)
         out[n] = moved[:, 1:-1, 1:-1]
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _register_parts(parts: Any, count: Any, images: Any, goals: Any, reach: Any, steps: Any, out: Any) -> None:
+    for part in prange(parts):
+        _register(count * part // parts, count * (part + 1) // parts, images, goals, reach, steps, out)
 
 
 @njit(cache=True)

@@ -9,7 +9,7 @@ from scipy import stats
 from torch import nn
 from torch.testing import assert_close
 
-from immunonet import RAILS, Maturation, features
+from immunonet import RAILS, Maturation, maps
 from immunonet.immune import backend, operators
 from immunonet.immune.noise import GOLDEN, Noise, uniform
 from immunonet.immune.operators import Mutation
@@ -106,7 +106,7 @@ def test_distances_by_diagonals_equal_those_by_the_matrix(shape, reach, monkeypa
     )
     assert_close(found, difference, atol=1e-5, rtol=1e-5)
     assert found[1, 3] == 0
-    monkeypatch.setattr(features, "fused_for", lambda _: None)
+    monkeypatch.setattr(maps, "fused_for", lambda _: None)
     assert_close(affine.distances(cells, family, antigens, None), difference, atol=1e-5, rtol=1e-5)
 
 
@@ -117,7 +117,7 @@ def test_distances_of_the_cells_themselves(shape, monkeypatch):
     identity = IdentityMap("input")
     expected = torch.stack([(cells[b, c] - antigens[b]).flatten(1).norm(dim=1) for b, c in zip(*family, strict=True)])
     assert_close(identity.distances(cells, family, antigens, None), expected)
-    monkeypatch.setattr(features, "fused_for", lambda _: None)
+    monkeypatch.setattr(maps, "fused_for", lambda _: None)
     assert_close(identity.distances(cells, family, antigens, None), expected)
 
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -19,11 +25,12 @@ _8, _15, _16 = np.uint32(8), np.uint32(15), np.uint32(16)
 _ONE, _TWO, _UNIT = np.float32(1), np.float32(2), np.float32(2.0**-24)
 
 SERIAL_VALUES = 2**18
-"""Values of cells up to which one thread is used."""
-GROUP = 7
-"""Diagonals that are added in one pass over a cell."""
+"""Values of cells up to which one thread is used: several would wait for each other longer than they work."""
 REGISTER_WORK = 8
 """Passes over the values of a cell that take as long as its registration."""
+
+_HOME = os.getpid()
+_turn = threading.Lock()
 
 
 def offspring(
@@ -36,8 +43,11 @@ def offspring(
     mutation: Mutation,
 ) -> None:
     """Do what `operators.offspring` does, on contiguous float32 CPU tensors."""
-    _use_threads(share.numel() * cells[0, 0, 0].numel())
-    _offspring(
+    _run(
+        _offspring,
+        _offspring_parts,
+        len(share),
+        share.numel() * cells[0, 0, 0].numel(),
         _flat(cells),
         *(_contiguous(part) for part in family),
         _contiguous(parents),
@@ -58,11 +68,14 @@ def band_distances(cells: Tensor, family: Family, antigens: Tensor, offsets: Ten
     The squared distance of a difference q is the sum over diagonals of `band[t, j] q[j] q[j + offsets[t]]`:
     `offsets` `(t,)` >= 0, `band` `(t, d)`.
     """
-    _use_threads(len(family[0]) * cells[0, 0].numel())
-    missing = -len(offsets) % GROUP
+    missing = -len(offsets) % 7  # `_quadratic` adds seven in one pass
     offsets, band = F.pad(offsets, (0, missing)), F.pad(band, (0, 0, 0, missing))
     out = cells.new_empty(len(family[0]), cells.shape[2])
-    _band_distances(
+    _run(
+        _band_distances,
+        _band_distances_parts,
+        len(out),
+        len(out) * cells[0, 0].numel(),
         _flat(cells),
         *(_contiguous(part) for part in family),
         _contiguous(antigens.flatten(1)),
@@ -75,20 +88,52 @@ def band_distances(cells: Tensor, family: Family, antigens: Tensor, offsets: Ten
 
 def register(images: Tensor, goals: Tensor, reach: float, steps: int = 2) -> Tensor:
     """Do what `operators.register` does, on float32 CPU tensors."""
-    _use_threads(images.numel() * REGISTER_WORK)
-    out = torch.empty(images.shape, dtype=torch.float32)
-    _register(_contiguous(images), _contiguous(goals.expand_as(images).float()), float(reach), steps, out.numpy())
+    out = torch.empty_like(images, memory_format=torch.contiguous_format)
+    _run(
+        _register,
+        _register_parts,
+        len(images),
+        images.numel() * REGISTER_WORK,
+        _contiguous(images),
+        _contiguous(goals.expand_as(images).float()),
+        float(reach),
+        steps,
+        out.numpy(),
+    )
     return out
 
 
-def _use_threads(values: int) -> None:
-    """Use as many threads as torch does, and one where several would wait for each other longer than they work."""
-    count = torch.get_num_threads()
-    most = min(count, numba.config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(most if values > SERIAL_VALUES else 1)
-    # Numba's first start sets the threads of the OpenMP that torch may share with it.
-    if torch.get_num_threads() != count:
-        torch.set_num_threads(count)
+def _run(loop: Callable[..., None], parts: Callable[..., None], count: int, values: int, *arguments: Any) -> None:
+    """Run `loop` on all of `range(count)`, or its `parts` in as many threads as torch uses.
+
+    Numba's threads end a process that was forked from theirs (OpenMP), or in which two threads call them (workqueue).
+    There, and where they would wait for each other longer than they work, the loop runs in this thread alone.
+    """
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, count) if values > SERIAL_VALUES else 1
+    if threads <= 1 or os.getpid() != _HOME or not _turn.acquire(blocking=False):
+        return loop(0, count, *arguments)
+    try:
+        if not _started():
+            return loop(0, count, *arguments)
+        before = numba.get_num_threads()
+        numba.set_num_threads(threads)
+        try:
+            parts(threads, count, *arguments)
+        finally:
+            numba.set_num_threads(before)
+    finally:
+        _turn.release()
+
+
+@functools.cache
+def _started() -> bool:
+    """Return whether numba's threads could be started."""
+    # OpenMP changes the threads of torch in the thread that starts numba's.
+    with ThreadPoolExecutor(1) as pool:
+        error = pool.submit(numba.get_num_threads).exception()
+    if error is not None:
+        logging.getLogger("immunonet").warning("the fused loops run in one thread: numba has no other: %s", error)
+    return error is None
 
 
 def _flat(cells: Tensor) -> Any:
@@ -129,14 +174,14 @@ def _child(
         out[j] = min(max(value, least_value), most_value)
 
 
-@njit(parallel=True, cache=True)
+@njit(nogil=True, cache=True)
 def _offspring(
-    cells: Any, antigen: Any, label: Any, parents: Any, share: Any, cross_keys: Any, mutate_keys: Any,
-    rate: Any, least: Any, most: Any, low: Any, high: Any,
+    start: Any, stop: Any, cells: Any, antigen: Any, label: Any, parents: Any, share: Any, cross_keys: Any,
+    mutate_keys: Any, rate: Any, least: Any, most: Any, low: Any, high: Any,
 ) -> None:  # fmt: skip
     size, values = cells.shape[2], cells.shape[3]
     steps = np.arange(values).astype(np.uint32) * _GOLDEN
-    for f in prange(len(antigen)):
+    for f in range(start, stop):
         b, c = antigen[f], label[f]
         family = cells[b, c]
         children = np.empty((size, values), np.float32)
@@ -147,6 +192,18 @@ def _offspring(
                 rate[b], least[b], most[b], low, high,
             )  # fmt: skip
         family[:] = children
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _offspring_parts(
+    parts: Any, count: Any, cells: Any, antigen: Any, label: Any, parents: Any, share: Any, cross_keys: Any,
+    mutate_keys: Any, rate: Any, least: Any, most: Any, low: Any, high: Any,
+) -> None:  # fmt: skip
+    for part in prange(parts):
+        _offspring(
+            count * part // parts, count * (part + 1) // parts, cells, antigen, label, parents, share, cross_keys,
+            mutate_keys, rate, least, most, low, high,
+        )  # fmt: skip
 
 
 @njit(fastmath=True, cache=True)
@@ -170,13 +227,13 @@ def _quadratic(q: Any, offsets: Any, band: Any, partial: Any) -> Any:
     return total
 
 
-@njit(parallel=True, cache=True)
+@njit(nogil=True, cache=True)
 def _band_distances(
-    cells: Any, antigen: Any, label: Any, antigens: Any, offsets: Any, band: Any, out: Any
+    start: Any, stop: Any, cells: Any, antigen: Any, label: Any, antigens: Any, offsets: Any, band: Any, out: Any
 ) -> None:  # fmt: skip
     values = cells.shape[3]
     pad = offsets.max()
-    for f in prange(len(antigen)):
+    for f in range(start, stop):
         family = cells[antigen[f], label[f]]
         goal = antigens[antigen[f]]
         q = np.zeros(values + pad, np.float32)
@@ -187,12 +244,22 @@ def _band_distances(
             out[f, i] = np.sqrt(max(_quadratic(q, offsets, band, partial), np.float32(0)))
 
 
-@njit(parallel=True, cache=True, error_model="numpy")
-def _register(images: Any, goals: Any, reach: Any, steps: Any, out: Any) -> None:
+@njit(parallel=True, nogil=True, cache=True)
+def _band_distances_parts(
+    parts: Any, count: Any, cells: Any, antigen: Any, label: Any, antigens: Any, offsets: Any, band: Any, out: Any
+) -> None:  # fmt: skip
+    for part in prange(parts):
+        _band_distances(
+            count * part // parts, count * (part + 1) // parts, cells, antigen, label, antigens, offsets, band, out
+        )  # fmt: skip
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _register(start: Any, stop: Any, images: Any, goals: Any, reach: Any, steps: Any, out: Any) -> None:
     channels, height, width = images.shape[1:]
     x = ((2 * np.arange(width) + 1) / width - 1).astype(np.float32)
     y = ((2 * np.arange(height) + 1) / height - 1).astype(np.float32)
-    for n in prange(len(images)):
+    for n in range(start, stop):
         image = np.empty((channels, height + 2, width + 2), np.float32)
         image[:, 1:-1, 1:-1] = images[n]
         _repeat_border(image)
@@ -208,6 +275,12 @@ def _register(images: Any, goals: Any, reach: Any, steps: Any, out: Any) -> None
             _resample(image, maps.astype(np.float32), x, y, moved)
             _repeat_border(moved)
         out[n] = moved[:, 1:-1, 1:-1]
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _register_parts(parts: Any, count: Any, images: Any, goals: Any, reach: Any, steps: Any, out: Any) -> None:
+    for part in prange(parts):
+        _register(count * part // parts, count * (part + 1) // parts, images, goals, reach, steps, out)
 
 
 @njit(cache=True)

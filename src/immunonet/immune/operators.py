@@ -150,7 +150,7 @@ def mutate(cells: Tensor, rate: Tensor, least: Tensor, most: Tensor, low: Tensor
     """
     rate, least, most = (_spread(part, cells) for part in (rate, least, most))
     signed = 2 * u * (1 / rate.clamp(min=1e-30)) - 1
-    amount = torch.where(signed >= 0, 1.0, -1.0) * (least + signed.abs() * (most - least)) * (high - low)
+    amount = torch.where(signed >= 0, 1.0, -1.0).to(u.dtype) * (least + signed.abs() * (most - least)) * (high - low)
     return torch.where(u < rate, cells + amount, cells).clamp(min=low, max=high)
 
 
@@ -204,3 +204,10 @@ def _offspring(
 def _spread(values: Tensor, like: Tensor) -> Tensor:
     """Return `values` with trailing axes of one, to broadcast against `like`."""
     return values.reshape(*values.shape, *(1,) * (like.ndim - values.ndim))
+
+
+FUSED: dict[str, tuple[Callable[..., object], ...]] = {
+    "offspring": (offspring, _offspring, cross, mutate, _spread, uniform),
+    "register": (register, _slopes),
+}
+"""The operators with a twin in `fused`, each with the functions whose formulas the twin repeats."""

@@ -43,10 +43,10 @@ def check_names(model: nn.Module, layers: Sequence[Layer], space: str | None) ->
     for argument, layer in [*(("layers", layer) for layer in layers), ("space", space)]:
         if not isinstance(layer, str) or (argument == "layers" and layer == "input"):
             continue
-        if (module := layer_parts(layer)[0]) not in names:
+        if (module := layer_parts(layer, model)[0]) not in names:
             near = difflib.get_close_matches(module, names, n=5, cutoff=0.4) or names[:8]
             raise ValueError(f"{argument}={layer!r} is no submodule of the model; nearest names: {', '.join(near)}")
-    if space is not None and layer_parts(space)[1] is not None and any(layer != space for layer in layers):
+    if space is not None and layer_parts(space, model)[1] is not None and any(layer != space for layer in layers):
         raise ValueError(
             f"layers={list(layer_names(layers))} must be the space itself when space={space!r} is averaged: "
             "the model cannot go on from there"
@@ -94,7 +94,7 @@ def tapped(
     model: nn.Module, names: Sequence[str], x: Tensor, memory_format: torch.memory_format = torch.preserve_format
 ) -> list[Tensor]:
     """Return what layers, averaged over a grid where their names say so, give for inputs `x` `(n, *S)`, in one pass."""
-    modules, sides = zip(*map(layer_parts, names), strict=True)
+    modules, sides = zip(*(layer_parts(name, model) for name in names), strict=True)
     raw = models.outputs(model, modules, x, memory_format=memory_format)
     found = []
     for name, side, value in zip(names, sides, raw, strict=True):
@@ -156,10 +156,24 @@ def _callable_name(layer: Callable[[Tensor], Tensor]) -> str:
 
 def _check_layer(model: nn.Module, name: str, x: Tensor) -> None:
     models.check_watchable(model)
-    if (count := models.calls(model, layer_parts(name)[0], x)) != 1:
+    if (count := models.calls(model, layer_parts(name, model)[0], x)) != 1:
         raise ValueError(
             f"layer {name!r} is called {count} times in one pass of the model; it must be called once (inside a part "
             "that was compiled by torch.compile, no call is seen: give the model as it was before)"
+        )
+
+
+def _check_fixed(found: FeatureMap, x: Tensor) -> None:
+    """Raise ValueError unless the features of inputs `x` are finite, of one width, and each input's own."""
+    name = found.name
+    if found(x[:1]).shape != found(x[:2])[:1].shape:
+        raise ValueError(f"layer {name!r} must give features of one width, whatever the batch")
+    finite(name, found(x[:_STEADY]))
+    if wrong := models.unsteady(found, x[:_STEADY]):
+        raise ValueError(
+            f"layer {name!r} {wrong}: features must be a fixed function of each input by itself. Look for dropout "
+            "or random numbers that eval mode does not switch off, networks in train mode inside a function, "
+            "counters, and normalisation over the batch (BatchNorm with track_running_stats=False)"
         )
 
 

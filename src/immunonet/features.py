@@ -122,6 +122,7 @@ def build(model: nn.Module, layers: Sequence[Layer], space: str | None, x: Tenso
     """
     if space is not None:
         _check_layer(model, space, x)
+        _check_fixed(LayerMap(model, space), x)
     cells, _ = described(model, space, (), x)
     maps: list[FeatureMap] = []
     for layer, name in zip(layers, layer_names(layers), strict=True):
@@ -131,20 +132,12 @@ def build(model: nn.Module, layers: Sequence[Layer], space: str | None, x: Tenso
         found: FeatureMap
         if not isinstance(layer, str):
             found = FeatureMap(name, layer)
+            _check_fixed(found, x)
         else:
             _check_layer(model, layer, x)
-            direct = LayerMap(model, layer)
-            found = direct if space is None else _tail(model, layer, space, x, cells, direct(x))
-        expected = found(cells[:1])
-        if expected.shape != found(cells[:2])[:1].shape:
-            raise ValueError(f"layer {name!r} must give features of one width, whatever the batch")
-        finite(name, found(cells[:_STEADY]))
-        if wrong := models.unsteady(found, cells[:_STEADY]):
-            raise ValueError(
-                f"layer {name!r} {wrong}: features must be a fixed function of each input by itself. Look for dropout "
-                "or random numbers that eval mode does not switch off, networks in train mode inside a function, "
-                "counters, and normalisation over the batch (BatchNorm with track_running_stats=False)"
-            )
+            found = LayerMap(model, layer)
+            _check_fixed(found, x)
+            found = found if space is None else _tail(model, layer, space, x, cells, found(x))
         found.probe(cells)
         maps.append(affine(found, cells) or found)
     return maps

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from models import images
 from torch import Tensor, nn
 
 from immunonet import RAILS, DkNN, Maturation, attacks, evaluate
@@ -17,14 +18,6 @@ TINY = Budget(
     images=6, iterations=2, restarts=1, black_box=2, queries=3, averaged=1, decisions=1, evaluations=3, noise=2,
     draws=(), row_seeds=1, seeds=1, finalists=1, checks=2, targets=0, ablations=False,
 )  # fmt: skip
-
-
-def images(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return noisy copies `(n, 1, 6, 6)` of one random pattern per class, in [0, 1], and their 3 labels."""
-    y = torch.arange(n) % 3
-    patterns = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(99), dtype=torch.float32)
-    noise = torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-    return 0.6 * patterns[y] + 0.4 * noise, y
 
 
 X, Y = images(30)
@@ -89,7 +82,7 @@ def evaluated(model: Any, layers: tuple[str, str]) -> Answers:
     finally:
         PROTOCOLS["quick"] = before  # type: ignore[index]
     assert not any(row.settings.get("faults") for row in rows)
-    return {f"{row.defence} under {row.attack}": torch.tensor(row.correct) for row in rows}
+    return {f"{row.defence} under {row.attack}": torch.tensor(float(row.correct), dtype=torch.float64) for row in rows}
 
 
 ATTACKS: dict[str, Any] = {
@@ -139,20 +132,19 @@ def networks(model: Any, *others: Any) -> Iterator[nn.Module]:
         left += [getattr(thing, "__self__", None), getattr(thing, "func", None)]
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def state(model: Any) -> list[Any]:
     """Return all of a model that must be as before: modes, hooks, weights, and that there are no gradients."""
     found: list[Any] = []
     for module in networks(model):
-        hooks = [
-            list(getattr(module, name))
-            for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-            if not isinstance(module, torch.jit.ScriptModule)
-        ]
+        hooks = [list(getattr(module, name)) for name in HOOKS if not isinstance(module, torch.jit.ScriptModule)]
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         uninitialised = any(isinstance(t, nn.parameter.UninitializedParameter) for t in tensors)
         assert all(p.grad is None for p in module.parameters(recurse=False))
         values = None if uninitialised or not tensors else [(t.dtype, t.detach().clone()) for t in tensors]
-        found.append((module, module.training, hooks, values))
+        found.append((module, module.training, None if "Lazy" in type(module).__name__ else hooks, values))
     return found
 
 
@@ -161,10 +153,10 @@ def unchanged(before: list[Any], after: list[Any]) -> bool:
     if len(before) != len(after):
         return False
     for (module, training, hooks, values), (other, mode, others, now) in zip(before, after, strict=True):
-        if module is not other or training != mode or (hooks != others and "Lazy" not in type(module).__name__):
+        if module is not other or training != mode or (hooks is not None and hooks != others):
             return False
         if values is not None:
-            same = [a[0] == b[0] and torch.equal(a[1].nan_to_num(), b[1].nan_to_num()) for a, b in zip(values, now or (), strict=True)]
-            if not all(same):
-                return False
+            for (dtype, value), (other_dtype, other_value) in zip(values, now, strict=True):
+                if dtype != other_dtype or not torch.equal(value, other_value):
+                    return False
     return True

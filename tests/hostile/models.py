@@ -686,7 +686,7 @@ MODELS: dict[str, Case] = {
     "dropout in eval mode": Case(
         DropsAlways, fails=every(LAYERS, UNSTEADY_LAYER), warns=every(ATTACKS, "model " + VARIES)
     ),
-    "in train mode": Case(Normed, NormedByHand, actions=(*ACTIONS, EVALUATED)),
+    "in train mode": Case(Normed, NormedByHand),
     "a lambda": Case(defaulted, lambda f: NormedByHand(f.__defaults__[0]), **FUNCTION),
     "a partial": Case(
         lambda net: functools.partial(scaled, Normed(net), scale=2.0),
@@ -710,7 +710,7 @@ MODELS: dict[str, Case] = {
     ),
     "very deep": Case(deep, layers=("1", "302"), actions=("dknn", "rails in a space", "pgd", "soft neighbours")),
     "more arguments": Case(Keywords, layers=NET),
-    "cannot be copied": Case(Unpicklable, layers=NET, actions=(*ACTIONS, EVALUATED)),
+    "cannot be copied": Case(Unpicklable, layers=NET),
     "no batches of one": Case(
         lambda net: Batches(net, 2, 1000), layers=NET, fails=every(ACTIONS, r"model.*inputs of shape \(1, 1, 6, 6\)")
     ),

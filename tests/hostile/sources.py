@@ -112,8 +112,9 @@ class Source:
     """Examples made of plain ones: inputs in sixty-fourths `(n, 36)` and labels, as one value or two.
 
     `fails`: what the error says, of every action or by action. `times`: what the plain inputs are multiplied by, and
-    `plus` what is added, before. `holds`: whether it holds labels too, so that only `fit` takes it. `labels`: whether
-    it is only about the labels, which `predict` does not take.
+    `plus` what is added, before. `holds`: whether it holds labels too, so that only `fit` takes it, and `predict` says
+    so. `labels`: whether it is only about the labels, which `predict` does not take. `evaluated`: whether `evaluate`
+    is tried as well.
     """
 
     make: Callable[[Tensor, Tensor], Pair]
@@ -139,14 +140,14 @@ def answers(change: Callable[[Tensor], Any], fails: str | dict[str, str] | None 
 
 
 def held(make: Callable[[Tensor, Tensor], Any]) -> Source:
-    return Source(lambda x, y: (make(x, y),), holds=True)
+    return Source(lambda x, y: (make(x, y),), {"predict": r"^x(\[0\])? must "}, holds=True)
 
 
 NUMBERS = "(x|x_cal) must be a tensor or an array of numbers, got"
 SOURCES: dict[str, Source] = {
     # Right
     "float32 tensors": inputs(lambda x: x),
-    "float64 tensors": inputs(lambda x: x.double(), evaluated=True),
+    "float64 tensors": inputs(lambda x: x.double()),
     "float16 tensors": inputs(lambda x: x.half()),
     "bfloat16 tensors": inputs(lambda x: x.bfloat16()),
     "tensors that need a gradient": inputs(lambda x: x.clone().requires_grad_() * 1),

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from models import images
 from torch import Tensor, nn
 
 from immunonet import RAILS, DkNN, Maturation, attacks, evaluate
 from immunonet.evaluation.suite import PROTOCOLS, Budget
+
+from .models import images
 
 SMALL = Maturation(population=18, neighbours=3, generations=1)
 TINY = Budget(

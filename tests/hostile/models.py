@@ -588,7 +588,7 @@ MODELS: dict[str, Case] = {
     "float16": Case(lambda net: net.half(), Casts),
     "float64": Case(lambda net: net.double(), Casts),
     "gives a dict": Case(lambda net: Around(net, after=lambda found: {"logits": found, "loss": None}), layers=NET),
-    "gives an object": Case(lambda net: Around(net, after=Output), layers=NET, actions=(*ACTIONS, EVALUATED)),
+    "gives an object": Case(lambda net: Around(net, after=Output), layers=NET),
     "gives a tuple": Case(lambda net: Around(net, after=lambda found: (found, [found])), layers=NET),
     "gives a list": Case(lambda net: Around(net, after=lambda found: [found]), layers=NET),
     "gives nothing": Case(

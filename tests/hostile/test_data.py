@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from acting import Answers, evaluated_rows
-from models import images, plain
-from sources import ACTIONS, SOURCES, Source, bits
 from torch import Tensor, nn
 
 from immunonet import RAILS, DkNN, Maturation, attacks
+
+from .acting import Answers, evaluated_rows
+from .models import images, plain
+from .sources import ACTIONS, SOURCES, Source, bits
 
 SMALL = Maturation(population=18, neighbours=3, generations=1)
 

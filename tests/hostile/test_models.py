@@ -6,9 +6,10 @@ import warnings
 
 import pytest
 import torch
-from acting import Answers, act, state, unchanged
-from models import MODELS, plain
 from torch import nn
+
+from .acting import Answers, act, state, unchanged
+from .models import MODELS, plain
 
 
 @functools.cache

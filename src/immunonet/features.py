@@ -43,10 +43,10 @@ def check_names(model: nn.Module, layers: Sequence[Layer], space: str | None) ->
     for argument, layer in [*(("layers", layer) for layer in layers), ("space", space)]:
         if not isinstance(layer, str) or (argument == "layers" and layer == "input"):
             continue
-        if (module := layer_parts(layer)[0]) not in names:
+        if (module := layer_parts(layer, model)[0]) not in names:
             near = difflib.get_close_matches(module, names, n=5, cutoff=0.4) or names[:8]
             raise ValueError(f"{argument}={layer!r} is no submodule of the model; nearest names: {', '.join(near)}")
-    if space is not None and layer_parts(space)[1] is not None and any(layer != space for layer in layers):
+    if space is not None and layer_parts(space, model)[1] is not None and any(layer != space for layer in layers):
         raise ValueError(
             f"layers={list(layer_names(layers))} must be the space itself when space={space!r} is averaged: "
             "the model cannot go on from there"
@@ -94,7 +94,7 @@ def tapped(
     model: nn.Module, names: Sequence[str], x: Tensor, memory_format: torch.memory_format = torch.preserve_format
 ) -> list[Tensor]:
     """Return what layers, averaged over a grid where their names say so, give for inputs `x` `(n, *S)`, in one pass."""
-    modules, sides = zip(*map(layer_parts, names), strict=True)
+    modules, sides = zip(*(layer_parts(name, model) for name in names), strict=True)
     raw = models.outputs(model, modules, x, memory_format=memory_format)
     found = []
     for name, side, value in zip(names, sides, raw, strict=True):
@@ -122,6 +122,7 @@ def build(model: nn.Module, layers: Sequence[Layer], space: str | None, x: Tenso
     """
     if space is not None:
         _check_layer(model, space, x)
+        _check_fixed(LayerMap(model, space), x)
     cells, _ = described(model, space, (), x)
     maps: list[FeatureMap] = []
     for layer, name in zip(layers, layer_names(layers), strict=True):
@@ -131,20 +132,12 @@ def build(model: nn.Module, layers: Sequence[Layer], space: str | None, x: Tenso
         found: FeatureMap
         if not isinstance(layer, str):
             found = FeatureMap(name, layer)
+            _check_fixed(found, x)
         else:
             _check_layer(model, layer, x)
-            direct = LayerMap(model, layer)
-            found = direct if space is None else _tail(model, layer, space, x, cells, direct(x))
-        finite(name, found(cells[:_STEADY]))
-        if wrong := models.unsteady(found, cells[:_STEADY]):
-            raise ValueError(
-                f"layer {name!r} {wrong}: features must be a fixed function of each input by itself. Look for dropout "
-                "or random numbers that eval mode does not switch off, networks in train mode inside a function, "
-                "counters, and normalisation over the batch (BatchNorm with track_running_stats=False)"
-            )
-        expected = found(cells[:1])
-        if expected.shape != found(cells[:2])[:1].shape:
-            raise ValueError(f"layer {name!r} must give features of one width, whatever the batch")
+            found = LayerMap(model, layer)
+            _check_fixed(found, x)
+            found = found if space is None else _tail(model, layer, space, x, cells, found(x))
         found.probe(cells)
         maps.append(affine(found, cells) or found)
     return maps
@@ -156,10 +149,27 @@ def _callable_name(layer: Callable[[Tensor], Tensor]) -> str:
 
 def _check_layer(model: nn.Module, name: str, x: Tensor) -> None:
     models.check_watchable(model)
-    if (count := models.calls(model, layer_parts(name)[0], x)) != 1:
+    if (count := models.calls(model, layer_parts(name, model)[0], x)) != 1:
         raise ValueError(
             f"layer {name!r} is called {count} times in one pass of the model; it must be called once (inside a part "
             "that was compiled by torch.compile, no call is seen: give the model as it was before)"
+        )
+
+
+def _check_fixed(found: FeatureMap, x: Tensor) -> None:
+    """Raise ValueError unless the features of inputs `x` are finite, of one width, and each input's own."""
+    name = found.name
+    together, alone = found(x[:2])[:1], None
+    with contextlib.suppress(Exception):  # one input by itself may be too few, which is told below
+        alone = found(x[:1])
+    if alone is not None and alone.shape != together.shape:
+        raise ValueError(f"layer {name!r} must give features of one width, whatever the batch")
+    finite(name, found(x[:_STEADY]))
+    if wrong := models.unsteady(found, x[:_STEADY]):
+        raise ValueError(
+            f"layer {name!r} {wrong}: features must be a fixed function of each input by itself. Look for dropout "
+            "or random numbers that eval mode does not switch off, networks in train mode inside a function, "
+            "counters, and normalisation over the batch (BatchNorm with track_running_stats=False)"
         )
 
 

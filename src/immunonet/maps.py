@@ -119,7 +119,7 @@ class LayerMap(FeatureMap):
         self.model, self.tap = model, layer
 
     def _output(self, cells: Tensor) -> Any:
-        module, side = layer_parts(self.name)
+        module, side = layer_parts(self.name, self.model)
         (found,) = models.outputs(self.model, [module], cells, memory_format=self.memory_format)
         return found if side is None else averaged(found, self.name, side)
 
@@ -137,7 +137,7 @@ class TailMap(LayerMap):
         self._space, self._dummy, self._single = space, torch.zeros_like(x[:1]), single
 
     def _output(self, cells: Tensor) -> Any:
-        module, side = layer_parts(self.name)
+        module, side = layer_parts(self.name, self.model)
         dummy = self._dummy.to(cells.device).expand(1 if self._single else len(cells), *self._dummy.shape[1:])
         given = self._space, models.own(self.model, cells, self.memory_format)
         (found,) = models.outputs(self.model, [module], dummy, given=given)
@@ -229,10 +229,16 @@ def finite(name: str, features: Tensor) -> Tensor:
     return features
 
 
-def layer_parts(name: str) -> tuple[str, int | None]:
-    """Return a layer's submodule and the side of the grid that its output is averaged over: "block2:4" is block2, 4."""
+def layer_parts(name: str, model: nn.Module | None = None) -> tuple[str, int | None]:
+    """Return a layer's submodule and the side of the grid that its output is averaged over: "block2:4" is block2, 4.
+
+    It is a submodule as it is where `model` has one called "block2:4".
+    """
     module, _, side = name.rpartition(":")
-    return (module, int(side)) if module and side.isdecimal() else (name, None)
+    if not module or not side.isdecimal():
+        return name, None
+    itself = model is not None and any(found == name for found, _ in models.eager(model).named_modules())
+    return (name, None) if itself else (module, int(side))
 
 
 def averaged(output: Any, name: str, side: int) -> Tensor:

@@ -41,10 +41,11 @@ class _Reached(BaseException):
 
 
 class _Here(threading.local):
-    """What this thread does with the outputs of modules: the action by the module's id."""
+    """What this thread does with the outputs of modules: the action by the module's id; and whose inputs it counts."""
 
     def __init__(self) -> None:
         self.actions: dict[int, Callable[[Any], Any]] = {}
+        self.counted: frozenset[int] = frozenset()
 
 
 _here = _Here()
@@ -70,13 +71,37 @@ def ask(model: Model, x: Tensor, memory_format: torch.memory_format = torch.pres
     `model`: a module or function. Of a dict or object with `logits` these are taken, of a tuple the first. TypeError
     for anything else. `keywords` are handed on.
     """
-    return tensor_of(call(model, x, memory_format, **keywords)).to(x.device)
+    found: Tensor = _kept(tensor_of(_called(model, x, memory_format, **keywords)))
+    return found.to(x.device)
 
 
 def call(model: Model, x: Tensor, memory_format: torch.memory_format = torch.preserve_format, **keywords: Any) -> Any:
     """Return whatever `model` gives for inputs `x` `(B, *S)`, of which it gets a copy, in eval mode."""
-    with evaluating(model):
-        return model(own(model, x, memory_format), **keywords)
+    return _kept(_called(model, x, memory_format, **keywords))
+
+
+def _called(model: Model, x: Tensor, memory_format: torch.memory_format, **keywords: Any) -> Any:
+    inside = eager(model) if isinstance(model, nn.Module) else None
+    # Compiled code leaves hooks out.
+    run = _uncompiled(inside) if inside is not None and id(inside) in _here.counted else model
+    with evaluating(model), blamed(x):
+        return run(own(model, x, memory_format), **keywords)
+
+
+def _kept(output: Any) -> Any:
+    """Return a tensor that no later call of the model overwrites, as those do that give the same memory every time."""
+    return output.clone() if isinstance(output, Tensor) and not output.requires_grad else output
+
+
+@contextlib.contextmanager
+def blamed(x: Tensor, what: str = "the model") -> Iterator[None]:
+    """Note on errors that come out of a model, or of what else of it, about which inputs it was asked."""
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "__notes__"):
+            error.add_note(f"raised by {what}, asked about inputs of shape {tuple(x.shape)} and {x.dtype}")
+        raise
 
 
 def logits(model: Model, x: Tensor) -> Tensor:
@@ -252,21 +277,21 @@ def outputs(
 
     `given`: a submodule and what stands in for its output. ValueError for one that is never called.
     """
+    check_watchable(model)
     core = eager(model)
     modules = [core.get_submodule(name) for name in names]
     found: dict[nn.Module, Any] = {}
 
     def keep(module: nn.Module, output: Any) -> None:
-        last = len(found.keys() | {module}) == len(set(modules))
-        # What comes after may change it in place.
-        found.setdefault(module, output.clone() if isinstance(output, Tensor) and not last else output)
-        if last:
+        # What comes after, or a later call, may change it in place.
+        found.setdefault(module, output.clone() if isinstance(output, Tensor) else output)
+        if len(found) == len(set(modules)):
             raise _Reached
 
     actions: dict[nn.Module, Callable[[Any], Any]] = {m: functools.partial(keep, m) for m in modules}
     if given is not None:
         actions[core.get_submodule(given[0])] = lambda _: given[1]
-    with evaluating(core), watching(actions), contextlib.suppress(_Reached):
+    with evaluating(core), watching(actions), contextlib.suppress(_Reached), blamed(x):
         _uncompiled(core)(own(core, x, memory_format))
     for name, module in zip(names, modules, strict=True):
         if module not in found:
@@ -282,9 +307,31 @@ def calls(model: nn.Module, name: str, x: Tensor) -> int:
         nonlocal count
         count += 1
 
-    with evaluating(core), watching({core.get_submodule(name): called}):
+    with evaluating(core), watching({core.get_submodule(name): called}), blamed(x):
         _uncompiled(core)(own(core, x))
     return count
+
+
+@contextlib.contextmanager
+def counted(model: nn.Module) -> Iterator[Callable[[], int]]:
+    """Count the inputs that enter a model in this thread, wherever a pass ends; what is given returns their number."""
+    core, thread, entered = eager(model), threading.get_ident(), 0
+
+    def count(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        nonlocal entered
+        if threading.get_ident() == thread:
+            entered += next((len(v) for v in (*arguments, *keywords.values()) if isinstance(v, Tensor)), 0)
+
+    before = _here.counted
+    with _lock:
+        handle = core.register_forward_pre_hook(count, with_kwargs=True)
+    _here.counted = before | {id(core)}
+    try:
+        yield lambda: entered
+    finally:
+        _here.counted = before
+        with _lock:
+            handle.remove()
 
 
 def _uncompiled(model: nn.Module) -> Callable[[Tensor], Any]:

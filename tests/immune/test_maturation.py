@@ -224,7 +224,7 @@ def test_an_antigen_equal_to_a_cell_gives_no_nan(crossover):
 
 
 def test_all_examples_equal_to_the_antigen():
-    x = torch.full((8, 3), 0.5)
+    x = torch.full((8, 3), 0.25)
     r = respond(x, torch.arange(8) % 2, x[:1], population=8, neighbours=2, generations=3, trace=True)
     assert torch.isfinite(r.plasma.x).all()
     assert torch.isfinite(r.trace[0].affinity_mean).all()

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from immunonet import models
+
 # Keeps ratios of logits finite where they are all equal.
 _TINY = 1e-12
 
@@ -48,7 +50,8 @@ def gradient(loss: Tensor, point: Tensor) -> Tensor:
     """Return d(sum of loss)/d(point); ValueError if the model cut the graph."""
     found = None
     if loss.requires_grad:
-        (found,) = torch.autograd.grad(loss, point, torch.ones_like(loss), allow_unused=True)
+        with models.blamed(point, "the gradient of the model"):
+            (found,) = torch.autograd.grad(loss, point, torch.ones_like(loss), allow_unused=True)
     if found is None:
         raise ValueError(
             "model must be differentiable in its input, but its output has no gradient: attack the network "

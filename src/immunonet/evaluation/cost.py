@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from immunonet import models
 from immunonet.evaluation.asking import Subject
 from immunonet.rails import RAILS
 
@@ -23,22 +24,13 @@ def measure(subject: Subject, base: nn.Module, x: Tensor, seeds: tuple[int, ...]
     sizes = sorted({min(size, len(x)) for size in _BATCHES})
     batches = {size: subject.labels(x[:size], seeds[:1])[1] / size for size in sizes}
     best = min(batches, key=lambda size: batches[size])
-    entered = 0
-
-    def count(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        nonlocal entered
-        entered += len(inputs[0])
-
-    handle = base.register_forward_pre_hook(count)
-    try:
+    with models.counted(base) as entered:
         subject.labels(x[:best], seeds[:1])
-    finally:
-        handle.remove()
     return {
         "seconds_batch_1": single[len(single) // 2],
         "seconds_best_batch": batches[best],
         "best_batch": best,
-        "forward_passes": entered / best,
+        "forward_passes": entered() / best,
     }
 
 

@@ -284,7 +284,8 @@ def has_gradient(model: Model, x: Tensor) -> bool:
         out = models.ask(model, point)[:, 0].sum()
         if not out.requires_grad:
             return False
-        gradient = torch.autograd.grad(out, point, allow_unused=True)[0]
+        with models.blamed(x, "the gradient of the model"):
+            gradient = torch.autograd.grad(out, point, allow_unused=True)[0]
         return gradient is not None and bool((gradient != 0).any())
 
 
@@ -295,7 +296,8 @@ def seconds_per_call(target: Model, x: Tensor, *, gradient: bool) -> float:
         point = x.detach().requires_grad_(gradient)
         out = models.ask(target, point)
         if gradient and out.requires_grad:
-            torch.autograd.grad(out.sum(), point, allow_unused=True)
+            with models.blamed(x, "the gradient of the model"):
+                torch.autograd.grad(out.sum(), point, allow_unused=True)
     return (time.perf_counter() - begun) / len(x)
 
 

@@ -1,0 +1,114 @@
+"""What only one module may do: ask models, watch them, set their modes, copy them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import immunonet
+
+PACKAGE = Path(immunonet.__file__).parent
+TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+
+# What models that somebody else wrote are called by.
+MODELS = {
+    "model", "net", "network", "base", "defence", "target", "surrogate", "backward", "backward_model", "_function",
+    "function", "layer", "victim", "classifier", "module", "core",
+}  # fmt: skip
+ALLOWED = {
+    "normalised.py: self.model": "a module of the user's network itself: whoever asks it came through the door",
+    "maps.py: function": "a FeatureMap, which asks through the door",
+    "zoo/training.py: net": "training, whose network is in train mode and is changed",
+    "zoo/adversarial.py: net": "training: the door's own copy of the inputs, but in train mode",
+    "cli/predict.py: defence": "a defence of this package, which it loaded itself",
+}
+
+
+def calls(tree: ast.AST) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def last(node: ast.AST) -> str | None:
+    """Return the last name of `a.b.c` or `a`."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else None
+
+
+def test_models_are_called_in_one_place() -> None:
+    found = {
+        f"{file}: {ast.unparse(call.func)}"
+        for file, tree in TREES.items()
+        for call in calls(tree)
+        if (name := last(call.func)) in MODELS and (isinstance(call.func, ast.Name) or bound(call.func))
+        if file != "models.py" and name is not None and not defined(tree, call.func)
+    }
+    assert found == set(ALLOWED)
+
+
+def bound(function: ast.AST) -> bool:
+    """Return whether it is an attribute of `self` or of a problem: others are methods, such as torch's."""
+    return isinstance(function, ast.Attribute) and last(function.value) in {"self", "problem", "runner", "subject"}
+
+
+def defined(tree: ast.AST, function: ast.AST) -> bool:
+    """Return whether the module has a function or class of this name itself, or imports it."""
+    if not isinstance(function, ast.Name):
+        return False
+    own = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    taken = {a.asname or a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
+    return function.id in own | taken
+
+
+def places(*attributes: str) -> dict[str, set[str]]:
+    """Return the files in which methods of these names are called, and of what."""
+    found: dict[str, set[str]] = {}
+    for file, tree in TREES.items():
+        for call in calls(tree):
+            if isinstance(call.func, ast.Attribute) and call.func.attr in attributes:
+                found.setdefault(file, set()).add(ast.unparse(call.func.value))
+    return found
+
+
+def test_hooks_are_set_in_one_place() -> None:
+    hooks = [
+        "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+        "register_module_forward_hook", "register_module_forward_pre_hook", "register_hook",
+    ]  # fmt: skip
+    assert set(places(*hooks)) == {"models.py"}
+
+
+def test_modes_are_set_in_one_place() -> None:
+    assert places("eval") == {
+        "models.py": {"network"},
+        # Networks of this package, as they are built, trained or read.
+        "zoo/networks.py": {"_NETWORKS[name](classes)"},
+        "zoo/training.py": {"net"},
+        "cli/common.py": {"net"},
+        "cli/reproduce.py": {"net"},
+    }
+    # `zoo.train` trains a network.
+    assert {file: found - {"zoo"} for file, found in places("train").items() if found != {"zoo"}} == {
+        "zoo/training.py": {"net"}
+    }
+    setting = {
+        file
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Attribute) and target.attr == "training"
+    }
+    assert setting == {"models.py"}
+
+
+def test_models_are_not_copied() -> None:
+    # Shallow copies of modules share what looks like their own.
+    assert "copy" not in {of for found in places("copy").values() for of in found}
+    assert places("deepcopy") == {"evaluation/protocol.py": {"copy"}}  # settings of a caller
+
+
+def test_what_is_beside_the_door() -> None:
+    assert places("forward", "__call__", "_call_impl") == {}
+    asked = {file: of for file, of in places("predict").items() if not file.startswith(("cli/", "studies/"))}
+    # A defence's own labels, in eval mode; what it asks comes through the door.
+    assert asked == {"evaluation/asking.py": {"model"}}

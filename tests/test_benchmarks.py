@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from immunonet import data, features, zoo
+from immunonet import data, features, maps, zoo
 
 # The affine maps that were found, by the names of layers: all is about one network.
 FOUND: dict[str, features.AffineMap | None] = {}
@@ -40,14 +40,14 @@ def digits(monkeypatch, tmp_path):
     x = (centre[y] + 0.1 * torch.randn(200, 1, 28, 28, generator=generator)).clamp(0, 1)
     images = data.Images(x, y, tuple("0123456789"))
     monkeypatch.setattr(data, "load", lambda *_args, **_options: images)
-    find = features._affine
+    find = maps.affine
 
     def found(function: features.FeatureMap, cells: torch.Tensor) -> features.AffineMap | None:
         if function.name not in FOUND:
             FOUND[function.name] = find(function, cells)
         return FOUND[function.name]
 
-    monkeypatch.setattr(features, "_affine", found)
+    monkeypatch.setattr(features, "affine", found)
     weights = tmp_path / "weights.safetensors"
     zoo.save_weights(zoo.build("mnist"), weights)
     return ["--weights", str(weights), "--out", str(tmp_path)]

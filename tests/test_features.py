@@ -129,7 +129,7 @@ class Table(nn.Module):
         ("twice", "layer 'twice' is called 2 times in one pass of the model; it must be called once"),
         ("unused", "layer 'unused' is called 0 times"),
         ("pair", "layer 'pair' must give one tensor, got tuple"),
-        ("tokens", r"layer 'tokens' must give one row per input, got shape \(5, 4\) for 1"),
+        ("tokens", r"layer 'tokens' must give one row per input, got shape \(10, 4\) for 2"),
         (lambda x: None, "layer '<lambda>' must give one tensor, got NoneType"),
         (lambda x: x.sum(), r"layer '<lambda>' must give one row per input, got shape \(\)"),
         (lambda x: x[: len(x) // 2], "layer '<lambda>' must give one row per input"),

@@ -30,7 +30,8 @@ PACKAGE = Path(immunonet.__file__).parent
 READ_ELSEWHERE = {
     # What the program itself wrote or computed, or read from a file.
     "data.py", "search.py", "maps.py", "immune/noise.py", "evaluation/benchmark.py", "evaluation/runner.py",
-    "evaluation/sanity.py", "evaluation/outcome.py", "evaluation/finding.py", "studies/behaviour.py",
+    "evaluation/sanity.py", "evaluation/outcome.py", "evaluation/finding.py", "evaluation/comparisons.py",
+    "evaluation/protocol.py", "_pictures.py", "studies/behaviour.py",
     "studies/search.py", "studies/experiments.py",
     # Plain numbers: bounds, and shares of draws.
     "_check.py", "evaluation/statistics.py",

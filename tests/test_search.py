@@ -445,8 +445,8 @@ def test_a_saved_defence_opens_its_file_and_computes_nothing_in_it(defence, path
     keys, computed, told = type(fitted)._keys, [], []
     monkeypatch.setattr(type(fitted), "_keys", lambda self, found: (computed.append(len(found)), keys(self, found))[1])
     loaded = type(fitted).load(tmp_path / "saved", net, feature_file=path, on_progress=lambda *part: told.append(part))
-    # A row for the width, and the probes that the file is known by.
-    assert computed == [1, 8]
+    # The probes that the file is known by.
+    assert computed == [8]
     n = len(fitted.repertoire)
     assert told == [(n, n)]
     computed.clear()

@@ -212,6 +212,21 @@ def test_wrapped_networks_have_the_bare_names_and_answers(net, wrap):
     assert torch.equal(wrapped.predict(x), plain.predict(x))
 
 
+def test_names_with_the_prefix_of_a_wrapper_are_told_the_bare_one(net):
+    with pytest.raises(ValueError, match=r"layers='_orig_mod\.1' .*: leave _orig_mod out, .* bare names"):
+        DkNN(torch.compile(net, backend="eager"), "_orig_mod.1")
+
+
+def test_an_exported_network_answers_at_the_input(net):
+    y = torch.arange(60) % 3
+    x = torch.rand(60, 4)
+    exported = torch.export.export(net, (x[:2],), dynamic_shapes=({0: torch.export.Dim("n")},)).module()
+    assert torch.equal(models.logits(exported, x), net(x))
+    assert DkNN(exported, "input", neighbours=5).fit(x, y).predict(x).shape == (60,)
+    with pytest.raises(ValueError, match="cannot be watched"):
+        DkNN(exported, "2", neighbours=5).fit(x, y)
+
+
 def test_networks_without_layers_to_watch_are_refused_by_name(net):
     y = torch.arange(60) % 3
     x = torch.rand(60, 4)

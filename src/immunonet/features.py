@@ -45,7 +45,15 @@ def check_names(model: nn.Module, layers: Sequence[Layer], space: str | None) ->
             continue
         if (module := layer_parts(layer, model)[0]) not in names:
             near = difflib.get_close_matches(module, names, n=5, cutoff=0.4) or names[:8]
-            raise ValueError(f"{argument}={layer!r} is no submodule of the model; nearest names: {', '.join(near)}")
+            wrapped = module.startswith(("_orig_mod.", "module.")) and module.partition(".")[2] in names
+            bare = (
+                f": leave {module.partition('.')[0]} out, layers of a wrapped network have bare names"
+                if wrapped
+                else ""
+            )
+            raise ValueError(
+                f"{argument}={layer!r} is no submodule of the model{bare}; nearest names: {', '.join(near)}"
+            )
     if space is not None and layer_parts(space, model)[1] is not None and any(layer != space for layer in layers):
         raise ValueError(
             f"layers={list(layer_names(layers))} must be the space itself when space={space!r} is averaged: "

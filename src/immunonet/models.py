@@ -49,7 +49,7 @@ class _Here(threading.local):
 
 
 _here = _Here()
-_lock = threading.Lock()
+_lock = threading.RLock()
 # Under the lock: how many calls use a module's hook, and how many have put a module into eval mode.
 _hooks: dict[nn.Module, tuple[int, RemovableHandle]] = {}
 _held: dict[nn.Module, int] = {}
@@ -57,7 +57,7 @@ _held: dict[nn.Module, int] = {}
 
 def _unlocked() -> None:
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -172,7 +172,9 @@ def evaluating(*models: Model) -> Iterator[None]:
             inside = list(network.modules())
             changed = [m for m in inside if m.training]
             if changed:
-                network.eval()
+                # The mode of an exported network is in its graph.
+                with contextlib.suppress(NotImplementedError):
+                    network.eval()
             for m in inside:
                 if m in _held or m in changed:
                     _held[m] = _held.get(m, 0) + 1

@@ -124,17 +124,6 @@ class Remembers(Around):
         return self.net(x if last is None or last.shape != x.shape else (x + last) / 2)
 
 
-class CachesById(Around):
-    """Knows inputs again by where they lie."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__(net)
-        self.cache: dict[int, Tensor] = {}
-
-    def forward(self, x: Tensor) -> Any:
-        return self.cache.setdefault(id(x), self.net(x))
-
-
 class Overwrites(nn.Module):
     """Gives the same memory every time, and answers at random."""
 
@@ -571,7 +560,6 @@ MODELS: dict[str, Case] = {
         fails=every(LAYERS, r"layer '[\w.]+' gives a"),
         warns=every(ATTACKS, "model gives a"),
     ),
-    "caches by id": Case(CachesById, layers=NET, may="model must (return logits|be differentiable)|model gives a"),
     "overwrites its answer": Case(lambda net: Overwrites(net, 0.0), layers=NET, fails=NO_GRADIENT),
     "overwrites its answer, at random": Case(
         lambda net: Overwrites(net, 1.0),

@@ -284,3 +284,10 @@ def test_probabilities_are_told_from_logits():
     net = nn.Sequential(nn.Linear(4, 3), nn.Softmax(1))
     with pytest.warns(UserWarning, match="model returns probabilities"):
         DkNN(net, "0", neighbours=5).fit(torch.rand(60, 4), torch.arange(60) % 3)
+
+
+def test_a_network_exported_for_two_inputs_at_once_is_refused_by_name(net):
+    x = torch.rand(60, 4)
+    fixed = torch.export.export(net, (x[:2],)).module()
+    with pytest.raises(ValueError, match=r"model fails on inputs of shape \(8, 4\): Guard failed"):
+        DkNN(fixed, "input", neighbours=5).fit(x, torch.arange(60) % 3)

@@ -394,13 +394,13 @@ class Defence(models.Asking, abc.ABC):
         return kept.to(self.device)
 
     def _count_classes(self, x: Tensor) -> int:
-        """Return how many classes the model tells apart, judged by its logits of one or two inputs."""
-        probe = x[:2]
-        try:
-            out = models.logits(self.model, probe)
-        except Exception as error:
-            raise ValueError(f"model fails on inputs of shape {tuple(probe.shape)}: {error}") from error
-        models.warn_of_probabilities(models.logits(self.model, x[:: max(1, len(x) // PROBES)][:PROBES]))
+        """Return how many classes the model tells apart, judged by its logits of a few inputs."""
+        for probe in (x[:2], x[:: max(1, len(x) // PROBES)][:PROBES]):
+            try:
+                out = models.logits(self.model, probe)
+            except Exception as error:
+                raise ValueError(f"model fails on inputs of shape {tuple(probe.shape)}: {error}") from error
+        models.warn_of_probabilities(out)
         return int(out.shape[1])
 
 

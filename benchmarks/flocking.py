@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import common
 from common import Row
 from immunonet import RAILS
-from immunonet.search import ExactIndex
+from immunonet.features.search import ExactIndex
 
 K = 10
 

@@ -11,10 +11,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from immunonet import data, features, maps, zoo
+from immunonet import data, zoo
+from immunonet.features import build
+from immunonet.features.affine import AffineMap, affine
+from immunonet.features.maps import FeatureMap
 
 # The affine maps that were found, by the names of layers: all is about one network.
-FOUND: dict[str, features.AffineMap | None] = {}
+FOUND: dict[str, AffineMap | None] = {}
 HERE = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -40,14 +43,13 @@ def digits(monkeypatch, tmp_path):
     x = (centre[y] + 0.1 * torch.randn(200, 1, 28, 28, generator=generator)).clamp(0, 1)
     images = data.Images(x, y, tuple("0123456789"))
     monkeypatch.setattr(data, "load", lambda *_args, **_options: images)
-    find = maps.affine
 
-    def found(function: features.FeatureMap, cells: torch.Tensor) -> features.AffineMap | None:
+    def found(function: FeatureMap, cells: torch.Tensor) -> AffineMap | None:
         if function.name not in FOUND:
-            FOUND[function.name] = find(function, cells)
+            FOUND[function.name] = affine(function, cells)
         return FOUND[function.name]
 
-    monkeypatch.setattr(features, "affine", found)
+    monkeypatch.setattr(build, "affine", found)
     weights = tmp_path / "weights.safetensors"
     zoo.save_weights(zoo.build("mnist"), weights)
     return ["--weights", str(weights), "--out", str(tmp_path)]

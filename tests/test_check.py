@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from immunonet import RAILS, DkNN, Maturation, _check, attacks, data, zoo
+from immunonet import RAILS, DkNN, Maturation, _check, attacks, data, incoming, zoo
 from immunonet._check import Bounds
 from immunonet.evaluation.suite import Noise
 from immunonet.zoo.adversarial import Adversarial
@@ -193,9 +193,9 @@ def test_seed():
     ],
 )
 def test_bounds_read_and_write_pairs(value, pairs):
-    bounds = Bounds.of("bounds", value)
+    bounds = incoming.bounds("bounds", value)
     assert bounds.pairs() == pairs
-    assert Bounds.of("bounds", bounds.pairs()) == bounds
+    assert incoming.bounds("bounds", bounds.pairs()) == bounds
 
 
 @pytest.mark.parametrize(
@@ -218,14 +218,14 @@ def test_bounds_read_and_write_pairs(value, pairs):
 )
 def test_bad_bounds(value, error, message):
     with pytest.raises(error, match=message):
-        Bounds.of("bounds", value)
+        incoming.bounds("bounds", value)
 
 
 def test_bounds_broadcast_over_the_first_axis_of_a_sample():
-    low, high = Bounds.of("bounds", [(0, 1), (-2, 2)]).tensors(torch.zeros(1), (2, 3, 3))
+    low, high = incoming.bounds("bounds", [(0, 1), (-2, 2)]).tensors(torch.zeros(1), (2, 3, 3))
     assert low.shape == high.shape == (2, 1, 1)
     assert high.flatten().tolist() == [1, 2]
-    low, _ = Bounds.of("bounds", (0.0, 1.0)).tensors(torch.zeros(1, dtype=torch.float64), (2, 3))
+    low, _ = incoming.bounds("bounds", (0.0, 1.0)).tensors(torch.zeros(1, dtype=torch.float64), (2, 3))
     assert low.shape == (1, 1)
     assert low.dtype == torch.float64
 
@@ -233,4 +233,4 @@ def test_bounds_broadcast_over_the_first_axis_of_a_sample():
 @pytest.mark.parametrize("shape", [(3, 4), ()])
 def test_bounds_of_another_number_of_channels(shape):
     with pytest.raises(ValueError, match="cell_bounds has 2 pairs, but samples have shape"):
-        Bounds.of("cell_bounds", [(0, 1), (0, 1)]).tensors(torch.zeros(1), shape, name="cell_bounds")
+        incoming.bounds("cell_bounds", [(0, 1), (0, 1)]).tensors(torch.zeros(1), shape, name="cell_bounds")

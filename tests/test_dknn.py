@@ -229,7 +229,7 @@ def test_without_equal_distances_every_neighbour_counts_one(metric, images, func
     dknn = DkNN(functional_conv, ["2", "5"], neighbours=10, metric=metric).fit(x, y, calibration=(x[:9], y[:9]))
     counts, nearness = torch.zeros(100, 3), torch.zeros(100, 3)
     for layer, features in enumerate(dknn.features(queries)):
-        near, found = dknn.index(layer).nearest(dknn._keys(features), 10, by_class=False)
+        near, found = dknn.index(layer).nearest(features, 10, by_class=False)
         near = near.square() / 2 if metric == "cosine" else near
         counts.scatter_add_(1, y[found], torch.ones_like(near))
         nearness.scatter_add_(1, y[found], -near)
@@ -312,7 +312,8 @@ def test_batches_do_not_matter(images, functional_conv, monkeypatch):
     x, y = images
     dknn = DkNN(functional_conv, "2", neighbours=10).fit(x, y)
     whole = dknn.p_values(x)
-    monkeypatch.setattr("immunonet.dknn.QUERIES", 7)
+    monkeypatch.setattr("immunonet.defences.dknn.SENSED", 7)
+    monkeypatch.setattr("immunonet.defences.neighbours.SENSED", 7)
     assert_close(dknn.p_values(x), whole)
 
 
@@ -328,7 +329,7 @@ def test_log_probabilities_are_finite_and_sum_to_one(images, conv):
     [
         ({"neighbours": 0}, ValueError, "neighbours must be at least 1, got 0"),
         ({"neighbours": 2.5}, TypeError, "neighbours must be an integer, got 2.5"),
-        ({"metric": "l2"}, ValueError, "metric must be one of 'cosine', 'euclidean', got 'l2'"),
+        ({"metric": "l2"}, ValueError, "metric must be one of 'euclidean', 'cosine', got 'l2'"),
         ({"false_alarm": 0}, ValueError, r"false_alarm must be a finite number in \(0, 1\], got 0"),
         ({"false_alarm": math.nan}, ValueError, "false_alarm must be"),
         ({"bounds": (1, 0)}, ValueError, r"bounds must be finite with low < high, got \(1, 0\)"),

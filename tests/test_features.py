@@ -5,9 +5,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from immunonet import RAILS, DkNN, Maturation, maps
-from immunonet.features import build
-from immunonet.maps import AffineMap, IdentityMap
+from immunonet import RAILS, DkNN, Maturation
+from immunonet.features import maps
+from immunonet.features.affine import AffineMap
+from immunonet.features.build import build
+from immunonet.features.maps import IdentityMap
 
 SMALL = Maturation(population=12, neighbours=2, generations=2)
 
@@ -373,7 +375,7 @@ def test_a_large_offset_does_not_hide_a_bend(offset):
 
 
 def test_wide_inputs_are_not_reduced(monkeypatch):
-    monkeypatch.setattr(maps, "AFFINE_WIDTH", 71)
+    monkeypatch.setattr("immunonet.features.affine.AFFINE_WIDTH", 71)
     (found,) = build(nn.Sequential(nn.Flatten(), nn.Linear(72, 3)), ["1"], None, rand(8, 2, 6, 6))
     assert not isinstance(found, AffineMap)
 
@@ -390,8 +392,8 @@ def test_cosine_neighbours_are_those_of_unreduced_features():
     x, y = rand(60, 2, 6, 6), torch.arange(60) % 3
     reduced = DkNN(model, "1", neighbours=5).fit(x, y)
     unreduced = DkNN(model, lambda x: model[1](model[0](x)).where(x.amax() < 9, 0.0), neighbours=5).fit(x, y)
-    assert isinstance(reduced.feature_maps[0], AffineMap)
-    assert not isinstance(unreduced.feature_maps[0], AffineMap)
+    assert isinstance(reduced.feature_maps[0]._inner, AffineMap)
+    assert not isinstance(unreduced.feature_maps[0]._inner, AffineMap)
     queries = rand(50, 2, 6, 6, seed=1)
     for method in ("predict", "p_values"):
         assert torch.equal(getattr(reduced, method)(queries), getattr(unreduced, method)(queries))

@@ -17,10 +17,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import immunonet
 from immunonet import RAILS, DkNN, Maturation, Normalised, attacks, evaluate, incoming
-from immunonet._check import Bounds
 from immunonet.incoming import examples, inputs, labels, tensor
 
-UNIT, BYTES = Bounds.of("bounds", (0.0, 1.0)), Bounds.of("bounds", (0, 255))
+UNIT, BYTES = incoming.bounds("bounds", (0.0, 1.0)), incoming.bounds("bounds", (0, 255))
 X, Y = torch.rand(10, 3, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 2
 PACKAGE = Path(immunonet.__file__).parent
 
@@ -29,7 +28,8 @@ PACKAGE = Path(immunonet.__file__).parent
 
 READ_ELSEWHERE = {
     # What the program itself wrote or computed, or read from a file.
-    "data.py", "search.py", "maps.py", "immune/noise.py", "evaluation/benchmark.py", "evaluation/runner.py",
+    "data.py", "features/search.py", "features/affine.py", "immune/noise.py",
+    "evaluation/benchmark.py", "evaluation/runner.py",
     "evaluation/sanity.py", "evaluation/outcome.py", "evaluation/finding.py", "evaluation/comparisons.py",
     "evaluation/protocol.py", "_pictures.py", "studies/behaviour.py",
     "studies/search.py", "studies/experiments.py",
@@ -131,7 +131,7 @@ def test_torchs_default_dtype_changes_nothing(dtype):
         assert tensor("x", [0.1]).tolist() == [0.1]
         assert labels("y", [0], n=1).dtype == torch.int64
         assert Normalised(nn.Identity(), 0.5, [2.0]).mean.dtype == torch.float32
-        assert Bounds.of("bounds", (0.1, 0.7)).pairs() == [[0.1, 0.7]]
+        assert incoming.bounds("bounds", (0.1, 0.7)).pairs() == [[0.1, 0.7]]
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -244,9 +244,9 @@ def test_images_in_other_orders_can_be_viewed(layout):
 def test_whole_numbers_where_bounds_are_wide(dtype):
     found = inputs("x", np.array([[0, 255]], dtype), bounds=BYTES)
     assert found.tolist() == [[0.0, 255.0]]
-    columns = Bounds.of("bounds", [(0, 120), (-5, 5)])
+    columns = incoming.bounds("bounds", [(0, 120), (-5, 5)])
     assert inputs("x", np.array([[99, -5]]).astype(np.int64), bounds=columns).tolist() == [[99.0, -5.0]]
-    for narrow in (UNIT, Bounds.of("bounds", [(0, 255), (0, 1)])):
+    for narrow in (UNIT, incoming.bounds("bounds", [(0, 255), (0, 1)])):
         with pytest.raises(TypeError, match=r"x must have a floating dtype, got torch.*x.float\(\) / 255.*\(0, 255\)"):
             inputs("x", np.array([[0, 1]], dtype), bounds=narrow)
 
@@ -279,7 +279,7 @@ def test_truth_values_are_no_inputs_whatever_the_bounds():
 
 
 def test_inputs_out_of_the_bounds_of_one_channel():
-    bounds = Bounds.of("bounds", [(0, 1), (0, 100)])
+    bounds = incoming.bounds("bounds", [(0, 1), (0, 100)])
     inputs("x", torch.tensor([[1.0, 99.0]]), bounds=bounds)
     with pytest.raises(ValueError, match="x must lie within bounds=2 pairs"):
         inputs("x", torch.tensor([[2.0, 99.0]]), bounds=bounds)
@@ -289,7 +289,7 @@ def test_inputs_out_of_the_bounds_of_one_channel():
 
 # --- Columns that float32 would round away ---
 
-WIDE = Bounds.of("bounds", (-1e12, 1e12))
+WIDE = incoming.bounds("bounds", (-1e12, 1e12))
 
 
 def columns(offset, width, n=200):

@@ -9,7 +9,8 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-from immunonet import RAILS, DkNN, Maturation, search
+from immunonet import RAILS, DkNN, Maturation
+from immunonet.features import search
 
 SMALL = Maturation(population=60, neighbours=3, generations=3)
 
@@ -107,7 +108,7 @@ def test_draws_are_the_answers_under_each_seed(functional_conv, images, shared_n
     rails = RAILS(functional_conv, ["2", "input"], maturation=SMALL, shared_noise=shared_noise).fit(*images)
     seeds = [4, 0, 9, 1, 2, 3, 5]
     found = rails.draws(ANTIGENS, seeds, batch_size)
-    assert torch.equal(found, torch.stack([rails.predict(ANTIGENS, seed, batch_size) for seed in seeds]))
+    assert torch.equal(found, torch.stack([rails.predict(ANTIGENS, seed, batch_size=batch_size) for seed in seeds]))
     assert len(found.unique(dim=0)) > 1
 
 

@@ -4,7 +4,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from immunonet import DkNN
-from immunonet.repertoire import Calibration, Repertoire, check_classes, hold_out
+from immunonet.defences.repertoire import Calibration, Repertoire, check_classes, hold_out
 
 X, Y = torch.rand(10, 3, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 2
 

@@ -98,8 +98,8 @@ def tensors_of(folder):
 def test_what_is_written(saved):
     assert sorted(p.name for p in saved.iterdir()) == [FILE, tensors_of(saved).name]
     record = json.loads((saved / FILE).read_text())
-    assert record["format"] == 1
-    assert record["defence"] == "RAILS"
+    assert record["format"] == 2
+    assert record["kind"] == "rails"
     assert record["settings"]["maturation"] == [json.loads(json.dumps(dataclasses.asdict(SMALL)))]
     assert record["tensors"]["sha256"] == _store.sha256(tensors_of(saved))
 
@@ -126,7 +126,7 @@ def test_layers_again(functional_conv, images, tmp_path):
         RAILS.load(tmp_path, functional_conv)
     with pytest.raises(ValueError, match=r"layers must be 2 as saved, \['2', 'halves'\], got \['2'\]"):
         RAILS.load(tmp_path, functional_conv, layers="2")
-    with pytest.raises(ValueError, match="model gives other features at layer 'halves'"):
+    with pytest.raises(ValueError, match="model gives other features at layer '4'"):
         RAILS.load(tmp_path, functional_conv, layers=["2", "4"])
 
 
@@ -160,9 +160,10 @@ def edit_settings(path):
         (truncate, "defence.json is not valid JSON .*truncated"),
         (lambda path: path.write_text("[]"), "defence.json does not describe a defence; give the folder that save"),
         (lambda path: path.write_text('{"a": 1}'), "defence.json does not describe a defence"),
-        (edit(format=2), "defence.json has format 2; this version reads format 1"),
-        (edit(format=None), "defence.json has format None; this version reads format 1"),
-        (edit(defence="DkNN"), "defence.json holds a DkNN, not a RAILS"),
+        (edit(format=3), "defence.json has format 3; this version reads formats 1 and 2"),
+        (edit(format=None), "defence.json has format None; this version reads formats 1 and 2"),
+        (edit(kind="dknn"), "defence.json holds a DkNN, not a RAILS"),
+        (edit(kind="rials"), "defence.json holds a defence of kind 'rials'; nearest: rails; register it"),
         (edit(classes=5), "defence.json was edited: its content does not match its checksum"),
         (edit(checksum="0"), "defence.json was edited"),
         (edit_settings, "defence.json was edited"),
@@ -178,7 +179,7 @@ def test_damaged_records(saved, functional_conv, damage, message):
 @pytest.mark.parametrize("damage", [truncate, flip, lambda path: path.write_bytes(b"")])
 def test_damaged_tensors(saved, functional_conv, damage):
     damage(tensors_of(saved))
-    with pytest.raises(ValueError, match=r"repertoire-.*safetensors was truncated or edited: its sha256 is"):
+    with pytest.raises(ValueError, match=r"tensors-.*safetensors was truncated or edited: its sha256 is"):
         RAILS.load(saved, functional_conv)
 
 
@@ -186,7 +187,7 @@ def test_missing_files(saved, functional_conv, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"elsewhere.*defence\.json"):
         RAILS.load(tmp_path / "elsewhere", functional_conv)
     tensors_of(saved).unlink()
-    with pytest.raises(FileNotFoundError, match=r"repertoire-.*\.safetensors does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"tensors-.*\.safetensors does not exist"):
         RAILS.load(saved, functional_conv)
     (saved / FILE).unlink()
     with pytest.raises(FileNotFoundError):

@@ -10,9 +10,11 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from torch.testing import assert_close
 
-from immunonet import RAILS, DkNN, Maturation, search
+from immunonet import RAILS, DkNN, Maturation
 from immunonet.attacks import SoftNeighbours
-from immunonet.search import ExactIndex, FeatureFile, SignatureIndex, computed
+from immunonet.defences.neighbours import _Rows
+from immunonet.features import search
+from immunonet.features.search import ExactIndex, FeatureFile, SignatureIndex, computed
 
 SMALL = Maturation(population=60, neighbours=4, generations=3)
 
@@ -441,9 +443,9 @@ def test_a_file_is_written_once(path, net, images):
 def test_a_saved_defence_opens_its_file_and_computes_nothing_in_it(defence, path, net, images, tmp_path, monkeypatch):
     fitted = defence(net, memory_budget=BUDGET).fit(*images, feature_file=path)
     fitted.save(tmp_path / "saved")
-    monkeypatch.setattr("immunonet.defence.auto_budget", lambda: BUDGET)
-    keys, computed, told = type(fitted)._keys, [], []
-    monkeypatch.setattr(type(fitted), "_keys", lambda self, found: (computed.append(len(found)), keys(self, found))[1])
+    monkeypatch.setattr("immunonet.defences.neighbours.auto_budget", lambda: BUDGET)
+    rows, computed, told = _Rows.__call__, [], []
+    monkeypatch.setattr(_Rows, "__call__", lambda self, some: (computed.append(len(some)), rows(self, some))[1])
     loaded = type(fitted).load(tmp_path / "saved", net, feature_file=path, on_progress=lambda *part: told.append(part))
     # The probes that the file is known by.
     assert computed == [8]
@@ -460,7 +462,7 @@ def test_a_saved_defence_refuses_the_file_of_another(path, net, images, tmp_path
     fitted = rails(net, memory_budget=BUDGET).fit(*images)
     fitted.save(tmp_path / "saved")
     rails(net, memory_budget=BUDGET).fit(images[0].flip(0), images[1].flip(0), feature_file=path)
-    monkeypatch.setattr("immunonet.defence.auto_budget", lambda: BUDGET)
+    monkeypatch.setattr("immunonet.defences.neighbours.auto_budget", lambda: BUDGET)
     with pytest.raises(ValueError, match="holds features of other examples"):
         RAILS.load(tmp_path / "saved", net, feature_file=path)
 

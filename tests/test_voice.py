@@ -9,8 +9,7 @@ from torch.testing import assert_close
 
 from immunonet import RAILS, DkNN, Maturation
 from immunonet.attacks import ASK, AdvKnn, SoftClones, SoftNeighbours, Unrolled
-from immunonet.attacks._surrogate import with_voice
-from immunonet.maps import ROWS
+from immunonet.features.maps import ROWS
 
 LINE = torch.tensor([[0.1], [0.2], [0.3], [0.35], [0.5], [0.6]])
 LABELS = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -145,6 +144,6 @@ def test_a_mixture_of_what_float32_cannot_hold_is_finite(functional_conv, images
 def test_votes_without_a_voice_are_handed_on_as_they_are(pair, functional_conv, images):
     votes, x = torch.zeros(6, 3).log_softmax(1), images[0][:6]
     dknn = DkNN(functional_conv, "2", neighbours=3).fit(*images)
-    assert with_voice(pair[0], votes, x) is votes
-    assert with_voice(dknn, votes, x) is votes
-    assert not torch.equal(with_voice(pair[1], votes, x), votes)
+    assert pair[0].heard(votes, x) is votes
+    assert dknn.heard(votes, x) is votes
+    assert not torch.equal(pair[1].heard(votes, x), votes)

@@ -1,7 +1,7 @@
 """Validation of settings: every error names the argument, what was found and what would be valid.
 
 Numbers of NumPy and torch (scalars, arrays and tensors of no dimension) are taken as settings, and become Python's own.
-What a caller gives as arrays is read in `incoming`.
+What a caller gives as arrays, bounds among them, is read in `incoming`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-
-from immunonet import incoming
 
 
 def keep(settings: Any, check: Callable[..., Any], *names: str, optional: bool = False, **limits: Any) -> None:
@@ -99,11 +97,6 @@ def seed(name: str, value: object) -> int | None:
     return None if value is None else integer(name, value, least=0, most=2**63 - 1)
 
 
-def bounds(name: str, value: Any) -> Bounds:
-    """Return `value` if it is Bounds already, else what `Bounds.of` reads from it."""
-    return value if isinstance(value, Bounds) else Bounds.of(name, value)
-
-
 def _plain(value: object) -> object:
     """Return numbers and truth values of NumPy and torch as Python's own, and anything else as it is.
 
@@ -124,20 +117,6 @@ class Bounds:
     low: tuple[float, ...]
     high: tuple[float, ...]
 
-    @classmethod
-    def of(cls, name: str, value: Any) -> Bounds:
-        """Read `(low, high)` or a sequence (or `(F, 2)` array) of such pairs; raise if not low < high."""
-        try:
-            table = incoming.tensor(name, value).double()
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"{name} must be (low, high) or one such pair per channel, got {value!r}") from error
-        table = table.reshape(1, 2) if table.shape == (2,) else table
-        if table.ndim != 2 or table.shape[1] != 2 or not len(table):
-            raise ValueError(f"{name} must be (low, high) or one such pair per channel, got {value!r}")
-        if not bool(torch.isfinite(table).all()) or bool((table[:, 0] >= table[:, 1]).any()):
-            raise ValueError(f"{name} must be finite with low < high, got {value!r}")
-        return cls(tuple(table[:, 0].tolist()), tuple(table[:, 1].tolist()))
-
     def tensors(self, like: Tensor, shape: Sequence[int], name: str = "bounds") -> tuple[Tensor, Tensor]:
         """Return low and high, on `like`'s device and dtype, shaped to broadcast against samples of `shape`."""
         if len(self.low) == 1:
@@ -155,5 +134,5 @@ class Bounds:
         )
 
     def pairs(self) -> list[list[float]]:
-        """Return `[[low, high], ...]`, the form that JSON keeps and `of` reads."""
+        """Return `[[low, high], ...]`, the form that JSON keeps and `incoming.bounds` reads."""
         return [list(pair) for pair in zip(self.low, self.high, strict=True)]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-if TYPE_CHECKING:
-    from immunonet._check import Bounds
+from immunonet._check import Bounds
 
 TOLERANCE = 1e-6
 # The largest rounding error that is let pass, as a share of a feature's standard deviation.
@@ -155,6 +154,25 @@ def calibration(value: Any) -> tuple[Any, Any]:
     if len(value) != 2:
         raise ValueError(f"calibration must be a fraction or (x_cal, y_cal), got {len(value)} items")
     return value[0], value[1]
+
+
+def bounds(name: str, value: Any) -> Bounds:
+    """Return Bounds as they are, or read `(low, high)` or a sequence (or `(F, 2)` array) of such pairs.
+
+    TypeError or ValueError that names it unless all are finite with low < high.
+    """
+    if isinstance(value, Bounds):
+        return value
+    try:
+        table = tensor(name, value).double()
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be (low, high) or one such pair per channel, got {value!r}") from error
+    table = table.reshape(1, 2) if table.shape == (2,) else table
+    if table.ndim != 2 or table.shape[1] != 2 or not len(table):
+        raise ValueError(f"{name} must be (low, high) or one such pair per channel, got {value!r}")
+    if not bool(torch.isfinite(table).all()) or bool((table[:, 0] >= table[:, 1]).any()):
+        raise ValueError(f"{name} must be finite with low < high, got {value!r}")
+    return Bounds(tuple(table[:, 0].tolist()), tuple(table[:, 1].tolist()))
 
 
 def tensor(name: str, value: Any) -> Tensor:

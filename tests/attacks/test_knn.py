@@ -6,8 +6,8 @@ from torch import nn
 
 from immunonet import attacks
 from immunonet.attacks import ASK, PGD, AdvKnn, SoftCount, SoftNeighbours
-from immunonet.dknn import DkNN
-from immunonet.rails import RAILS, Maturation
+from immunonet.defences.dknn import DkNN
+from immunonet.defences.rails import RAILS, Maturation
 
 CLASSES, PER_CLASS = 3, 12
 

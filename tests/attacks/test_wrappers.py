@@ -75,7 +75,7 @@ def test_eot_calls_random_models_often_and_the_deterministic_once(digits):
 
     Eot(model, draws=4)(x[:2])
     assert calls == [2] * 4
-    model.deterministic = True
+    model.randomised = False
     Eot(model, draws=4)(x[:2])
     assert len(calls) == 5
     dknn = DkNN(net, "input", neighbours=5).fit(x_train[:200], y_train[:200])

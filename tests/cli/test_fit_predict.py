@@ -100,7 +100,7 @@ def test_fit_does_not_repeat_itself(command: Run, weights: Path) -> None:
     assert {file.name: file.stat().st_mtime_ns for file in Path("defence").iterdir()} == before
     # Other settings, or a damaged file, are fitted anew.
     assert "rails on 1,294" in command(*FIT, "--generations", 3)[1]
-    file = next(Path("defence").glob("repertoire-*.safetensors"))
+    file = next(Path("defence").glob("tensors-*.safetensors"))
     file.write_bytes(file.read_bytes()[:-9])
     assert "rails on 1,294" in command(*FIT, "--generations", 3)[1]
     assert "holds this defence already" in command(*FIT, "--generations", 3)[1]

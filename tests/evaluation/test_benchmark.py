@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from immunonet.attacks import ASK, PGD, SoftCount, SoftNeighbours
-from immunonet.dknn import DkNN
+from immunonet.defences.dknn import DkNN
+from immunonet.defences.rails import RAILS, Maturation
 from immunonet.evaluation import benchmark
 from immunonet.evaluation.benchmark import Benchmark
-from immunonet.rails import RAILS, Maturation
 
 SETTINGS = {"dataset": "bands", "model": "linear"}
 MATURATION = Maturation(population=20, neighbours=2, generations=1)

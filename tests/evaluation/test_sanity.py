@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from immunonet import RAILS, Maturation, _check
+from immunonet import RAILS, Maturation, incoming
 from immunonet.attacks import PGD
 from immunonet.evaluation import cost, sanity
 from immunonet.evaluation.asking import LogProbabilities, Subject
 from immunonet.evaluation.runner import Runner
 from immunonet.evaluation.suite import Noise, Planned
 
-BOUNDS = _check.Bounds.of("bounds", (0.0, 1.0))
+BOUNDS = incoming.bounds("bounds", (0.0, 1.0))
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_the_reach_is_the_diagonal_of_the_bounds():
     x = torch.zeros(1, 3, 4, 4)
     assert sanity.reach_of(BOUNDS, x, "linf") == 1.0
     assert sanity.reach_of(BOUNDS, x, "l2") == pytest.approx(math.sqrt(48))
-    wide = _check.Bounds.of("bounds", [(0, 1), (0, 2), (0, 1)])
+    wide = incoming.bounds("bounds", [(0, 1), (0, 2), (0, 1)])
     assert sanity.reach_of(wide, x, "linf") == 2.0
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from immunonet import RAILS, DkNN, Maturation, _check, attacks
+from immunonet import RAILS, DkNN, Maturation, attacks, incoming
 from immunonet.evaluation import suite
 from immunonet.evaluation.asking import LogProbabilities, Subject
 from immunonet.evaluation.suite import PROTOCOLS, Noise, Planned
 
-BOUNDS = _check.Bounds.of("bounds", (0.0, 1.0))
+BOUNDS = incoming.bounds("bounds", (0.0, 1.0))
 
 
 def names(defence, base, images, protocol, randomised):

@@ -18,7 +18,7 @@ MODELS = {
 }  # fmt: skip
 ALLOWED = {
     "normalised.py: self.model": "a module of the user's network itself: whoever asks it came through the door",
-    "maps.py: function": "a FeatureMap, which asks through the door",
+    "features/affine.py: function": "a FeatureMap, which asks through the door",
     "zoo/training.py: net": "training, whose network is in train mode and is changed",
     "zoo/adversarial.py: net": "training: the door's own copy of the inputs, but in train mode",
     "cli/predict.py: defence": "a defence of this package, which it loaded itself",
@@ -111,4 +111,4 @@ def test_what_is_beside_the_door() -> None:
     assert places("forward", "__call__", "_call_impl") == {}
     asked = {file: of for file, of in places("predict").items() if not file.startswith(("cli/", "studies/"))}
     # A defence's own labels, in eval mode; what it asks comes through the door.
-    assert asked == {"evaluation/asking.py": {"model"}}
+    assert asked == {"evaluation/asking.py": {"model"}, "defences/base.py": {"self"}}

@@ -3,8 +3,8 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
+from immunonet.features.search import ExactIndex
 from immunonet.immune.flocking import smallest
-from immunonet.search import ExactIndex
 
 
 def oracle(queries, keys, labels, k):

@@ -9,11 +9,13 @@ from scipy import stats
 from torch import nn
 from torch.testing import assert_close
 
-from immunonet import RAILS, Maturation, maps
+from immunonet import RAILS, Maturation
+from immunonet.features import maps
+from immunonet.features.affine import AffineMap
+from immunonet.features.maps import IdentityMap
 from immunonet.immune import backend, operators
 from immunonet.immune.noise import GOLDEN, Noise, uniform
 from immunonet.immune.operators import Mutation
-from immunonet.maps import AffineMap, IdentityMap
 
 fused = pytest.importorskip("immunonet.immune.fused")
 

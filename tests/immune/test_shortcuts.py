@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from immunonet import RAILS, DkNN, Maturation, models, rails
+from immunonet import RAILS, DkNN, Maturation, models
+from immunonet.defences import rails
+from immunonet.features.maps import FeatureMap
 from immunonet.immune.maturation import Naive, mature
 from immunonet.immune.noise import Noise
-from immunonet.maps import FeatureMap
 
 FULL = Maturation(population=200, neighbours=5, generations=6, early_stop=None, prune=None)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunonet import _check
+from immunonet import incoming
 from immunonet.response import Cells, ImmuneResponse, Trace
 
 B, C, K, G = 5, 3, 4, 6
@@ -49,7 +49,7 @@ def made_rails(shape: tuple[int, ...], seed: int = 1) -> Any:
         members = torch.arange(C * K).reshape(C, K).expand(len(antigens), C, K)
         return members, members.float() / 10
 
-    return SimpleNamespace(repertoire=SimpleNamespace(x=x), naive=naive, bounds=_check.Bounds.of("bounds", (0, 1)))
+    return SimpleNamespace(repertoire=SimpleNamespace(x=x), naive=naive, bounds=incoming.bounds("bounds", (0, 1)))
 
 
 def made_rows() -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ COMMON = {
     "bases": ["plain"], "split": "validation", "seeds": 2, "repertoire": 100, "maturation": MATURATION,
     "options": {
         "space": "conv1", "bounds": [0, 1], "cell_bounds": [-1, 1], "false_alarm": 0.1, "memory_budget": 1000,
-        "shared_noise": False, "voice": 0.5,
+        "shared_noise": False, "voice": 0.5, "metric": "cosine",
     },
     "hidden": False, "choose_layers": False, "title": "Main",
 }  # fmt: skip

@@ -9,7 +9,7 @@ from immunonet.attacks.apgd import APGD
 from immunonet.attacks.clones import SoftClones
 from immunonet.attacks.gradient import FGSM, PGD
 from immunonet.attacks.hopskipjump import HopSkipJump
-from immunonet.attacks.knn import ASK, AdvKnn, SoftCount, SoftNeighbours
+from immunonet.attacks.knn import ASK, AdvKnn, SoftCount, SoftNeighbours, neighbour_votes
 from immunonet.attacks.square import Square
 from immunonet.attacks.unrolled import Unrolled
 from immunonet.attacks.wrappers import Bpda, Eot, Stealthy
@@ -30,4 +30,5 @@ __all__ = [
     "Square",
     "Stealthy",
     "Unrolled",
+    "neighbour_votes",
 ]

@@ -71,7 +71,7 @@ class Attack(abc.ABC):
         _check.keep(self, _check.choice, "norm", options=NORMS)
         _check.keep(self, _check.boolean, "targeted")
         _check.keep(self, _check.integer, "batch_size")
-        _check.keep(self, _check.bounds, "bounds")
+        _check.keep(self, incoming.bounds, "bounds")
 
     def __call__(self, model: Model, x: Any, y: Any) -> AttackResult:
         """Attack `model` at inputs `x` `(B, *S)` with labels `y` `(B,)`."""

@@ -7,16 +7,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from immunonet import _check, models
-from immunonet.attacks._surrogate import cells_of, check_shape, fitted, with_voice
+from immunonet import _check
+from immunonet.attacks._surrogate import Surrogate, maturing
+from immunonet.defences.neighbours import NeighbourDefence
 from immunonet.immune import backend
-from immunonet.rails import RAILS
 
 # Generations make the response follow the nearest few of its clones; without them it is a softer vote.
 _EVOLVED, _CLONES = 0.1, 0.3
 
 
-class SoftClones(models.Asking):
+class SoftClones(Surrogate):
     """A soft vote of the naive cells of RAILS and of their clones brought near the antigen, for attacks that know it.
 
     Per layer and class, the logit is the logsumexp of -d^2 / temperature over the K naive cells and, where the defence
@@ -32,28 +32,17 @@ class SoftClones(models.Asking):
     generations. Raises ValueError or TypeError that names the argument.
     """
 
-    deterministic = True
+    thorough = True
 
-    def __init__(self, rails: RAILS, *, sharpness: float | Literal["auto"] = "auto") -> None:
-        super().__init__()
-        if not isinstance(rails, RAILS):
-            raise TypeError(f"rails must be a RAILS, got {type(rails).__name__}")
-        fitted(rails)
-        self.rails = rails
+    def __init__(self, rails: NeighbourDefence, *, sharpness: float | Literal["auto"] = "auto") -> None:
+        self.maturations = maturing(rails)
+        super().__init__(rails)
         if sharpness == "auto":
-            self.sharpness = [_EVOLVED if settings.generations else _CLONES for settings in rails.maturations]
+            self.sharpness = [_EVOLVED if settings.generations else _CLONES for settings in self.maturations]
         else:
-            self.sharpness = [_check.number("sharpness", sharpness, least=0, above=True)] * len(rails.maturations)
+            self.sharpness = [_check.number("sharpness", sharpness, least=0, above=True)] * len(self.maturations)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return log-probabilities `(B, C)`, differentiable in inputs `x` `(B, *S)`; ValueError for another shape."""
-        check_shape(self.rails, x)
-        antigens = cells_of(self.rails, x)
-        votes = [self._vote(layer, antigens) for layer in range(len(self.rails.feature_maps))]
-        return with_voice(self.rails, torch.stack(votes).mean(0).log_softmax(1), x)
-
-    def _vote(self, layer: int, antigens: Tensor) -> Tensor:
-        features = self.rails.feature_maps[layer](antigens)
+    def _vote(self, layer: int, antigens: Tensor, features: Tensor) -> Tensor:
         known = self._expanded(layer, antigens.detach(), features.detach())
         squares = (features[:, None, None] - known).square().sum(3)
         temperature = self.sharpness[layer] * squares.detach().flatten(1).std(1).clamp(min=1e-12)
@@ -62,7 +51,7 @@ class SoftClones(models.Asking):
     @torch.no_grad()
     def _expanded(self, layer: int, antigens: Tensor, features: Tensor) -> Tensor:
         """Return the features `(B, C, n, D)` of the naive cells and of their clones, if those were brought near."""
-        rails, settings, index = self.rails, self.rails.maturations[layer], self.rails.index(layer)
+        rails, settings, index = self.defence, self.maturations[layer], self.defence.index(layer)
         found = index.nearest(features, settings.neighbours)[1]
         naive = index.rows(found)
         cells = rails.members(layer, found).flatten(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,9 +11,8 @@ from torch.nn import functional as F
 
 from immunonet import _check
 from immunonet.attacks._surrogate import Surrogate, fewest_examples, probe_distances
-from immunonet.defence import Defence
-from immunonet.dknn import DkNN
-from immunonet.search import Index
+from immunonet.defences.neighbours import NeighbourDefence
+from immunonet.features.search import Index
 
 # A softer vote leaves the defence's own, harder one standing; a harder one gives gradients of few neighbours.
 _SHARPNESS = 0.3
@@ -40,15 +40,16 @@ class SoftNeighbours(Surrogate):
     nearest. Raises ValueError or TypeError that names the argument.
     """
 
+    thorough = True
+
     def __init__(
-        self, defence: Defence, *, neighbours: int | None = None, temperature: float | Literal["auto"] = "auto"
+        self, defence: NeighbourDefence, *, neighbours: int | None = None, temperature: float | Literal["auto"] = "auto"
     ) -> None:
         super().__init__(defence)
-        own = defence.neighbours if isinstance(defence, DkNN) else 0
-        self.neighbours = _neighbours(neighbours, defence, max(20, own))
+        self.neighbours = _neighbours(neighbours, defence, max(20, defence.counted or 0))
         self.temperatures = _scales("temperature", temperature, defence, self.neighbours, _SHARPNESS, squared=True)
 
-    def _vote(self, layer: int, features: Tensor) -> Tensor:
+    def _vote(self, layer: int, antigens: Tensor, features: Tensor) -> Tensor:
         index, temperature = self.defence.index(layer), self.temperatures[layer]
         with torch.no_grad():
             distances, near = index.nearest(features, self.neighbours)
@@ -76,16 +77,21 @@ class SoftCount(Surrogate):
     ValueError or TypeError that names the argument.
     """
 
-    def __init__(self, dknn: DkNN, *, neighbours: int | None = None, width: float | Literal["auto"] = "auto") -> None:
-        if not isinstance(dknn, DkNN):
+    thorough = True
+
+    def __init__(
+        self, dknn: NeighbourDefence, *, neighbours: int | None = None, width: float | Literal["auto"] = "auto"
+    ) -> None:
+        own = getattr(dknn, "counted", None)
+        if own is None:
             raise TypeError(f"dknn must be a DkNN, got {type(dknn).__name__}")
         super().__init__(dknn)
-        counted = dknn.neighbours if neighbours is None else neighbours
+        counted = own if neighbours is None else neighbours
         self.counted = _check.integer("neighbours", counted, most=len(dknn.repertoire))
         self.neighbours = _neighbours(None, dknn, max(20, self.counted))
         self.widths = _scales("width", width, dknn, self.neighbours, _WIDTH, squared=True)
 
-    def _vote(self, layer: int, features: Tensor) -> Tensor:
+    def _vote(self, layer: int, antigens: Tensor, features: Tensor) -> Tensor:
         index, width = self.defence.index(layer), self.widths[layer]
         with torch.no_grad():
             distances, near = index.nearest(features, self.neighbours)
@@ -114,13 +120,13 @@ class ASK(Surrogate):
     """
 
     def __init__(
-        self, defence: Defence, *, neighbours: int | None = None, temperature: float | Literal["auto"] = "auto"
+        self, defence: NeighbourDefence, *, neighbours: int | None = None, temperature: float | Literal["auto"] = "auto"
     ) -> None:
         super().__init__(defence)
         self.neighbours = _neighbours(neighbours, defence, 5)
         self.temperatures = _scales("temperature", temperature, defence, self.neighbours, _SHARPNESS, squared=False)
 
-    def _vote(self, layer: int, features: Tensor) -> Tensor:
+    def _vote(self, layer: int, antigens: Tensor, features: Tensor) -> Tensor:
         index, temperature = self.defence.index(layer), self.temperatures[layer]
         with torch.no_grad():
             distances, near = index.nearest(features, self.neighbours)
@@ -150,7 +156,7 @@ class AdvKnn(Surrogate):
 
     def __init__(
         self,
-        defence: Defence,
+        defence: NeighbourDefence,
         *,
         neighbours: int | None = None,
         examples: int = 5000,
@@ -159,7 +165,7 @@ class AdvKnn(Surrogate):
     ) -> None:
         super().__init__(defence)
         n = len(defence.repertoire)
-        default = defence.neighbours if isinstance(defence, DkNN) else 75
+        default = defence.counted or 75
         neighbours = min(default, n - 1) if neighbours is None else neighbours
         self.neighbours = _check.integer("neighbours", neighbours, most=n - 1)
         self.examples = min(_check.integer("examples", examples), n)
@@ -167,7 +173,7 @@ class AdvKnn(Surrogate):
         self.seed = _check.integer("seed", seed, least=0)
         self.blocks = nn.ModuleList(self._fitted_block(layer) for layer in range(len(defence.layers)))
 
-    def _vote(self, layer: int, features: Tensor) -> Tensor:
+    def _vote(self, layer: int, antigens: Tensor, features: Tensor) -> Tensor:
         logits: Tensor = self.blocks[layer](features)
         return logits
 
@@ -207,13 +213,13 @@ class AdvKnn(Surrogate):
         return F.one_hot(labels, self.defence.classes).float().mean(1)
 
 
-def _neighbours(value: int | None, defence: Defence, default: int) -> int:
+def _neighbours(value: int | None, defence: NeighbourDefence, default: int) -> int:
     fewest = fewest_examples(defence)
     return _check.integer("neighbours", min(default, fewest) if value is None else value, most=fewest)
 
 
 def _scales(
-    name: str, value: float | str, defence: Defence, neighbours: int, share: float, *, squared: bool
+    name: str, value: float | str, defence: NeighbourDefence, neighbours: int, share: float, *, squared: bool
 ) -> list[float]:
     """Return per layer the `value` called `name`, or `share` of the spread of distances, where it is "auto"."""
     if value != "auto":
@@ -227,3 +233,12 @@ def _means(index: Index, near: Tensor, weights: Tensor) -> Tensor:
     """Return the means `(B, C, D)` of the features of examples `near` under `weights`, both `(B, C, k)`."""
     # One antigen at a time: the features of its neighbours together may be large.
     return torch.stack([(w[:, :, None] * index.rows(i)).sum(1) for w, i in zip(weights, near, strict=True)])
+
+
+def neighbour_votes(defence: NeighbourDefence) -> dict[str, Callable[[], Surrogate]]:
+    """Return what makes the votes that know a defence's layers and repertoire, by name, the strongest first."""
+    return {
+        "adv-knn": lambda: AdvKnn(defence),
+        "ask": lambda: ASK(defence),
+        "soft-knn": lambda: SoftNeighbours(defence),
+    }

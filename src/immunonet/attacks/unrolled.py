@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from immunonet import _check, models
-from immunonet.attacks._surrogate import cells_of, check_shape, fitted, probe_distances, with_voice
+from immunonet import _check
+from immunonet.attacks._surrogate import Surrogate, maturing, probe_distances
+from immunonet.defences.neighbours import NeighbourDefence
+from immunonet.features.maps import FeatureMap
 from immunonet.immune import backend, operators
 from immunonet.immune.maturation import mutation_range, temperatures
 from immunonet.immune.settings import Maturation
-from immunonet.maps import FeatureMap
-from immunonet.rails import RAILS
 
 # Width of the soft plasma cut. A wider one leaves the defence's own, harder cut standing.
 _WIDTH = 0.1
@@ -22,7 +22,7 @@ _WIDTH = 0.1
 _CACHED = 2**21
 
 
-class Unrolled(models.Asking):
+class Unrolled(Surrogate):
     """A light RAILS whose answer is differentiable in the antigen, for attacks that know the whole defence.
 
     Going forward it is the immune response itself with fewer cells and generations, except for the vote. Going
@@ -50,14 +50,19 @@ class Unrolled(models.Asking):
     TypeError that names the argument.
     """
 
+    randomised = True
+
     def __init__(
-        self, rails: RAILS, *, generations: int = 2, population: int = 200, width: float = _WIDTH, seed: int = 0
+        self,
+        rails: NeighbourDefence,
+        *,
+        generations: int = 2,
+        population: int = 200,
+        width: float = _WIDTH,
+        seed: int = 0,
     ) -> None:
-        super().__init__()
-        if not isinstance(rails, RAILS):
-            raise TypeError(f"rails must be a RAILS, got {type(rails).__name__}")
-        fitted(rails)
-        self.rails = rails
+        maturations = maturing(rails)
+        super().__init__(rails)
         self.generations = _check.integer("generations", generations, least=0)
         self.population = _check.integer("population", population)
         self.width = _check.number("width", width, least=0, above=True)
@@ -69,31 +74,31 @@ class Unrolled(models.Asking):
                 generations=min(generations, m.generations),
                 population=max(population, 2 * rails.classes * m.neighbours),
             )
-            for m in rails.maturations
+            for m in maturations
         ]
         cell = rails.members(0, torch.zeros(1, dtype=torch.long, device=rails.device)).numel()
         most = max(rails.classes * m.per_class(rails.classes) for m in self._settings)
         self.batch_size = max(1, _CACHED // (cell * most))
-        near = probe_distances(rails, [m.neighbours for m in rails.maturations])
+        near = probe_distances(rails, [m.neighbours for m in maturations])
         self._widths = [max(width * float(d.flatten(1).std(1).mean()), 1e-12) for d in near]
 
     def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
         """Return log-probabilities `(B, C)`, differentiable in inputs `x` `(B, *S)`; ValueError for another shape."""
-        rails = self.rails
-        check_shape(rails, x)
         generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
-        antigens = cells_of(rails, x)
-        votes = [self._respond(layer, antigens, generator) for layer in range(len(rails.feature_maps))]
-        return with_voice(rails, torch.stack(votes).mean(0).log_softmax(1), x)
+        antigens, features = self.defence.compared(x)
+        votes = [self._respond(layer, antigens, found, generator) for layer, found in enumerate(features)]
+        return self.defence.heard(torch.stack(votes).mean(0).log_softmax(1), x)
 
-    def _respond(self, layer: int, antigens: Tensor, generator: torch.Generator) -> Tensor:
+    def _vote(self, layer: int, antigens: Tensor, features: Tensor) -> Tensor:
+        return self._respond(layer, antigens, features, torch.Generator().manual_seed(self.seed))
+
+    def _respond(self, layer: int, antigens: Tensor, features: Tensor, generator: torch.Generator) -> Tensor:
         """Return the log of the soft consensus `(B, C)` at one layer."""
-        settings, feature_map = self._settings[layer], self.rails.feature_maps[layer]
-        features = feature_map(antigens)
+        settings, feature_map = self._settings[layer], self.defence.feature_maps[layer]
         cells, naive_distances = self._naive(layer, features)
-        size = settings.per_class(self.rails.classes)
+        size = settings.per_class(self.defence.classes)
         copies = size // cells.shape[2]
-        mutation = _Mutation(settings, cells, self.rails._cell_bounds(), generator)
+        mutation = _Mutation(settings, cells, self.defence.cell_limits(), generator)
         with torch.no_grad():
             naive, goals = cells.flatten(0, 1), antigens.repeat_interleave(cells.shape[1], dim=0)
             near = backend.approach(naive, goals, settings.alignment, settings.recombination)
@@ -109,7 +114,7 @@ class Unrolled(models.Asking):
     @torch.no_grad()
     def _naive(self, layer: int, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return naive cells `(B, C, K, *S)` and their distances `(B, C, K)`."""
-        rails = self.rails
+        rails = self.defence
         distances, index = rails.index(layer).nearest(features, self._settings[layer].neighbours)
         return rails.members(layer, index), distances
 

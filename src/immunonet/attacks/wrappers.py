@@ -10,10 +10,8 @@ from torch import Tensor
 
 from immunonet import _check, models
 from immunonet.attacks._base import Model, Penalised
-from immunonet.attacks._surrogate import features_of, fitted
-from immunonet.defence import Defence
-from immunonet.dknn import DkNN
-from immunonet.rails import RAILS
+from immunonet.attacks._surrogate import fitted
+from immunonet.defences.neighbours import NeighbourDefence
 
 
 class Bpda(models.Asking):
@@ -50,8 +48,8 @@ class Eot(models.Asking):
 
     A model that takes a `seed`, such as RAILS or `Unrolled`, is called with the seeds `seed` to `seed + draws - 1`
     every time: the answer is a plain function of the input, and an attack on it can be repeated. Another random
-    model is called `draws` times as it is. A DkNN, and a model that tells so by an attribute `deterministic`, is
-    called once. Models give logits or log-probabilities `(B, C)`; gradients flow through all calls.
+    model is called `draws` times as it is; one whose attribute `randomised` is False, such as a DkNN, once. Models give
+    logits or log-probabilities `(B, C)`; gradients flow through all calls.
     """
 
     def __init__(self, defence: Model, *, draws: int = 20, seed: int = 0) -> None:
@@ -60,7 +58,7 @@ class Eot(models.Asking):
         self.draws = _check.integer("draws", draws)
         self.seed = _check.integer("seed", seed, least=0)
         self._seeded = models.takes_seed(defence)
-        if isinstance(defence, DkNN) or getattr(defence, "deterministic", False):
+        if not getattr(defence, "randomised", True):
             self.draws = 1
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +79,7 @@ class Stealthy(Penalised):
     units of the loss (nats for the cross-entropy).
     """
 
-    def __init__(self, surrogate: Model, defence: Defence, *, weight: float = 100.0) -> None:
+    def __init__(self, surrogate: Model, defence: NeighbourDefence, *, weight: float = 100.0) -> None:
         super().__init__()
         self.surrogate = _callable("surrogate", surrogate)
         self.defence = fitted(defence)
@@ -103,27 +101,17 @@ class Stealthy(Penalised):
         """Return what the defence measures how foreign inputs look by, `(B,)`, differentiable in `x`."""
         defence = self.defence
         parts = []
-        for layer, features in enumerate(features_of(defence, x)):
+        for layer, features in enumerate(defence.compared(x)[1]):
             index = defence.index(layer)
             with torch.no_grad():
-                _, near = index.nearest(features, _sensed(defence, layer), by_class=False)
+                _, near = index.nearest(features, defence.sensed(layer), by_class=False)
             distances = torch.stack([(index.rows(i) - f).norm(dim=1) for i, f in zip(near, features, strict=True)])
-            if isinstance(defence, DkNN) and defence.metric == "cosine":
-                distances = distances.square() / 2
-            parts.append(distances.mean(1) / defence.calibration.scales[layer])
+            parts.append(defence.measured(layer, distances).mean(1) / defence.calibration.scales[layer])
         return torch.stack(parts).sum(0)
 
 
 def _seed(wanted: bool, seed: int) -> dict[str, Any]:
     return {"seed": seed} if wanted else {}
-
-
-def _sensed(defence: Defence, layer: int) -> int:
-    """Return K, how many neighbours over all classes the defence's sensing looks at."""
-    if isinstance(defence, RAILS):
-        return defence.maturations[layer].neighbours
-    assert isinstance(defence, DkNN)
-    return defence.neighbours
 
 
 def _callable(name: str, value: Any) -> Any:

@@ -19,8 +19,7 @@ from torch import nn
 
 from immunonet import _store, data, models, zoo
 from immunonet.evaluation.records import envelope
-from immunonet.features import Layer
-from immunonet.maps import layer_parts
+from immunonet.features.names import Layer, layer_parts
 
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file.")]
 OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that the files are written to.")]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from immunonet import RAILS, DkNN, Maturation, _check, data, report, zoo
 from immunonet.attacks import PGD, SoftNeighbours
 from immunonet.cli import common
-from immunonet.defence import Defence
+from immunonet.defences.neighbours import NeighbourDefence
 from immunonet.evaluation import Row, records
 from immunonet.evaluation.asking import answers, describe, describe_attack, is_randomised
 
@@ -164,7 +164,7 @@ def network(training: data.Images, validation: data.Images, path: Path, seed: in
     return net
 
 
-def dknn_candidates(net: nn.Module) -> Iterator[Defence]:
+def dknn_candidates(net: nn.Module) -> Iterator[NeighbourDefence]:
     """Yield the DkNNs to choose from."""
     for layers in DKNN_LAYERS:
         for metric in METRICS:
@@ -172,7 +172,7 @@ def dknn_candidates(net: nn.Module) -> Iterator[Defence]:
                 yield DkNN(net, layers, neighbours=neighbours, metric=metric)
 
 
-def rails_candidates(net: nn.Module, seed: int) -> Iterator[Defence]:
+def rails_candidates(net: nn.Module, seed: int) -> Iterator[NeighbourDefence]:
     """Yield the RAILS to choose from."""
     for layer in RAILS_LAYERS:
         for neighbours in RAILS_NEIGHBOURS:
@@ -180,15 +180,17 @@ def rails_candidates(net: nn.Module, seed: int) -> Iterator[Defence]:
 
 
 def best(
-    candidates: Iterable[Defence], versions: Sequence[Tensor], y: Tensor, seed: int
-) -> tuple[Defence, dict[str, Any]]:
+    candidates: Iterable[NeighbourDefence], versions: Sequence[Tensor], y: Tensor, seed: int
+) -> tuple[NeighbourDefence, dict[str, Any]]:
     """Return the candidate most often right on all versions of images labelled `y`, and how it was chosen."""
     scores = [(accuracy(candidate, versions, y, seed), candidate) for candidate in candidates]
     score, chosen = max(scores, key=lambda pair: pair[0])
     return chosen, {"tuning": {"images": len(y), "candidates": len(scores), "accuracy": score}}
 
 
-def strongest(defence: Defence, pgd: PGD, examples: Examples, seed: int) -> tuple[SoftNeighbours, dict[str, Any]]:
+def strongest(
+    defence: NeighbourDefence, pgd: PGD, examples: Examples, seed: int
+) -> tuple[SoftNeighbours, dict[str, Any]]:
     """Return the surrogate through which PGD hurts the defence most, and its settings.
 
     The surrogates differ in temperature, a share of the one that `SoftNeighbours` finds.
@@ -203,7 +205,7 @@ def strongest(defence: Defence, pgd: PGD, examples: Examples, seed: int) -> tupl
     return soft, {"neighbours": soft.neighbours, "temperatures": soft.temperatures, "accuracy": score}
 
 
-def accuracy(defence: Defence, versions: Sequence[Tensor], y: Tensor, seed: int) -> float:
+def accuracy(defence: NeighbourDefence, versions: Sequence[Tensor], y: Tensor, seed: int) -> float:
     """Return the share of right answers over all versions of images labelled `y`."""
     seeds = (seed,) if is_randomised(defence) else ()
     labels = torch.stack([answers(defence, x, seeds)[0][0] for x in versions])

@@ -19,7 +19,7 @@ from torch import nn
 from immunonet import RAILS, DkNN, Maturation, _check, _store, data, zoo
 from immunonet.attacks import PGD
 from immunonet.cli import common, places
-from immunonet.defence import Defence
+from immunonet.defences.neighbours import NeighbourDefence
 from immunonet.evaluation import protocol as protocols
 from immunonet.evaluation.asking import LogProbabilities
 from immunonet.evaluation.benchmark import KNOWS, METRICS, NEIGHBOURS, Benchmark, Outcome
@@ -27,7 +27,7 @@ from immunonet.evaluation.outcome import Evaluation
 from immunonet.evaluation.records import envelope
 from immunonet.evaluation.statistics import mcnemar
 from immunonet.evaluation.suite import PROTOCOLS
-from immunonet.features import Layer
+from immunonet.features.names import Layer
 
 PRESETS: dict[str, Callable[..., Maturation]] = {
     "default": Maturation,
@@ -321,7 +321,7 @@ def _by_protocol(
     found = []
     for kind, layer, make, extra in work:
         defence = make()
-        if isinstance(defence, Defence):
+        if isinstance(defence, NeighbourDefence):
             defence.fit(*bench.repertoire, calibration=bench.calibration)
         layers = {} if layer is None else {"layers": layer.split("+")}
         found.append(

@@ -10,9 +10,9 @@ from torch import nn
 
 from immunonet import RAILS, DkNN, Maturation, _check, _store, data
 from immunonet.cli import common
-from immunonet.defence import Defence
+from immunonet.defences.neighbours import NeighbourDefence
 from immunonet.evaluation.asking import describe
-from immunonet.features import Layer
+from immunonet.features.names import Layer
 
 RECORD = "fit.json"
 DEFENCES: dict[str, type[RAILS] | type[DkNN]] = {"rails": RAILS, "dknn": DkNN}
@@ -69,7 +69,7 @@ def fit(
     net = common.load_model(name, weights, target, classes=len(images.classes))
     common.check_model(name, net, images)
     maps = [common.resolve_layer(one, net) for one in layers]
-    built: Defence
+    built: NeighbourDefence
     if defence == "rails":
         maturation = Maturation(population=population, neighbours=neighbours or 10, generations=generations)
         built = RAILS(net, maps, maturation=maturation, false_alarm=false_alarm, seed=seed, voice=voice)

@@ -12,7 +12,7 @@ from torch import Tensor
 from immunonet import RAILS, DkNN, _store, data
 from immunonet.cli import common
 from immunonet.cli.fit import DEFENCES, RECORD
-from immunonet.defence import DEFENCE_FILE, Defence
+from immunonet.defences.base import DEFENCE_FILE, Defence
 from immunonet.evaluation.journal import Journal
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from immunonet import incoming, models
 from immunonet.attacks import SoftClones, SoftNeighbours
-from immunonet.defence import Defence
-from immunonet.rails import RAILS
+from immunonet.defences.neighbours import NeighbourDefence
+from immunonet.defences.rails import RAILS
 
 # The label that stands for no usable answer: it is never right.
 NO_ANSWER = -1
@@ -48,7 +48,7 @@ class Subject(models.Asking):
     def __init__(self, defence: Callable[..., Tensor], *, classes: int, fixed: int | None = None) -> None:
         super().__init__()
         self.defence, self.classes, self.fixed = defence, classes, fixed
-        self.seeded = is_randomised(defence) or models.takes_seed(defence)
+        self.seeded = is_randomised(defence)
         self.faults: Counter[str] = Counter()
         self._calls = 0
 
@@ -182,9 +182,9 @@ def light_twin(rails: RAILS, *, population: int = 200, generations: int = 3) -> 
 
 
 def is_randomised(defence: object) -> bool:
-    """Return whether `defence` has a `predict` that takes a seed."""
-    predict = getattr(defence, "predict", None)
-    return predict is not None and models.takes_seed(predict)
+    """Return whether the answers of `defence` depend on a seed: what it says itself, or whether it takes one."""
+    takes = models.takes_seed(defence) or models.takes_seed(getattr(defence, "predict", None))
+    return bool(getattr(defence, "randomised", takes))
 
 
 def shares_draws(defence: object) -> TypeGuard[RAILS]:
@@ -214,9 +214,9 @@ def answers(model: nn.Module, x: Tensor, seeds: Sequence[int] = ()) -> tuple[Ten
 
 def describe(defence: object) -> dict[str, Any]:
     """Return a defence's hyper-parameters, `layers` among them, for the settings of a row."""
-    if not isinstance(defence, Defence):
+    if not isinstance(defence, NeighbourDefence):
         return {"layers": []}
-    return {"layers": list(defence.layers), "false_alarm": defence.false_alarm} | defence._settings()
+    return {"layers": list(defence.layers)} | defence.settings()
 
 
 def describe_attack(attack: Any) -> dict[str, Any]:

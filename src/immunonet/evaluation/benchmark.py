@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from immunonet import _store
 from immunonet.attacks import ASK, FGSM, PGD, SoftClones, SoftCount, SoftNeighbours
 from immunonet.attacks._surrogate import fewest_examples
-from immunonet.defence import Defence
-from immunonet.dknn import DkNN
+from immunonet.defences.dknn import DkNN
+from immunonet.defences.neighbours import NeighbourDefence
+from immunonet.defences.rails import RAILS
 from immunonet.evaluation.asking import (
     answers,
     describe,
@@ -25,8 +26,7 @@ from immunonet.evaluation.asking import (
 from immunonet.evaluation.identity import identity
 from immunonet.evaluation.journal import Journal
 from immunonet.evaluation.records import VERSION, Row
-from immunonet.features import Layer
-from immunonet.rails import RAILS
+from immunonet.features.names import Layer
 
 # What the attacker differentiates, for every attack there is; without one, the least.
 KNOWS = {"none": "base", "fgsm": "base", "pgd": "base", "soft-knn": "defence", "soft-clones": "defence"}
@@ -159,7 +159,7 @@ class Benchmark:
         return dict(self.journal[key])
 
     def _fit(self, defence: nn.Module) -> None:
-        if isinstance(defence, Defence) and not defence.feature_maps:
+        if isinstance(defence, NeighbourDefence) and not defence.feature_maps:
             defence.fit(*self.repertoire, calibration=self.calibration)
 
     def _adversarials(self, name: str, attack: str, vote: nn.Module | None, part: slice) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from immunonet import models
+from immunonet.defences.rails import RAILS
 from immunonet.evaluation.asking import Subject
-from immunonet.rails import RAILS
 
 _SINGLE = 5
 _BATCHES = (8, 32, 128)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from immunonet import _check, _store
+from immunonet.defences.rails import RAILS
 from immunonet.evaluation.abstention import abstention
 from immunonet.evaluation.asking import Subject, describe
 from immunonet.evaluation.cost import without
@@ -20,7 +21,6 @@ from immunonet.evaluation.records import Check, Flag, Row, envelope
 from immunonet.evaluation.runner import Runner, Trial
 from immunonet.evaluation.runner import describe as describe_planned
 from immunonet.evaluation.verdict import WorstCase, choose, per_example, picked, summary, worst
-from immunonet.rails import RAILS
 
 # Images of the gallery.
 _SHOWN = 12

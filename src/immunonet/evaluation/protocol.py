@@ -256,7 +256,7 @@ def _bounds(defence: Any) -> _check.Bounds:
     found = getattr(defence, "bounds", None)
     if isinstance(found, _check.Bounds):
         return found
-    return _check.Bounds.of("defence.bounds", (0.0, 1.0) if found is None else found)
+    return incoming.bounds("defence.bounds", (0.0, 1.0) if found is None else found)
 
 
 def _name(defence: Any) -> str:

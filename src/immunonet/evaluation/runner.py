@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import _check, _store
-from immunonet.defence import Defence
+from immunonet.defences.neighbours import NeighbourDefence
 from immunonet.evaluation.asking import LogProbabilities, Subject
 from immunonet.evaluation.journal import Journal
 from immunonet.evaluation.records import VERSION
@@ -116,7 +116,7 @@ class Runner:
         y = self.y[: attack.n].cpu()
         defence = self.subject.defence
         familiarity = foreign = None
-        if isinstance(defence, Defence):
+        if isinstance(defence, NeighbourDefence):
             familiarity = torch.tensor([p for kept, _ in parts for p in kept["familiarity"]])
             foreign = familiarity.le(defence.false_alarm)
         tested = Trial(
@@ -173,7 +173,7 @@ class Runner:
             return {
                 "labels": labels.tolist(),
                 "base": base_labels.tolist(),
-                "familiarity": defence.familiarity(found).tolist() if isinstance(defence, Defence) else None,
+                "familiarity": defence.familiarity(found).tolist() if isinstance(defence, NeighbourDefence) else None,
                 "attempted": chosen.tolist(),
                 "outside": outside,
                 "losses": losses,

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, attacks, models
+from immunonet import _check, attacks, incoming, models
 from immunonet.attacks import AttackResult
 from immunonet.attacks._losses import log_odds
 from immunonet.attacks._norms import NORMS, random_within, size
-from immunonet.defence import Defence
-from immunonet.dknn import DkNN
+from immunonet.defences.dknn import DkNN
+from immunonet.defences.neighbours import NeighbourDefence
+from immunonet.defences.rails import RAILS
 from immunonet.evaluation.asking import LogProbabilities, Subject, light_twin
-from immunonet.rails import RAILS
 
 Model = Callable[[Tensor], Tensor]
 
@@ -160,7 +160,7 @@ class Noise:
         _check.keep(self, _check.integer, "points")
         _check.keep(self, _check.integer, "seed", least=0)
         _check.keep(self, _check.choice, "norm", options=NORMS)
-        _check.keep(self, _check.bounds, "bounds")
+        _check.keep(self, incoming.bounds, "bounds")
 
     @torch.no_grad()
     def __call__(self, model: Model, x: Tensor, y: Tensor) -> AttackResult:
@@ -224,7 +224,7 @@ def suite(
 
     undefended = isinstance(defence, LogProbabilities) and defence.network is base
     light = Subject(light_twin(defence), classes=classes) if isinstance(defence, RAILS) else subject
-    if isinstance(defence, Defence):
+    if isinstance(defence, NeighbourDefence):
         soft = attacks.SoftNeighbours(defence)
         near: nn.Module = soft
         add("soft-knn", "adaptive", pgd, soft)

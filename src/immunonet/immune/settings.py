@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -125,6 +126,20 @@ class Maturation:
         if dataset == "mnist":
             return cls(**common | {"temperature": 18.0} | overrides)
         return [cls(**common | {"temperature": tau, "generations": g} | overrides) for tau, g in ((1.0, 10), (10.0, 5))]
+
+
+PRESETS: dict[str, Callable[..., Any]] = {
+    "default": Maturation,
+    "paper": Maturation.paper,
+    "authors-mnist": lambda **overrides: Maturation.authors("mnist", **overrides),
+    "authors-cifar10": lambda **overrides: Maturation.authors("cifar10", **overrides),
+}
+"""What makes settings, one for any layer or a list with one per layer, by the name of the preset."""
+
+
+def preset(name: str, **overrides: Any) -> Any:
+    """Return the settings of a preset, some of its values replaced; ValueError for an unknown one."""
+    return PRESETS[_check.choice("preset", name, tuple(PRESETS))](**overrides)
 
 
 def _several(value: Any) -> bool:

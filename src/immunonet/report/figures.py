@@ -46,7 +46,7 @@ def image_array(image: Tensor, *, bounds: Any = (0.0, 1.0)) -> np.ndarray:
     shape.
     """
     require_images("image", image.shape)
-    low, high = _check.Bounds.of("bounds", bounds).tensors(image, image.shape)
+    low, high = incoming.bounds("bounds", bounds).tensors(image, image.shape)
     scaled = ((image - low) / (high - low)).clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
     pixels: np.ndarray = (scaled[0] if len(scaled) == 1 else scaled.permute(1, 2, 0)).numpy()
     return pixels

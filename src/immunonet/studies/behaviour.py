@@ -14,7 +14,6 @@ from torch import Tensor
 from immunonet import RAILS, DkNN, _store, data
 from immunonet.evaluation import statistics
 from immunonet.evaluation.asking import answers
-from immunonet.immune import sensing
 from immunonet.studies.entries import Hardening, Learning, Sensing
 from immunonet.studies.experiments import neighbours
 from immunonet.studies.lab import Lab
@@ -217,17 +216,8 @@ def senses(defence: RAILS | DkNN, x: Tensor) -> dict[str, Tensor]:
     `credibility`; `distance`, the mean distance to the nearest in units of the calibration's, summed over layers;
     `distance_p`, its conformal p-value.
     """
-    if isinstance(defence, DkNN):
-        credibility = defence.credibility(x)
-        far = defence._neighbourhood(x)[1]
-    else:
-        naive = [defence.naive(x, layer)[1] for layer in range(len(defence.layers))]
-        counts = torch.stack([sensing.nonconformity(distances) for distances in naive]).sum(0)
-        credibility = sensing.p_values(defence.calibration.label_scores, counts).amax(1)
-        far = torch.stack([sensing.remoteness(distances) for distances in naive], dim=1)
-    distance = (far / defence.calibration.scales).sum(1)
-    p = sensing.p_values(defence.calibration.strangeness, distance)
-    return {"credibility": credibility, "distance": distance, "distance_p": p}
+    sense = defence.sense(x)
+    return {"credibility": defence.credibility(x), "distance": sense.distance, "distance_p": sense.p_value}
 
 
 def _harden(lab: Lab, entry: Hardening, seed: int) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from immunonet import RAILS, DkNN, Maturation, _store
 from immunonet.attacks import FGSM, PGD
 from immunonet.data import Images, sample
+from immunonet.defences.repertoire import check_classes
 from immunonet.evaluation.asking import describe_attack
 from immunonet.evaluation.benchmark import neighbour_scores
 from immunonet.evaluation.journal import Journal
-from immunonet.features import Layer
-from immunonet.repertoire import check_classes
+from immunonet.features.names import Layer
 from immunonet.studies.settings import Study
 
 # Fitted defences that are kept: more would not fit in memory where layers are wide.
@@ -142,7 +142,7 @@ class Lab:
     @torch.no_grad()
     def calibrated(self, defence: T) -> T:
         """Return a defence of `rails` or `dknn` calibrated for its present settings on all of the validation split."""
-        settings = defence._settings()
+        settings = defence.settings()
         if self._calibrated.get(defence) != settings:
             x, y = self.held_out.x.to(self.device), self.held_out.y.to(self.device)
             defence.calibration = defence._calibrate(x, y)

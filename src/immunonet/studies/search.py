@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from immunonet import _store, data
+from immunonet.defences.repertoire import check_classes
 from immunonet.evaluation import statistics
 from immunonet.evaluation.asking import answers, describe_attack
-from immunonet.repertoire import check_classes
 from immunonet.studies.entries import WHOLE, Range, Search
 from immunonet.studies.experiments import hidden_space
 from immunonet.studies.lab import Lab

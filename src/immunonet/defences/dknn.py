@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check
-from immunonet.defence import Defence
-from immunonet.features import Layer
-from immunonet.immune import sensing
+from immunonet import _check, attacks
+from immunonet.defences.base import Answer, Made
+from immunonet.defences.neighbours import SENSED, NeighbourDefence
+from immunonet.features.names import Layer
 from immunonet.immune.consensus import decided, lots, shared, winner
-from immunonet.repertoire import Calibration
-
-QUERIES = 256
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class _Near:
     missed: Tensor
 
 
-class DkNN(Defence):
+class DkNN(NeighbourDefence):
     """Deep k-nearest neighbours (Papernot & McDaniel 2018, arXiv 1803.04765) around a classifier.
 
     The label is the one that most of the neighbours over all layers carry. Examples that are exactly as near as the
@@ -56,6 +53,8 @@ class DkNN(Defence):
         ValueError or TypeError that names the argument.
     """
 
+    kind, title = "dknn", "DkNN"
+
     def __init__(
         self,
         model: nn.Module,
@@ -67,13 +66,30 @@ class DkNN(Defence):
         false_alarm: float = 0.05,
         memory_budget: int | Literal["auto"] = "auto",
     ) -> None:
-        super().__init__(model, layers, bounds=bounds, space=None, false_alarm=false_alarm, memory_budget=memory_budget)
+        shared: dict[str, Any] = {"metric": metric, "bounds": bounds, "false_alarm": false_alarm}
+        super().__init__(model, layers, space=None, memory_budget=memory_budget, **shared)
         self.neighbours = _check.integer("neighbours", neighbours)
-        self.metric = _check.choice("metric", metric, ("cosine", "euclidean"))
 
-    def predict(self, x: Any) -> Tensor:
-        """Return labels `(B,)` int64 of inputs `(B, *S)`."""
-        return torch.cat([self._label(nearest, self.neighbours)[0] for nearest in self._nearest(self._inputs(x))])
+    @torch.no_grad()
+    def answer(self, x: Any, seed: int | None = None) -> Answer:
+        """Return the answer to inputs `(B, *S)`: for m of n neighbours with a label, log((m + 1) / (n + C)).
+
+        Nothing is drawn, so that `seed` changes nothing. `shares` are m / n. Where labels tie, the one that is said is
+        put first by about a millionth.
+        """
+        found = []
+        for nearest in self._nearest(self._inputs(x)):
+            labels, counts = self._label(nearest, self.neighbours)
+            found.append((labels, counts, self._far(nearest)))
+        labels, counts, far = (torch.cat(column) for column in zip(*found, strict=True))
+        n = self.neighbours * len(self.layers)
+        return Answer(
+            labels,
+            decided(((counts + 1) / (n + self.classes)).log(), labels),
+            sense=self._sense_of(far),
+            credibility=self._p_values(n - counts).amax(1),
+            shares=counts / n,
+        )
 
     def predict_each(self, x: Any, neighbours: Sequence[int]) -> Tensor:
         """Return labels `(len(neighbours), B)` int64 of inputs `(B, *S)` by so many nearest, at most the DkNN's own."""
@@ -81,53 +97,41 @@ class DkNN(Defence):
         nearest = self._nearest(self._inputs(x))
         return torch.cat([torch.stack([self._label(part, k)[0] for k in counts]) for part in nearest], dim=1)
 
-    def predict_proba(self, x: Any) -> Tensor:
-        """Return the share `(B, C)` float32 of each label among the neighbours, which sums to 1."""
-        counts, _ = self._neighbourhood(self._inputs(x))
-        return counts / (self.neighbours * len(self.layers))
-
-    def p_values(self, x: Any) -> Tensor:
-        """Return the conformal p-value `(B, C)` of every label: how usual its nonconformity is on calibration data."""
-        counts, _ = self._neighbourhood(self._inputs(x))
-        return sensing.p_values(self.calibration.label_scores, self._nonconformity(counts))
-
-    def credibility(self, x: Any) -> Tensor:
-        """Return the largest p-value `(B,)`: how well the training data support the answer."""
-        return self.p_values(x).amax(1)
-
     def confidence(self, x: Any) -> Tensor:
         """Return 1 minus the second largest p-value `(B,)`: how little they support any other."""
         return 1 - self.p_values(x).topk(2, dim=1).values[:, 1]
 
-    def familiarity(self, x: Any) -> Tensor:
-        """Return the p-value `(B,)` of each input's distance to its nearest examples: foreign ones have a small one."""
-        _, far = self._neighbourhood(self._inputs(x))
-        return self.calibration.familiarity(far)
+    def surrogates(self) -> Mapping[str, nn.Module]:
+        """Return a soft count of the neighbours that are counted, and the votes of neighbours."""
+        return Made({"soft-count": lambda: attacks.SoftCount(self)} | attacks.neighbour_votes(self))
 
-    def forward(self, x: Any) -> Tensor:
-        """Return finite log-probabilities `(B, C)`: log((m + 1) / (n + C)) for m of n neighbours with the label.
+    @property
+    def counted(self) -> int:
+        """How many neighbours over all classes vote."""
+        return self.neighbours
 
-        Their argmax is what `predict` says: where labels tie, its label is put first by about a millionth.
-        """
-        found = [self._label(nearest, self.neighbours) for nearest in self._nearest(self._inputs(x))]
-        labels, counts = (torch.cat(column) for column in zip(*found, strict=True))
-        n = self.neighbours * len(self.layers)
-        return decided(((counts + 1) / (n + self.classes)).log(), labels)
+    def sensed(self, layer: int) -> int:
+        """Return how many neighbours over all classes sensing looks at: those that vote."""
+        return self.neighbours
 
-    def _neighbourhood(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each label's neighbours `(B, C)` over all layers, and the mean distances `(B, L)` to them."""
-        counts, far = [], []
-        for nearest in self._nearest(x):
-            counts.append(self._votes(nearest, self.neighbours)[0])
-            means = [self._measured(near.distances[:, : self.neighbours]).mean(1) for near in nearest]
-            far.append(torch.stack(means, dim=1))
-        return torch.cat(counts), torch.cat(far)
+    def measured(self, layer: int, distances: Tensor) -> Tensor:
+        """Return distances in the metric's own units: of cosine, one minus it."""
+        return self.feature_maps[layer].measured(distances)
+
+    def _neighbourhood_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        (nearest,) = self._nearest(x)
+        return self.neighbours * len(self.layers) - self._votes(nearest, self.neighbours)[0], self._far(nearest)
+
+    def _far(self, nearest: Sequence[_Near]) -> Tensor:
+        """Return the mean distances `(B, L)` to the neighbours."""
+        means = [self.measured(i, near.distances[:, : self.neighbours]).mean(1) for i, near in enumerate(nearest)]
+        return torch.stack(means, dim=1)
 
     @torch.no_grad()
     def _nearest(self, x: Tensor) -> Iterator[list[_Near]]:
         """Yield what every layer finds near inputs `(B, *S)`, `QUERIES` of them at a time."""
-        for part in x.split(QUERIES):
-            yield [self._near(self._keys(f), layer) for layer, f in enumerate(self._described(part)[1])]
+        for part in x.split(SENSED):
+            yield [self._near(f, layer) for layer, f in enumerate(self._described(part)[1])]
 
     def _near(self, keys: Tensor, layer: int) -> _Near:
         index, k = self.index(layer), self.neighbours
@@ -158,15 +162,15 @@ class DkNN(Defence):
         """Return each label's number among the k nearest of every layer, and minus their summed distance, `(B, C)`."""
         counts = nearest[0].distances.new_zeros(len(nearest[0].keys), self.classes)
         nearness = torch.zeros_like(counts)
-        for near in nearest:
+        for layer, near in enumerate(nearest):
             edge = near.distances[:, k - 1 : k]
             inside, at = near.distances < edge, near.distances == edge
             nearer = self._count(near.labels, inside)
             level = self._count(near.labels, at) + near.missed * (edge == near.distances[:, -1:])
             number = shared(nearer, level, k)
             whole = level.sum(1, keepdim=True) == k - nearer.sum(1, keepdim=True)
-            nearness.scatter_add_(1, near.labels, -self._measured(near.distances) * (inside | (at & whole)))
-            nearness -= torch.where(whole, 0, self._measured(edge) * (number - nearer))
+            nearness.scatter_add_(1, near.labels, -self.measured(layer, near.distances) * (inside | (at & whole)))
+            nearness -= torch.where(whole, 0, self.measured(layer, edge) * (number - nearer))
             counts += number
         return counts, nearness
 
@@ -174,22 +178,6 @@ class DkNN(Defence):
         """Return how many of `labels` `(B, n)`, of those in `which`, are each, `(B, C)` int64."""
         ones = torch.ones_like(labels) if which is None else which.long()
         return ones.new_zeros(len(labels), self.classes).scatter_add_(1, labels, ones)
-
-    def _measured(self, distances: Tensor) -> Tensor:
-        # Of unit vectors, half the squared distance is one minus the cosine.
-        return distances.square() / 2 if self.metric == "cosine" else distances
-
-    def _nonconformity(self, counts: Tensor) -> Tensor:
-        return self.neighbours * len(self.layers) - counts
-
-    def _calibrate(self, x: Tensor, y: Tensor) -> Calibration:
-        counts, far = self._neighbourhood(x)
-        return Calibration.of(self._nonconformity(counts).gather(1, y[:, None])[:, 0], far)
-
-    def _keys(self, features: Tensor) -> Tensor:
-        if self.metric == "euclidean":
-            return features
-        return features.div_(torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp(min=1e-12))
 
     def extra_repr(self) -> str:
         """Return layers, settings and what it is fitted on, in words."""
@@ -201,9 +189,6 @@ class DkNN(Defence):
     def _least_in_all(self) -> int:
         return self.neighbours
 
-    def _settings(self) -> dict[str, Any]:
-        return {"neighbours": self.neighbours, "metric": self.metric}
-
-    @classmethod
-    def _from_settings(cls, model: nn.Module, layers: Any, settings: dict[str, Any]) -> Self:
-        return cls(model, layers, **settings)
+    def settings(self) -> dict[str, Any]:
+        """Return all keyword arguments that the constructor took, less the machine's memory budget."""
+        return super().settings() | {"neighbours": self.neighbours}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from immunonet import models
+from immunonet.features.names import layer_parts
 from immunonet.immune.backend import fused_for
 from immunonet.immune.operators import Family
 
@@ -18,18 +19,18 @@ from immunonet.immune.operators import Family
 CHUNK_VALUES = 2**22
 # Cells run at once through a model that was not probed, and through a matrix.
 ROWS, MATRIX_ROWS = 128, 4096
-# Above this width a Gram matrix of the space costs more than it saves.
-AFFINE_WIDTH = 4096
 
 
 class FeatureMap:
     """A map from cells `(n, *S)` to feature vectors `(n, D)` float32, differentiable in the cells.
 
     This one is a callable. `tap`: the layer whose output for an input is the features of the input's cell, if any.
+    `keeps_cells`: whether the features are the cells themselves.
     """
 
     rows = ROWS
     tap: str | None = None
+    keeps_cells = False
 
     def __init__(self, name: str, function: Callable[[Tensor], Any]) -> None:
         self.name = name
@@ -72,6 +73,14 @@ class FeatureMap:
     def __call__(self, cells: Tensor) -> Tensor:
         """Return the features `(n, D)`, in one piece; ValueError unless the layer gives one tensor row per cell."""
         return flat(self.name, self._output(cells), len(cells)).to(cells.device)
+
+    def finished(self, features: Tensor) -> Tensor:
+        """Return what this map makes of the features `(n, D)` that its tap gave; may overwrite them."""
+        return features
+
+    def measured(self, distances: Tensor) -> Tensor:
+        """Return Euclidean distances of features in the metric's own units."""
+        return distances
 
     def chunked(self, cells: Tensor) -> Tensor:
         """Return the features `(n, D)` of any number of cells, computed in chunks; ValueError if not finite."""
@@ -144,47 +153,11 @@ class TailMap(LayerMap):
         return found if side is None else averaged(found, self.name, side)
 
 
-class AffineMap(FeatureMap):
-    """An affine feature map of cells, reduced to at most d + 1 dimensions for cells of d values.
-
-    With homogeneous coordinates [a, 1] and the map's matrix W (its offset the last row), the root R of
-    W W' = R R' keeps every inner product, so distances and angles of `[a, 1] R` are those of the features.
-    The Gram matrix of a small convolution has few diagonals, whose quadratic form is cheaper than the root.
-    """
-
-    rows = MATRIX_ROWS
-
-    def __init__(self, name: str, matrix: Tensor, offset: Tensor) -> None:
-        self.name = name
-        self._matrix, self._offset = matrix, offset
-        self._band = _band(matrix)
-
-    def _on(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        if self._matrix.device != like.device:
-            self._matrix, self._offset = self._matrix.to(like.device), self._offset.to(like.device)
-        return self._matrix, self._offset
-
-    def __call__(self, cells: Tensor) -> Tensor:
-        """Return reduced features `(n, r)`."""
-        matrix, offset = self._on(cells)
-        with _every_digit(cells):
-            return cells.flatten(1) @ matrix + offset
-
-    def distances(self, cells: Tensor, family: Family, antigens: Tensor, features: Tensor) -> Tensor:
-        """Return feature distances `(F, P)`; the offset cancels."""
-        matrix, _ = self._on(cells)
-        fused = fused_for(cells)
-        if fused is not None and self._band is not None:
-            return fused.band_distances(cells, family, antigens, *self._band)  # type: ignore[no-any-return]
-        difference = (cells[family] - antigens[family[0], None]).flatten(2)
-        with _every_digit(cells):
-            return _norms(difference @ matrix)
-
-
 class IdentityMap(FeatureMap):
     """Cells as their own features: `"input"`, or a layer that is itself the space."""
 
     rows = MATRIX_ROWS
+    keeps_cells = True
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -199,17 +172,53 @@ class IdentityMap(FeatureMap):
         if fused is not None:
             ones = antigens.new_ones(1, antigens[0].numel())
             return fused.band_distances(cells, family, antigens, torch.zeros(1, dtype=torch.long), ones)  # type: ignore[no-any-return]
-        return _norms((cells[family] - antigens[family[0], None]).flatten(2))
+        return norms((cells[family] - antigens[family[0], None]).flatten(2))
 
 
-def _every_digit(like: Tensor) -> torch.autocast:
+class UnitMap(FeatureMap):
+    """The features of another map divided by their length, so that distances tell angles; zero stays zero.
+
+    Half a squared distance is one minus the cosine.
+    """
+
+    def __init__(self, inner: FeatureMap) -> None:
+        self.name, self.tap, self.rows = inner.name, inner.tap, inner.rows
+        self._inner = inner
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """How the cells are laid out for the model."""
+        return self._inner.memory_format
+
+    def finished(self, features: Tensor) -> Tensor:
+        """Return features of length 1; overwrites what it is given."""
+        unit: Tensor = features.div_(torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp(min=1e-12))
+        return unit
+
+    def measured(self, distances: Tensor) -> Tensor:
+        """Return one minus the cosine."""
+        return distances.square() / 2
+
+    def __call__(self, cells: Tensor) -> Tensor:
+        """Return the features `(n, D)` of length 1."""
+        features = self._inner(cells)
+        unit: Tensor = features / torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp(min=1e-12)
+        return unit
+
+
+METRICS: dict[str, Callable[[FeatureMap], FeatureMap]] = {"euclidean": lambda inner: inner, "cosine": UnitMap}
+"""What a layer's features become before their Euclidean distances are taken, by the name of the metric."""
+
+
+def every_digit(like: Tensor) -> torch.autocast:
     """Switch autocast off, which is for the model."""
     return torch.autocast(like.device.type, enabled=False)
 
 
-def _norms(difference: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(difference, dim=2)
-    return norms
+def norms(difference: Tensor) -> Tensor:
+    """Return the lengths `(F, P)` of vectors `(F, P, D)`."""
+    found: Tensor = torch.linalg.vector_norm(difference, dim=2)
+    return found
 
 
 def flat(name: str, output: Any, n: int) -> Tensor:
@@ -229,82 +238,9 @@ def finite(name: str, features: Tensor) -> Tensor:
     return features
 
 
-def layer_parts(name: str, model: nn.Module | None = None) -> tuple[str, int | None]:
-    """Return a layer's submodule and the side of the grid that its output is averaged over: "block2:4" is block2, 4.
-
-    It is a submodule as it is where `model` has one called "block2:4".
-    """
-    module, _, side = name.rpartition(":")
-    if not module or not side.isdecimal():
-        return name, None
-    itself = model is not None and any(found == name for found, _ in models.eager(model).named_modules())
-    return (name, None) if itself else (module, int(side))
-
-
 def averaged(output: Any, name: str, side: int) -> Tensor:
     """Return images `(n, c, h, w)` averaged over the fields of a grid of `side` x `side`: `(n, c, side, side)`."""
     if not isinstance(output, Tensor) or output.ndim != 4 or not 1 <= side <= min(output.shape[2:]):
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"layer {name!r} must give images of at least {side} x {side}, side at least 1, got {shape}")
     return F.adaptive_avg_pool2d(output, side)
-
-
-def affine(function: FeatureMap, cells: Tensor) -> AffineMap | None:
-    """Return the affine root of `function`, or None if it is not affine to float precision.
-
-    An affine map is affine everywhere, so points far outside the data's range are tried as well: there a
-    rectifier that is quiet on the data shows itself.
-    """
-    d = cells[0].numel()
-    if d > AFFINE_WIDTH:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(len(cells), *cells.shape[1:], generator=generator, dtype=torch.float32).to(cells.device)
-    scale = float(cells.abs().max()) or 1.0
-    for other in (cells.flip(0), noise * scale, noise * 100 * scale):
-        a, b = function(cells), function(other)
-        bend = (2 * function((cells + other) / 2) - a - b).abs().max()
-        if not bool(bend <= 2e-5 * torch.maximum(a.abs().max(), b.abs().max())):
-            return None
-    zero = function(torch.zeros_like(cells[:1]))
-    eye = torch.eye(d, device=cells.device, dtype=torch.float32)
-    rows = torch.cat(
-        [
-            function(part.reshape(-1, *cells.shape[1:])) - zero
-            for part in eye.split(max(1, CHUNK_VALUES // zero.shape[1]))
-        ]
-        + [zero]
-    )
-    if rows.shape[1] > len(rows):
-        gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
-        for part in rows.split(max(1, CHUNK_VALUES // len(rows)), dim=1):
-            gram += part.double() @ part.double().T
-        values, vectors = torch.linalg.eigh(gram)
-        rows = (vectors * values.clamp(min=0).sqrt()).float()
-    found = AffineMap(function.name, rows[:-1].contiguous(), rows[-1].contiguous())
-    far = noise * scale
-    exact = torch.linalg.vector_norm(function(cells) - function(far), dim=1)
-    family = (
-        torch.arange(len(cells), device=cells.device),
-        torch.zeros(len(cells), dtype=torch.long, device=cells.device),
-    )
-    close = torch.allclose(found.distances(cells[:, None, None], family, far, far)[:, 0], exact, rtol=1e-4)
-    return found if close else None
-
-
-def _band(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return the diagonals of the Gram matrix of `matrix` `(d, r)`: offsets `(t,)` >= 0 and values `(t, d)`.
-
-    Those above the main diagonal count twice. None where the root is cheaper: a band's sums run at about a
-    sixth of the rate of a matrix product.
-    """
-    d = len(matrix)
-    gram = (matrix.double() @ matrix.double().T).float().cpu()
-    gram[gram.abs() <= 1e-7 * gram.abs().max()] = 0
-    offsets = [t for t in range(d) if t == 0 or bool(gram.diagonal(t).any())]
-    if 6 * len(offsets) > matrix.shape[1]:
-        return None
-    band = torch.zeros(len(offsets), d, dtype=torch.float32)
-    for row, t in zip(band, offsets, strict=True):
-        row[: d - t] = gram.diagonal(t) * (1 if t == 0 else 2)
-    return torch.tensor(offsets), band

@@ -1,33 +1,37 @@
-"""What RAILS and DkNN share: a wrapped model, its feature maps, a repertoire, calibration, save and load."""
+"""What defences by nearest neighbours share: feature maps, a repertoire, its search, calibration and sensing."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, _store, incoming, models
-from immunonet.features import Layer, as_layers, build, check_names, described, layer_names, witnessed
-from immunonet.maps import FeatureMap
-from immunonet.repertoire import Calibration, Repertoire, check_classes, hold_out
-from immunonet.search import ExactIndex, FeatureFile, Index, Progress, SignatureIndex, auto_budget, batches
-from immunonet.witness import Witness
+from immunonet import _check, incoming, models
+from immunonet.defences.base import Defence, Sense
+from immunonet.defences.repertoire import Calibration, Repertoire, check_classes, hold_out
+from immunonet.features.build import build
+from immunonet.features.maps import METRICS, FeatureMap
+from immunonet.features.names import Layer, as_layers, check_names
+from immunonet.features.passes import described, witnessed
+from immunonet.features.search import ExactIndex, FeatureFile, Index, Progress, SignatureIndex, auto_budget, batches
+from immunonet.features.witness import Witness
+from immunonet.immune import sensing
 
-FORMAT = 1
 PROBES = 8
-DEFENCE_FILE = "defence.json"
+# Inputs whose neighbours are looked for at once where nothing else is done with them.
+SENSED = 256
 
 
-class Defence(models.Asking, abc.ABC):
-    """A trained classifier behind a nearest-neighbour defence. Subclasses are fitted before anything is asked.
+class NeighbourDefence(Defence):
+    """A trained classifier behind a vote of nearest training examples. It is fitted before anything is asked.
 
-    The model is never changed: it runs in eval mode without gradients and is left in the mode it was in. Its weights
-    must stay as they were at `fit`: where they have changed, every call raises a ValueError. Any number of threads may
-    ask at once. Copies and pickles hold all of it, the model too; `save` is smaller and outlives versions of Python.
+    The model's weights must stay as they were at `fit`: where they have changed, every call raises a ValueError. Any
+    number of threads may ask at once. Copies and pickles hold all of it, the model too; `save` is smaller and outlives
+    versions of Python.
     """
 
     repertoire: Repertoire
@@ -40,51 +44,36 @@ class Defence(models.Asking, abc.ABC):
         model: nn.Module,
         layers: Layer | Sequence[Layer],
         *,
+        metric: str,
         bounds: Any,
         space: str | None,
         false_alarm: float,
         memory_budget: int | Literal["auto"],
     ) -> None:
-        super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        super().__init__(model, bounds=bounds)
         if space is not None and not isinstance(space, str):
             raise TypeError(f"space must be None or a submodule's name, got {space!r}")
-        self.model = model
         self._layers = as_layers(layers)
         check_names(model, self._layers, space)
         # Registered so that .to(device) moves them with everything else.
         self._callables = nn.ModuleList(layer for layer in self._layers if isinstance(layer, nn.Module))
         self.space = space
-        self.bounds = _check.Bounds.of("bounds", bounds)
+        self.metric = _check.choice("metric", metric, tuple(METRICS))
         if isinstance(memory_budget, str) and memory_budget != "auto":
             raise TypeError(f"memory_budget must be bytes, an integer, or 'auto', got {memory_budget!r}")
         self.memory_budget = (
             auto_budget() if isinstance(memory_budget, str) else _check.integer("memory_budget", memory_budget)
         )
         self.false_alarm = _check.number("false_alarm", false_alarm, least=0, most=1, above=True)
-        self.classes = 0
         self.shape: tuple[int, ...] = ()
         self.feature_maps: list[FeatureMap] = []
         self.indices = nn.ModuleList()
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The layers' names; a callable goes by its own."""
-        return layer_names(self._layers)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model, and everything else, is."""
-        for tensor in [*self.parameters(), *self.buffers()]:
-            return tensor.device
-        return torch.device("cpu")
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def fit(
         self,
-        x: Any,
+        x: Any = None,
         y: Any = None,
         calibration: Any = 0.05,
         *,
@@ -146,140 +135,123 @@ class Defence(models.Asking, abc.ABC):
         with torch.no_grad():
             return self._described(self._inputs(x))[1]
 
-    @abc.abstractmethod
-    def familiarity(self, x: Any) -> Tensor:
-        """Return the p-value `(B,)` of each input's distance to its nearest examples: foreign ones have a small one."""
-
-    def foreign(self, x: Any) -> Tensor:
-        """Return whether `(B,)` inputs are farther from the examples than all but `false_alarm` of calibration data."""
-        return self.familiarity(x).le(self.false_alarm)
-
-    def save(self, folder: str | Path) -> None:
-        """Write the repertoire, calibration and settings to `folder` (safetensors and JSON); the model stays outside.
-
-        An older save in the folder is replaced only when the new one is whole.
+    def sense(self, x: Any) -> Sense:
+        """Return how foreign inputs `(B, *S)` look: their mean distance to the nearest examples, each layer in units of
+        its calibration mean, summed.
         """
-        self._require_fit()
-        folder = Path(folder)
-        tensors = {
+        with torch.no_grad():
+            parts = [self._neighbourhood_of(part)[1] for part in self._inputs(x).split(SENSED)]
+            return self._sense_of(torch.cat(parts))
+
+    def credibility(self, x: Any) -> Tensor:
+        """Return the largest p-value `(B,)` over labels: how well the training data support the answer."""
+        return self.p_values(x).amax(1)
+
+    @torch.no_grad()
+    def p_values(self, x: Any) -> Tensor:
+        """Return the conformal p-value `(B, C)` of every label: how usual its nonconformity is on calibration data."""
+        scores = [self._neighbourhood_of(part)[0] for part in self._inputs(x).split(SENSED)]
+        return self._p_values(torch.cat(scores))
+
+    def _p_values(self, scores: Tensor) -> Tensor:
+        return sensing.p_values(self.calibration.label_scores, scores)
+
+    def _sense_of(self, far: Tensor) -> Sense:
+        """Return what mean distances `(B, L)` to the nearest examples say."""
+        p_value = self.calibration.familiarity(far)
+        return Sense(distance=self.calibration.distance(far), p_value=p_value, foreign=p_value.le(self.false_alarm))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return repertoire and calibration, and features of a few examples, by which another model is told."""
+        probes = self.repertoire.x[:PROBES]
+        heard = self._known(probes)
+        return {
             "x": self.repertoire.x,
             "y": self.repertoire.y,
             **{f"calibration.{name}": buffer for name, buffer in self.calibration.named_buffers()},
+            **{f"probe.{i}": probe for i, probe in enumerate(self.features(probes))},
+            **({} if heard is None else {"probe.known": heard}),
         }
-        probes = self.repertoire.x[:PROBES]
-        for i, probe in enumerate(self.features(probes)):
-            tensors[f"probe.{i}"] = probe
-        if (heard := self._known(probes)) is not None:
-            tensors["probe.known"] = heard
-        checksum = _store.write_tensors(folder / "repertoire.new", tensors)
-        name = f"repertoire-{checksum[:12]}.safetensors"
-        known = (folder / name).exists()
-        (folder / "repertoire.new").replace(folder / name)
-        record = {
-            "format": FORMAT,
-            "defence": type(self).__name__,
-            "layers": list(self.layers),
-            "callables": [not isinstance(layer, str) for layer in self._layers],
-            "settings": self._all_settings(),
-            "classes": self.classes,
-            "tensors": {"file": name, "sha256": checksum},
-        }
-        try:
-            _store.write_json(folder / DEFENCE_FILE, record | {"checksum": _store.fingerprint(record)})
-        except BaseException:
-            if not known:
-                (folder / name).unlink(missing_ok=True)
-            raise
-        for old in folder.glob("repertoire-*.safetensors"):
-            if old.name != name:
-                old.unlink()
 
-    @classmethod
-    @torch.no_grad()
-    def load(
-        cls,
-        folder: str | Path,
-        model: nn.Module,
-        layers: Layer | Sequence[Layer] | None = None,
+    def restore(
+        self,
+        tensors: Mapping[str, Tensor],
         *,
         feature_file: str | Path | None = None,
         on_progress: Progress | None = None,
-    ) -> Self:
-        """Return the defence that `save` wrote, around `model`, which must have the weights it was fitted with.
+    ) -> None:
+        """Take back what `tensors` gave; features are computed again, or read.
 
-        `layers` is needed again where one of them was a callable. `feature_file` and `on_progress` as in `fit`: a file
-        that `fit` wrote is opened, where features exceed the budget again, and nothing in it is computed; None: the
-        features of the repertoire are computed again. Raises FileNotFoundError or ValueError for
-        missing, truncated, edited or foreign files, another format version, and a model with other weights.
+        `feature_file` and `on_progress` as in `fit`: a file that `fit` wrote is opened, where features exceed the
+        budget again, and nothing in it is computed. ValueError for a model with other weights.
         """
-        path = Path(folder) / DEFENCE_FILE
-        record = _store.read_json(path)
-        if not isinstance(record, dict) or "format" not in record or "defence" not in record:
-            raise ValueError(f"{path} does not describe a defence; give the folder that save() wrote")
-        if record["format"] != FORMAT:
-            raise ValueError(f"{path} has format {record['format']}; this version reads format {FORMAT}")
-        if record["defence"] != cls.__name__:
-            raise ValueError(f"{path} holds a {record['defence']}, not a {cls.__name__}")
-        if record.pop("checksum", None) != _store.fingerprint(record):
-            raise ValueError(f"{path} was edited: its content does not match its checksum")
-        names, callables, file = record["layers"], record["callables"], record["tensors"]["file"]
-        if layers is None and any(callables):
-            raise ValueError(f"layers must be given again: {names[callables.index(True)]!r} was a callable")
-        given = as_layers(names if layers is None else layers)
-        if len(given) != len(names):
-            raise ValueError(f"layers must be {len(names)} as saved, {names}, got {list(layer_names(given))}")
-        defence = cls._from_settings(model, given, record["settings"])
-        tensors = _store.read_tensors(path.parent / file, checksum=record["tensors"]["sha256"])
-        x, y = tensors["x"].to(defence.device), tensors["y"].to(defence.device)
-        if (classes := defence._count_classes(x)) != record["classes"]:
-            raise ValueError(f"model must give {record['classes']} logits, as when {folder} was saved, got {classes}")
-        defence._remember(x, y, classes, feature_file, on_progress)
-        for i, (name, found) in enumerate(zip(names, defence.features(x[:PROBES]), strict=True)):
-            if not _alike(found, tensors[f"probe.{i}"].to(x.device)):
-                raise ValueError(
-                    f"model gives other features at layer {name!r} than when {folder} was saved: "
-                    "load the weights that the defence was fitted with"
-                )
-        heard = defence._known(x[:PROBES])
-        if heard is not None and not torch.allclose(heard, tensors["probe.known"].to(x.device), atol=1e-3):
-            raise ValueError(
-                f"model, which has a voice, gives other logits than when {folder} was saved: "
-                "load the weights that the defence was fitted with"
-            )
+        x = tensors["x"]
+        if (classes := self._count_classes(x)) != self.classes:
+            raise ValueError(f"model must give {self.classes} logits, as when this was saved, got {classes}")
+        self._remember(x, tensors["y"], classes, feature_file, on_progress)
+        again = "load the weights that the defence was fitted with"
+        for i, (name, found) in enumerate(zip(self.layers, self.features(x[:PROBES]), strict=True)):
+            if not _alike(found, tensors[f"probe.{i}"]):
+                raise ValueError(f"model gives other features at layer {name!r} than when this was saved: {again}")
+        heard = self._known(x[:PROBES])
+        if heard is not None and not torch.allclose(heard, tensors["probe.known"], atol=1e-3):
+            raise ValueError(f"model, which has a voice, gives other logits than when this was saved: {again}")
         prefix = "calibration."
         kept = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        defence.calibration = Calibration(**kept).to(x.device)
-        return defence
-
-    def with_settings(self, **changes: Any) -> Self:
-        """Return a twin with some settings changed, checked as by the constructor, on the same fitted repertoire.
-
-        What is fitted is shared, not copied, nor fitted again: `calibration` stays that of the old settings.
-        """
-        twin = self._from_settings(self.model, self._layers, self._all_settings() | changes)
-        twin.memory_budget = self.memory_budget
-        for name in ("repertoire", "calibration", "indices"):
-            if name in self._modules:
-                setattr(twin, name, self._modules[name])
-        for name in ("classes", "shape", "feature_maps", "_witness", "_cell_range"):
-            if name in self.__dict__:
-                setattr(twin, name, self.__dict__[name])
-        return twin
+        self.calibration = Calibration(**kept)
 
     def identity(self) -> list[Any]:
         """Return all that answers depend on: kind, settings, layers, the model, and the repertoire if it is fitted."""
         fitted = [self.repertoire.x, self.repertoire.y, *self.calibration.buffers()] if self.feature_maps else None
-        return [type(self).__qualname__, self._all_settings(), list(self._layers), self.model, fitted]
+        return [type(self).__qualname__, self.settings(), list(self._layers), self.model, fitted]
 
-    def _all_settings(self) -> dict[str, Any]:
-        return self._settings() | {"bounds": self.bounds.pairs(), "false_alarm": self.false_alarm}
+    def settings(self) -> dict[str, Any]:
+        """Return all keyword arguments that the constructor took, less the machine's memory budget."""
+        return super().settings() | {"false_alarm": self.false_alarm, "metric": self.metric}
+
+    @property
+    def counted(self) -> int | None:
+        """How many neighbours over all classes vote; None where each class has its own."""
+        return None
 
     @abc.abstractmethod
-    def _settings(self) -> dict[str, Any]: ...
+    def sensed(self, layer: int) -> int:
+        """Return how many neighbours over all classes sensing looks at in a layer, by its place in `layers`."""
 
-    @classmethod
-    @abc.abstractmethod
-    def _from_settings(cls, model: nn.Module, layers: Any, settings: dict[str, Any]) -> Self: ...
+    def measured(self, layer: int, distances: Tensor) -> Tensor:
+        """Return distances of the index of a layer as sensing measures them."""
+        return distances
+
+    @torch.no_grad()
+    def members(self, layer: int, index: Tensor) -> Tensor:
+        """Return the cells `(*, *S')` of repertoire examples `index` `(*)`, as one layer's maturation begins with them.
+
+        Where stored features are the cells themselves, nothing is computed.
+        """
+        if self.space is not None and self.feature_maps[layer].keeps_cells:
+            shape = self._cells(self.repertoire.x[:1]).shape[1:]
+            return self.index(layer).rows(index).reshape(*index.shape, *shape)
+        examples, place = index.flatten().unique(return_inverse=True)
+        cells: Tensor = self._cells(self.repertoire.x[examples])[place].unflatten(0, index.shape)
+        return cells
+
+    def cell_limits(self) -> _check.Bounds:
+        """Return the valid range of cells: of inputs, or in another space the repertoire's range per channel."""
+        return self.bounds if self.space is None else self._cell_range
+
+    def compared(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the cells `(B, *S')` of inputs and what is compared of them, `(B, D)` per layer, differentiable in x.
+
+        ValueError for inputs of another shape.
+        """
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"x must have shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        cells = described(self.model, self.space, (), x)[0]
+        return cells, [feature_map(cells) for feature_map in self.feature_maps]
+
+    def heard(self, votes: Tensor, x: Tensor) -> Tensor:
+        """Return log-probabilities `(B, C)` of a vote with all else that counts for inputs `x`, differentiable."""
+        return votes
 
     @abc.abstractmethod
     def _least_per_class(self) -> int: ...
@@ -288,11 +260,35 @@ class Defence(models.Asking, abc.ABC):
     def _least_in_all(self) -> int: ...
 
     @abc.abstractmethod
-    def _keys(self, features: Tensor) -> Tensor:
-        """Return what the index compares, from features; may overwrite them."""
+    def _neighbourhood_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return every label's nonconformity `(B, C)` over all layers, and the mean distances `(B, L)` to the nearest.
 
-    @abc.abstractmethod
-    def _calibrate(self, x: Tensor, y: Tensor) -> Calibration: ...
+        For checked inputs `(B, *S)`, at most `SENSED`.
+        """
+
+    def _calibrate(self, x: Tensor, y: Tensor) -> Calibration:
+        found = [self._neighbourhood_of(part) for part in x.split(SENSED)]
+        scores, far = (torch.cat(column) for column in zip(*found, strict=True))
+        return Calibration.of(scores.gather(1, y[:, None])[:, 0], far)
+
+    def calibrated(self, x: Any, y: Any) -> Self:
+        """Return a twin calibrated on other examples `x` `(n, *S)`, `y` `(n,)`; all else that is fitted is shared."""
+        twin = self.with_settings()
+        with torch.no_grad():
+            x = twin._inputs(x)
+            y = incoming.labels("y", y, n=len(x), classes=self.classes, own=True).to(self.device)
+            twin.calibration = twin._calibrate(x, y)
+        return twin
+
+    def _adopt(self, other: Self) -> None:
+        super()._adopt(other)
+        self.memory_budget = other.memory_budget
+        for name in ("repertoire", "calibration", "indices"):
+            if name in other._modules:
+                setattr(self, name, other._modules[name])
+        for name in ("shape", "feature_maps", "_witness", "_cell_range"):
+            if name in other.__dict__:
+                setattr(self, name, other.__dict__[name])
 
     def _known(self, x: Tensor) -> Tensor | None:
         """Return what the model itself answers to inputs `(B, *S)`, probabilities `(B, C)`, if that counts."""
@@ -323,7 +319,9 @@ class Defence(models.Asking, abc.ABC):
         feature_file: str | Path | None = None,
         on_progress: Progress | None = None,
     ) -> None:
-        self.feature_maps = build(self.model, self._layers, self.space, x[:: max(1, len(x) // PROBES)][:PROBES])
+        probes = x[:: max(1, len(x) // PROBES)][:PROBES]
+        plain = build(self.model, self._layers, self.space, probes)
+        self.feature_maps = [METRICS[self.metric](feature_map) for feature_map in plain]
         self.classes, self.shape = classes, tuple(x.shape[1:])
         self.repertoire = Repertoire(x, y)
         order, counts = y.argsort(stable=True), torch.bincount(y, minlength=classes).tolist()
@@ -353,7 +351,7 @@ class Defence(models.Asking, abc.ABC):
             ranges.append((channels.amin(1), channels.amax(1)))
             for out, found in zip(keys, features, strict=True):
                 if out is not None:
-                    out[place[some]] = self._keys(found)
+                    out[place[some]] = found
             if on_progress is not None:
                 on_progress(some.stop, len(order))
         low, high = (torch.stack(ends) for ends in zip(*ranges, strict=True))
@@ -407,13 +405,12 @@ class Defence(models.Asking, abc.ABC):
 class _Rows:
     """What an index compares of the examples `(n,)` of a defence's repertoire at one layer, computed when asked."""
 
-    def __init__(self, defence: Defence, layer: int) -> None:
+    def __init__(self, defence: NeighbourDefence, layer: int) -> None:
         self._defence, self._layer = defence, layer
 
     def __call__(self, examples: Tensor) -> Tensor:
         defence = self._defence
-        features = defence._described(defence.repertoire.x[examples])[1][self._layer]
-        return defence._keys(features)
+        return defence._described(defence.repertoire.x[examples])[1][self._layer]
 
 
 def _alike(found: Tensor, stored: Tensor) -> bool:

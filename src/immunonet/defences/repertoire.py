@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from immunonet.features.search import Kept
 from immunonet.immune import sensing
-from immunonet.search import Kept
 
 
 class Repertoire(Kept):
@@ -47,9 +47,13 @@ class Calibration(Kept):
         scales = far.mean(0).clamp(min=1e-12)
         return cls(scores.float().sort().values, (far / scales).sum(1).sort().values, scales)
 
+    def distance(self, far: Tensor) -> Tensor:
+        """Return mean distances `(B, L)` in units of each layer's own, summed over layers: `(B,)`."""
+        return (far / self.scales).sum(1)
+
     def familiarity(self, far: Tensor) -> Tensor:
         """Return the p-values `(B,)` of mean distances `(B, L)` among those of the calibration examples."""
-        return sensing.p_values(self.strangeness, (far / self.scales).sum(1))
+        return sensing.p_values(self.strangeness, self.distance(far))
 
 
 def hold_out(y: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check
-from immunonet.defence import Defence
-from immunonet.features import Layer
+from immunonet import _check, attacks, incoming
+from immunonet.defences.base import Answer, Made
+from immunonet.defences.neighbours import NeighbourDefence
+from immunonet.features.maps import FeatureMap, LogitsMap
+from immunonet.features.names import Layer
+from immunonet.features.search import Progress
 from immunonet.immune import sensing
 from immunonet.immune.consensus import decided, lots, winner
 from immunonet.immune.maturation import Matured, Naive, flocked, mature
 from immunonet.immune.noise import Noise, derive, identities
 from immunonet.immune.operators import Family
-from immunonet.immune.settings import Maturation
-from immunonet.maps import FeatureMap, LogitsMap
-from immunonet.repertoire import Calibration
+from immunonet.immune.settings import Maturation, preset
 from immunonet.response import Cells, ImmuneResponse, Trace
-from immunonet.search import Progress
 
 # Values of the populations that mature at once: enough antigens to share a generation's random numbers.
 BATCH_VALUES = 2**24
@@ -47,7 +48,7 @@ class _Antigens:
     names: list[str] | None
 
 
-class RAILS(Defence):
+class RAILS(NeighbourDefence):
     """Robust Adversarial Immune-inspired Learning System (Wang et al., arXiv 2107.02842) around a classifier.
 
     Args:
@@ -58,6 +59,7 @@ class RAILS(Defence):
         maturation: one `Maturation`, or one per layer; None: the defaults.
         space: None if cells are inputs, or the name of the layer whose outputs they are; it may be the layer itself.
         bounds: valid range of inputs, `(low, high)` or one pair per channel or feature; checked on every call.
+        metric: "euclidean" or "cosine" distance of features, wherever affinity is measured.
         cell_bounds: the same for cells; None: `bounds`, or in another space the repertoire's range per channel.
         false_alarm: share of clean inputs that may be flagged foreign, in (0, 1].
         memory_budget: bytes that the features of the repertoire, and a batch of populations, may take; "auto": a
@@ -72,6 +74,15 @@ class RAILS(Defence):
         ValueError or TypeError that names the argument.
     """
 
+    kind, title = "rails", "RAILS"
+    randomised = True
+    words: ClassVar[Mapping[str, dict[str, Any]]] = {
+        "paper": {"preset": "paper"},
+        "authors": {"preset": "authors-mnist"},
+        "authors-cifar10": {"preset": "authors-cifar10"},
+        "hidden": {"hidden": True},
+    }
+
     def __init__(
         self,
         model: nn.Module,
@@ -81,17 +92,17 @@ class RAILS(Defence):
         space: str | None = None,
         bounds: Any = (0.0, 1.0),
         cell_bounds: Any = None,
+        metric: Literal["euclidean", "cosine"] = "euclidean",
         false_alarm: float = 0.05,
         memory_budget: int | Literal["auto"] = "auto",
         shared_noise: bool = True,
         seed: int | None = None,
         voice: float = 0.0,
     ) -> None:
-        super().__init__(
-            model, layers, bounds=bounds, space=space, false_alarm=false_alarm, memory_budget=memory_budget
-        )
+        shared: dict[str, Any] = {"metric": metric, "bounds": bounds, "false_alarm": false_alarm}
+        super().__init__(model, layers, space=space, memory_budget=memory_budget, **shared)
         self.maturations = _per_layer(maturation, len(self._layers))
-        self.cell_bounds = None if cell_bounds is None else _check.Bounds.of("cell_bounds", cell_bounds)
+        self.cell_bounds = None if cell_bounds is None else incoming.bounds("cell_bounds", cell_bounds)
         self.shared_noise = _check.boolean("shared_noise", shared_noise)
         self.seed = _check.seed("seed", seed)
         self.voice = _check.number("voice", voice, least=0, most=1, below=True)
@@ -105,16 +116,21 @@ class RAILS(Defence):
         caches); `trace` also returns the learning curve of every layer. All cells of the response are kept,
         (0.25 T)|S| floats per antigen: `predict` is lighter.
         """
-        parts = list(self._answers(x, seed, batch_size, keep_cells=True, trace=trace))
-        return _join(parts)
+        return _join([found for found, _ in self._answers(x, seed, batch_size, keep_cells=True, trace=trace)])
 
-    def predict(self, x: Any, seed: int | None = None, batch_size: int | None = None) -> Tensor:
-        """Return labels `(B,)` int64 of inputs `(B, *S)`."""
-        return torch.cat([part.labels for part in self._answers(x, seed, batch_size)])
+    def answer(self, x: Any, seed: int | None = None, batch_size: int | None = None) -> Answer:
+        """Return the answer to inputs `(B, *S)`: for n plasma cells and votes v, log((n v + 1) / (n + C)).
 
-    def predict_proba(self, x: Any, seed: int | None = None, batch_size: int | None = None) -> Tensor:
-        """Return the consensus `(B, C)` float32, which sums to 1."""
-        return torch.cat([part.votes for part in self._answers(x, seed, batch_size)])
+        `shares` are v, the consensus. Where votes tie, the label that is said is put first by about a millionth.
+        `seed` and `batch_size` as in `respond`.
+        """
+        found = list(self._answers(x, seed, batch_size))
+        joined, far = _join([response for response, _ in found]), torch.cat([far for _, far in found])
+        n = sum(settings.sizes(self.classes)[0] for settings in self.maturations)
+        logs = ((n * joined.votes + 1) / (n + self.classes)).log()
+        return Answer(
+            joined.labels, decided(logs, joined.labels), self._sense_of(far), joined.credibility, joined.votes
+        )
 
     @torch.no_grad()
     def draws(self, x: Any, seeds: Sequence[int], batch_size: int | None = None) -> Tensor:
@@ -122,26 +138,14 @@ class RAILS(Defence):
 
         What does not depend on a seed is done once for all of them: flocking, and bringing clones near.
         """
-        seeds = [_check.integer("seeds", seed, least=0, most=2**63 - 1) for seed in seeds]
-        if not seeds:
-            raise ValueError("seeds must hold at least one seed, got none")
+        seeds = self._seeds(seeds)
         return torch.cat(
             [
-                torch.stack([self._mature(antigens, seed).labels for seed in seeds])
+                torch.stack([self._mature(antigens, seed)[0].labels for seed in seeds])
                 for antigens in self._flocked(x, batch_size)
             ],
             dim=1,
         )
-
-    def forward(self, x: Any, seed: int | None = None) -> Tensor:
-        """Return finite log-probabilities `(B, C)`: log((n v + 1) / (n + C)) for n plasma cells and votes v.
-
-        Their argmax is what `predict` says: where votes tie, its label is put first by about a millionth.
-        """
-        parts = list(self._answers(x, seed, None))
-        votes, labels = torch.cat([part.votes for part in parts]), torch.cat([part.labels for part in parts])
-        n = sum(settings.sizes(self.classes)[0] for settings in self.maturations)
-        return decided(((n * votes + 1) / (n + self.classes)).log(), labels)
 
     @torch.no_grad()
     def naive(self, x: Any, layer: int = 0) -> tuple[Tensor, Tensor]:
@@ -151,27 +155,43 @@ class RAILS(Defence):
         distances, found = index.nearest(features, self.maturations[layer].neighbours)
         return found, distances
 
-    @torch.no_grad()
-    def members(self, layer: int, index: Tensor) -> Tensor:
-        """Return the cells `(*, *S')` of repertoire examples `index` `(*)`, as one layer's maturation begins with them.
+    def surrogates(self) -> Mapping[str, nn.Module]:
+        """Return the response unrolled, a vote of clones brought near the antigen, and the votes of neighbours."""
+        own = {"unrolled": lambda: attacks.Unrolled(self), "soft-clones": lambda: attacks.SoftClones(self)}
+        return Made(own | attacks.neighbour_votes(self))
 
-        Where the layer is itself the space, its stored features are the cells, and nothing is computed.
-        """
-        if self.space is not None and self._layers[layer] == self.space:
-            shape = self._cells(self.repertoire.x[:1]).shape[1:]
-            return self.index(layer).rows(index).reshape(*index.shape, *shape)
-        examples, place = index.flatten().unique(return_inverse=True)
-        cells: Tensor = self._cells(self.repertoire.x[examples])[place].unflatten(0, index.shape)
-        return cells
+    def light(self) -> RAILS:
+        """Return a twin with at most 200 cells and 3 generations."""
+        return self.with_settings(
+            maturation=[
+                dataclasses.replace(m, population=min(m.population, 200), generations=min(m.generations, 3))
+                for m in self.maturations
+            ]
+        )
 
-    @torch.no_grad()
-    def familiarity(self, x: Any) -> Tensor:
-        """Return the p-value `(B,)` of each input's distance to its nearest examples: foreign ones have a small one."""
-        found = []
-        for part in self._inputs(x).split(256):
-            flocks = [self._flock(features, i) for i, features in enumerate(self._described(part)[1])]
-            found.append(self.calibration.familiarity(self._neighbourhood(flocks)[1]))
-        return torch.cat(found)
+    def ablations(self) -> Mapping[str, RAILS]:
+        """Return RAILS without crossover, mutation, selection, or any generation."""
+        changes: dict[str, dict[str, Any]] = {
+            "crossover": {"crossover": None},
+            "mutation": {"mutation_rate": 0.0},
+            "selection": {"temperature": 1e9},  # every cell is as likely a parent as any other
+            "generations": {"generations": 0},
+        }
+        return {
+            part: self.with_settings(maturation=[dataclasses.replace(m, **change) for m in self.maturations])
+            for part, change in changes.items()
+        }
+
+    def sensed(self, layer: int) -> int:
+        """Return K, how many neighbours over all classes sensing looks at in a layer."""
+        return self.maturations[layer].neighbours
+
+    def heard(self, votes: Tensor, x: Tensor) -> Tensor:
+        """Return log-probabilities `(B, C)` mixed with the model's own for inputs `x` `(B, *S)`, if it has a voice."""
+        if not self.voice:
+            return votes
+        known = LogitsMap(self.model)(x).log_softmax(1)
+        return torch.logaddexp(votes + math.log1p(-self.voice), known + math.log(self.voice))
 
     def _flock(self, features: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         return self.index(layer).nearest(features, self.maturations[layer].neighbours)
@@ -179,7 +199,8 @@ class RAILS(Defence):
     @torch.no_grad()
     def _answers(
         self, x: Any, seed: int | None, batch_size: int | None, keep_cells: bool = False, trace: bool = False
-    ) -> Iterator[ImmuneResponse]:
+    ) -> Iterator[tuple[ImmuneResponse, Tensor]]:
+        """Yield the responses to batches of antigens, and the mean distances `(B, L)` to their nearest examples."""
         seed = _check.seed("seed", seed)
         seed = self.seed if seed is None else seed
         seed = secrets.randbits(63) if seed is None else seed
@@ -202,7 +223,7 @@ class RAILS(Defence):
         for start in range(0, len(x), size):
             part = slice(start, start + size)
             cells, features = self._described(x[part])
-            bounds = self._cell_bounds().tensors(cells, cells.shape[1:])
+            bounds = self.cell_limits().tensors(cells, cells.shape[1:])
             naive = []
             for i, settings in enumerate(self.maturations):
                 distances, index = self._flock(features[i], i)
@@ -210,7 +231,9 @@ class RAILS(Defence):
             known = self._known(x[part])
             yield _Antigens(cells, bounds, features, naive, known, None if names is None else names[part])
 
-    def _mature(self, antigens: _Antigens, seed: int, keep_cells: bool = False, trace: bool = False) -> ImmuneResponse:
+    def _mature(
+        self, antigens: _Antigens, seed: int, keep_cells: bool = False, trace: bool = False
+    ) -> tuple[ImmuneResponse, Tensor]:
         cells, names = antigens.cells, antigens.names
         ends: list[Matured] = []
         traces: list[Trace] = []
@@ -232,17 +255,18 @@ class RAILS(Defence):
         if antigens.known is not None:
             votes = (1 - self.voice) * votes + self.voice * antigens.known
         flocks = [(naive.distances, naive.index) for naive in antigens.naive]
-        credibility, foreign = self._sense(flocks)
-        return ImmuneResponse(
+        scores, far = self._neighbourhood(flocks)
+        response = ImmuneResponse(
             labels=winner(votes, _fitness(ends, flocks), functools.partial(self._settle, antigens)),
             votes=votes,
-            credibility=credibility,
-            foreign=foreign,
+            credibility=self._p_values(scores).amax(1),
+            foreign=self._sense_of(far).foreign,
             generations=torch.stack([matured.generations for matured in ends]).amax(0),
             plasma=Cells.cat([matured.plasma for matured in ends], dim=1),
             memory=Cells.cat([matured.memory for matured in ends], dim=1),
             trace=tuple(traces) if trace else None,
         )
+        return response, far
 
     def _settle(self, antigens: _Antigens, rows: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
         """Return how many examples are at least as near as the nearest naive cells of classes `among`, and lots."""
@@ -263,22 +287,12 @@ class RAILS(Defence):
         counts = torch.stack([sensing.nonconformity(distances) for distances, _ in flocks]).sum(0)
         return counts, torch.stack([sensing.remoteness(distances) for distances, _ in flocks], dim=1)
 
-    def _sense(self, flocks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        counts, far = self._neighbourhood(flocks)
-        credibility = sensing.p_values(self.calibration.label_scores, counts).amax(1)
-        return credibility, self.calibration.familiarity(far).le(self.false_alarm)
+    def _neighbourhood_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._neighbourhood([self._flock(features, i) for i, features in enumerate(self._described(x)[1])])
 
-    def _calibrate(self, x: Tensor, y: Tensor) -> Calibration:
-        counts, far = [], []
-        for part, labels in zip(x.split(256), y.split(256), strict=True):
-            flocks = [self._flock(features, i) for i, features in enumerate(self._described(part)[1])]
-            nonconformity, distance = self._neighbourhood(flocks)
-            counts.append(nonconformity.gather(1, labels[:, None])[:, 0])
-            far.append(distance)
-        return Calibration.of(torch.cat(counts), torch.cat(far))
-
-    def _cell_bounds(self) -> _check.Bounds:
-        return self.cell_bounds or (self.bounds if self.space is None else self._cell_range)
+    def cell_limits(self) -> _check.Bounds:
+        """Return the valid range of cells."""
+        return self.cell_bounds or super().cell_limits()
 
     def _remember(
         self,
@@ -290,7 +304,7 @@ class RAILS(Defence):
     ) -> None:
         cells = self._cells(x[:1])
         if self.space is None or self.cell_bounds is not None:
-            self._cell_bounds().tensors(cells, cells.shape[1:], name="cell_bounds")
+            self.cell_limits().tensors(cells, cells.shape[1:], name="cell_bounds")
         self.classes = classes
         if 4 * (values := self._population_values(x)) > self.memory_budget:
             raise ValueError(
@@ -298,9 +312,6 @@ class RAILS(Defence):
                 f"its population takes {4 * values:,} bytes"
             )
         super()._remember(x, y, classes, feature_file, on_progress)
-
-    def _keys(self, features: Tensor) -> Tensor:
-        return features
 
     def extra_repr(self) -> str:
         """Return layers, settings that differ from their defaults, and what it is fitted on, in words."""
@@ -321,8 +332,9 @@ class RAILS(Defence):
     def _least_in_all(self) -> int:
         return 1
 
-    def _settings(self) -> dict[str, Any]:
-        return {
+    def settings(self) -> dict[str, Any]:
+        """Return all keyword arguments that the constructor took, less the machine's memory budget."""
+        return super().settings() | {
             "maturation": [dataclasses.asdict(m) for m in self.maturations],
             "space": self.space,
             "cell_bounds": None if self.cell_bounds is None else self.cell_bounds.pairs(),
@@ -332,9 +344,39 @@ class RAILS(Defence):
         }
 
     @classmethod
-    def _from_settings(cls, model: nn.Module, layers: Any, settings: dict[str, Any]) -> Self:
-        maturation = [m if isinstance(m, Maturation) else Maturation(**m) for m in settings["maturation"]]
-        return cls(model, layers, **settings | {"maturation": maturation})
+    def options(cls) -> list[str]:
+        """Return the names of the settings: the constructor's, those of `Maturation`, its preset, and `hidden`."""
+        return [*super().options(), *(field.name for field in dataclasses.fields(Maturation)), "preset", "hidden"]
+
+    @classmethod
+    def made(cls, model: nn.Module, layers: Sequence[Layer], settings: Mapping[str, Any]) -> Self:
+        """Return a RAILS with these settings, not fitted.
+
+        Those of `Maturation`, on top of its `preset`, may stand beside those of the constructor, or be given as
+        `maturation`; `hidden`: cells live in the one layer itself (those of "input" are images anyway).
+        """
+        cls.check_settings(settings)
+        own = dict(settings)
+        names = {field.name for field in dataclasses.fields(Maturation)} | {"preset"}
+        matured = {name: own.pop(name) for name in names & own.keys()}
+        if matured and "maturation" in own:
+            raise ValueError(f"maturation must not be given beside its own settings ({', '.join(sorted(matured))})")
+        if matured:
+            own["maturation"] = preset(matured.pop("preset", "default"), **matured)
+        elif own.get("maturation") is not None:
+            given = own["maturation"]
+            several = given if isinstance(given, Sequence) else [given] * len(layers)
+            own["maturation"] = [m if isinstance(m, Maturation) else Maturation(**m) for m in several]
+        if own.pop("hidden", False):
+            own |= _hidden(layers, own)
+        return cls(model, list(layers), **own)
+
+
+def _hidden(layers: Sequence[Layer], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the space of a RAILS whose cells live in its one layer."""
+    if settings.get("space") is not None or len(layers) != 1 or not isinstance(layers[0], str):
+        raise ValueError("hidden needs one layer, the name of a submodule, and no space of its own: cells live in it")
+    return {} if layers[0] == "input" else {"space": layers[0]}
 
 
 def _to_antigens(feature_map: FeatureMap, antigens: Tensor, features: Tensor, cells: Tensor, family: Family) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 
 from immunonet import RAILS, DkNN, Maturation, _check, attacks, data, incoming, zoo
 from immunonet._check import Bounds
-from immunonet.evaluation.suite import Noise
 from immunonet.zoo.adversarial import Adversarial
 
 
@@ -122,7 +121,7 @@ def numpys(settings):
         attacks.APGD(loss="dlr", random_start=False),
         attacks.Square(draws=3),
         attacks.HopSkipJump(eps=0.5),
-        Noise(eps=0.1, points=3),
+        attacks.Noise(eps=0.1, points=3),
         Adversarial(loss="trades", step=0.01, validation_eps=0.1, ramp=2),
         Maturation.paper(recombination=0.1, candidates=3, prune=0.1, early_stop=2),
         Maturation.authors("mnist"),

@@ -1,4 +1,4 @@
-"""APGD: ART as oracle, the optimum on linear models, targets, bad input."""
+"""APGD: ART as oracle, the optimum on linear models, targets, too few classes."""
 
 import dataclasses
 
@@ -108,32 +108,6 @@ def test_early_stop_leaves_the_fooled_alone_and_without_it_losses_grow(digits):
     assert (went_on.losses.amax(0) > stopped.losses.amax(0) + 1e-3).any()
 
 
-def test_batch_size_changes_nothing_and_seeds_do(digits):
-    net, x, y, _, _ = digits
-    attack = APGD(eps=0.1, iterations=4, restarts=2, random_start=True, loss="targeted-dlr", targets=2)
-    first = attack(net, x[:20], y[:20])
-    split = dataclasses.replace(attack, batch_size=7)(net, x[:20], y[:20])
-    torch.testing.assert_close(first.adversarials, split.adversarials, atol=1e-5, rtol=0)
-    other = dataclasses.replace(attack, seed=1)(net, x[:20], y[:20])
-    assert not torch.equal(first.adversarials, other.adversarials)
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("loss", ["ce", "dlr", "targeted-dlr"])
-def test_eps_zero_gives_the_input_back(digits, norm, loss):
-    net, x, _, _, _ = digits
-    with torch.no_grad():
-        labels = net(x[:5]).argmax(1)
-    result = APGD(eps=0.0, norm=norm, loss=loss, iterations=3)(net, x[:5], labels)
-    assert torch.equal(result.adversarials, x[:5])
-    assert not result.success.any()
-
-
-def test_no_inputs(digits):
-    empty = APGD(loss="targeted-dlr")(digits[0], torch.empty(0, 1, 8, 8), torch.empty(0, dtype=torch.long))
-    assert empty.adversarials.shape == (0, 1, 8, 8)
-
-
 def test_momentum_keeps_on_where_plain_pgd_turns_back():
     """One steep step down in the gradient's sign: the running sum still leads on."""
 
@@ -162,26 +136,6 @@ def test_momentum_keeps_on_where_plain_pgd_turns_back():
 
 
 @pytest.mark.parametrize(
-    ("setting", "error", "match"),
-    [
-        ({"eps": -0.1}, ValueError, "eps must be"),
-        ({"norm": "l1"}, ValueError, "norm must be one of"),
-        ({"loss": "hinge"}, ValueError, "loss must be one of 'ce', 'dlr', 'targeted-dlr', got 'hinge'"),
-        ({"targets": 0}, ValueError, "targets must be at least 1"),
-        ({"iterations": 0}, ValueError, "iterations must be at least 1"),
-        ({"restarts": 0}, ValueError, "restarts must be at least 1"),
-        ({"early_stop": 1}, TypeError, "early_stop must be True or False"),
-        ({"random_start": 1}, TypeError, "random_start must be True or False"),
-        ({"seed": -1}, ValueError, "seed must be"),
-        ({"targeted": True, "loss": "targeted-dlr"}, ValueError, "loss='targeted-dlr' chooses its own targets"),
-    ],
-)
-def test_bad_settings_are_named(setting, error, match):
-    with pytest.raises(error, match=match):
-        APGD(**setting)
-
-
-@pytest.mark.parametrize(
     ("loss", "classes", "match"),
     [("dlr", 2, "model must tell 3 or more .*got 2: use loss='ce'"), ("targeted-dlr", 3, "4 or more")],
 )
@@ -189,13 +143,3 @@ def test_too_few_classes_are_named(loss, classes, match):
     x, y = torch.full((2, classes), 0.5), torch.zeros(2, dtype=torch.long)
     with pytest.raises(ValueError, match=match):
         APGD(loss=loss)(nn.Linear(classes, classes), x, y)
-
-
-def test_bad_models_and_labels_are_named(digits):
-    net, x, y, _, _ = digits
-    with pytest.raises(ValueError, match="finite logits"):
-        APGD()(lambda z: net(z) * torch.nan, x, y)
-    with pytest.raises(ValueError, match="y must be in 0 to 9"):
-        APGD()(net, x, y + 10)
-    with pytest.raises(ValueError, match="differentiable"):
-        APGD()(lambda z: net(z).detach(), x, y)

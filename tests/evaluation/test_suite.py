@@ -117,7 +117,7 @@ def test_no_attack_asks_more_often_than_its_plan_says(method, flat):
     planned = Planned(name="a", knows="base", kind="adaptive", n=1, method=method, target=model)
     planned(x, y)
     # Four more, on four images of all: is it a model, and one whose answers stay the same?
-    assert asked <= planned.calls() + 4 * (not isinstance(method, Noise))
+    assert asked <= planned.calls() + 4
 
 
 def test_an_attack_without_a_ball_is_held_to_the_bounds_alone():
@@ -147,22 +147,6 @@ def test_a_budget_cuts_the_attacks_that_ask_first_and_keeps_ten_images():
     assert cut(250) == {"none": 100, "a": 100, "b": 50}
     assert cut(90) == {"none": 60, "a": 60, "b": 10}
     assert cut(1e-9) == {"none": 10, "a": 10, "b": 10}
-
-
-def test_noise_keeps_its_worst_point_and_stays_in_the_ball():
-    x = torch.full((5, 2), 0.5)
-    model = nn.Linear(2, 2)
-    y = model(x).argmax(1)
-    for norm in ("linf", "l2"):
-        few, many = (Noise(eps=0.3, points=n, norm=norm)(model, x, y) for n in (1, 30))
-        assert (many.losses[-1] >= few.losses[-1]).all()
-        assert (many.losses.diff(dim=0) >= 0).all()
-        assert (many.distance <= 0.3 + 1e-6).all()
-        got = -model(many.adversarials).double().log_softmax(1).gather(1, y[:, None])[:, 0]
-        assert got.allclose(nn.functional.softplus(many.losses[-1]))
-        assert many.success.equal(model(many.adversarials).argmax(1) != y)
-    with pytest.raises(ValueError, match="points must be at least 1"):
-        Noise(eps=0.1, points=0)
 
 
 def test_a_gradient_is_seen_where_there_is_one():

@@ -1,15 +1,18 @@
 """What tries to break a classifier: frozen settings, called as `attack(model, x, y)`.
 
 Every attack keeps the best points it saw even where they failed: a point that does not fool the network it
-was made on may still fool a defence. Surrogates and wrappers are models that attacks run on.
+was made on may still fool a defence. Surrogates and wrappers are models that attacks run on. A subclass of `Attack` is
+an attack like any other, as is a norm in `NORMS`.
 """
 
-from immunonet.attacks._base import AttackResult
+from immunonet.attacks._base import Attack, AttackResult, Found, Problem
 from immunonet.attacks.apgd import APGD
 from immunonet.attacks.clones import SoftClones
 from immunonet.attacks.gradient import FGSM, PGD
 from immunonet.attacks.hopskipjump import HopSkipJump
 from immunonet.attacks.knn import ASK, AdvKnn, SoftCount, SoftNeighbours, neighbour_votes
+from immunonet.attacks.noise import Noise
+from immunonet.attacks.norms import NORMS, Norm
 from immunonet.attacks.square import Square
 from immunonet.attacks.unrolled import Unrolled
 from immunonet.attacks.wrappers import Bpda, Eot, Stealthy
@@ -18,12 +21,18 @@ __all__ = [
     "APGD",
     "ASK",
     "FGSM",
+    "NORMS",
     "PGD",
     "AdvKnn",
+    "Attack",
     "AttackResult",
     "Bpda",
     "Eot",
+    "Found",
     "HopSkipJump",
+    "Noise",
+    "Norm",
+    "Problem",
     "SoftClones",
     "SoftCount",
     "SoftNeighbours",

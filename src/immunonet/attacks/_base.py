@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from immunonet import _check, incoming, models
-from immunonet.attacks._norms import NORMS, size
+from immunonet.attacks.norms import NORMS, Norm
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 # Inputs that a model is asked about before it is attacked.
 _LOOKED_AT = 4
+# Settings that say what an attack spends, and next to nothing of each.
+_LEAST = {"iterations": 2, "restarts": 1, "queries": 5, "points": 1, "evaluations": 2}
 
 
 @dataclass(frozen=True)
@@ -51,27 +54,83 @@ class Penalised(models.Asking, abc.ABC):
 class Attack(abc.ABC):
     """Settings and checks that all attacks share; called as `attack(model, x, y)`.
 
-    `norm` "linf" or "l2". `bounds`: the valid range of inputs, scalars or one pair per channel. `targeted`: `y` is
-    the wanted label, not the true one. `batch_size`: inputs per call of the model; it changes no random number.
+    `norm`: the name of a norm in `NORMS`. `bounds`: the valid range of inputs, scalars or one pair per channel.
+    `targeted`: `y` is the wanted label, not the true one. `batch_size`: inputs per call of the model; it changes no
+    random number. `eps` >= 0: the radius of the ball, in units of the input.
 
     Calling it takes a model that maps `(B, *S)` to finite logits or log-probabilities `(B, C)`, inputs within the
     bounds and labels `(B,)`; it raises ValueError or TypeError otherwise. The model is asked in eval mode and left
     as found; gradients of parameters are not touched.
+
+    An attack of one's own is a subclass, a frozen dataclass, with `best`, `calls`, and what it `needs`. Settings that
+    are called `iterations`, `step`, `restarts`, `queries`, `points` or `evaluations` mean what they do in the others.
     """
 
     norm: str = "linf"
     bounds: Any = (0.0, 1.0)
     targeted: bool = False
     batch_size: int = 256
+    eps: float | None
 
-    # Whether more than the label of an answer counts.
-    _of_scores: ClassVar[bool] = True
+    needs: ClassVar[Literal["gradient", "scores", "labels"]]
+    """What it must see of the model; each of the three holds the next."""
+    bounded: ClassVar[bool] = True
+    """Whether all points lie within `eps`; of other attacks only successes do, and `eps` may be None: no limit."""
+    norms: ClassVar[tuple[str, ...] | None] = None
+    """The norms that it has formulas for; None: all in `NORMS`."""
 
     def __post_init__(self) -> None:
-        _check.keep(self, _check.choice, "norm", options=NORMS)
+        valid = [name for name in NORMS if self.norms is None or name in self.norms]
+        if self.norm not in valid:
+            names = ", ".join(map(repr, valid))
+            raise ValueError(f"norm must be one of {names} for {type(self).__name__}, got {self.norm!r}")
+        _check.keep(self, _check.choice, "norm", options=valid)
+        _check.keep(self, _check.number, "eps", least=0.0, optional=not self.bounded)
         _check.keep(self, _check.boolean, "targeted")
         _check.keep(self, _check.integer, "batch_size")
         _check.keep(self, incoming.bounds, "bounds")
+
+    @abc.abstractmethod
+    def best(self, problem: Problem) -> Found:
+        """Return the best points that it finds; called without gradients, the model in eval mode and checked."""
+
+    @abc.abstractmethod
+    def calls(self) -> int:
+        """Return how often the model is asked about each input at most, less a look at a few of them beforehand."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return all settings, as JSON."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return found | {"bounds": self.bounds.pairs()}
+
+    def describe(self) -> dict[str, Any]:
+        """Return the name of the attack, `method`, and its settings, as JSON."""
+        return {"method": type(self).__name__, **self.settings()}
+
+    def cheapest(self) -> Self:
+        """Return a twin that spends next to nothing, to see whether it runs."""
+        return self._changed({name: least for name, least in _LEAST.items() if hasattr(self, name)})
+
+    def resized(self, eps: float) -> Self:
+        """Return a twin of another radius, its step in proportion if it has one; ValueError if that cannot be told."""
+        eps = _check.number("eps", eps, least=0.0)
+        if (step := getattr(self, "step", None)) is None:
+            return self._changed({"eps": eps})
+        if eps and not self.eps:
+            raise ValueError(f"eps must not be 0 before: {self} has no step in proportion to it; make another attack")
+        return self._changed({"eps": eps, "step": eps * step / self.eps if self.eps else 0.0})
+
+    def doubled(self) -> Self | None:
+        """Return a twin with twice the iterations, None if it has none."""
+        iterations = getattr(self, "iterations", None)
+        return None if iterations is None else self._changed({"iterations": 2 * iterations})
+
+    def _changed(self, settings: dict[str, Any]) -> Self:
+        return dataclasses.replace(self, **settings)
+
+    @property
+    def _ball(self) -> Norm:
+        return NORMS[self.norm]
 
     def __call__(self, model: Model, x: Any, y: Any) -> AttackResult:
         """Attack `model` at inputs `x` `(B, *S)` with labels `y` `(B,)`."""
@@ -81,8 +140,9 @@ class Attack(abc.ABC):
         model = problem.model
         with models.evaluating(model), torch.no_grad():
             self._check_model(problem)
-            found = self._search(problem)
-        return AttackResult(found.points, found.success, size(found.points - problem.x, self.norm), found.losses)
+            found = self.best(problem)
+        distance = self._ball.size(found.points - problem.x)
+        return AttackResult(found.points, found.success, distance, found.losses)
 
     def _problem(self, model: Model, x: Any, y: Any) -> Problem:
         x = incoming.inputs("x", x, bounds=self.bounds)
@@ -93,7 +153,7 @@ class Attack(abc.ABC):
         """Raise ValueError unless the model gives logits and the labels are among its classes; warn of other faults."""
         if len(problem.x):
             first = models.logits(problem.model, problem.x[:_LOOKED_AT])
-            if self._of_scores:
+            if self.needs != "labels":
                 models.warn_of_probabilities(first)
             self._warn_of_unsteady(problem)
             classes = first.shape[1]
@@ -125,9 +185,6 @@ class Attack(abc.ABC):
 
     def _least_classes(self) -> int:
         return 2
-
-    @abc.abstractmethod
-    def _search(self, problem: Problem) -> Found: ...
 
     def _judge(self, model: Model, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
         """Return what is climbed `(B,)` float64, and whether the inputs succeed `(B,)`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from immunonet import _check, models
 from immunonet.attacks._base import Attack, Found, Loss, Model, Problem, generator_of
 from immunonet.attacks._losses import dlr, gradient, log_odds, targeted_dlr
-from immunonet.attacks._norms import project, random_within, spread, steepest
+from immunonet.attacks.norms import spread
 
 LOSSES = ("ce", "dlr", "targeted-dlr")
 _LEAST_CLASSES = {"ce": 2, "dlr": 3, "targeted-dlr": 4}
@@ -46,9 +46,10 @@ class APGD(Attack):
     early_stop: bool = True
     seed: int | None = 0
 
+    needs = "gradient"
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check.keep(self, _check.number, "eps", least=0.0)
         _check.keep(self, _check.integer, "iterations", "restarts", "targets")
         _check.keep(self, _check.choice, "loss", options=LOSSES)
         _check.keep(self, _check.boolean, "random_start", "early_stop")
@@ -59,13 +60,21 @@ class APGD(Attack):
     def _least_classes(self) -> int:
         return _LEAST_CLASSES[self.loss]
 
-    def _search(self, problem: Problem) -> Found:
+    def calls(self) -> int:
+        """Return how often the model is asked per input, at most."""
+        if self.loss != "targeted-dlr":
+            return (self.iterations + 1) * self.restarts
+        # Which labels are the likeliest is asked before each ascent.
+        return (self.iterations + 2) * self.restarts * self.targets
+
+    def best(self, problem: Problem) -> Found:
+        """Return the best points of all ascents."""
         x, generator = problem.x, generator_of(self.seed)
         best = Found.nothing(x, self.iterations + 1)
         for restart in range(self.restarts):
             start = x
             if self.random_start or restart:
-                start = (x + random_within(x, self.eps, self.norm, generator)).clamp(problem.low, problem.high)
+                start = (x + self._ball.random_within(x, self.eps, generator)).clamp(problem.low, problem.high)
             for target in range(self.targets if self.loss == "targeted-dlr" else 1):
                 rows = (~best.success | (not self.early_stop)).nonzero()[:, 0]
                 for some in rows.split(self.batch_size) if len(rows) else ():
@@ -87,7 +96,7 @@ class APGD(Attack):
     def _climb(self, problem: Problem, start: Tensor, loss: Loss) -> Found:
         """Return the best point of one ascent from `start`, and the losses of all its points."""
         model, x, y, low, high, _ = problem
-        project_on = functools.partial(project, centre=x, eps=self.eps, norm=self.norm, low=low, high=high)
+        project_on = functools.partial(self._ball.project, centre=x, eps=self.eps, low=low, high=high)
         value, hit, slope = self._ask(model, start, y, loss)
         curve, found = [value], Found.nothing(start, 0)
         found.keep(Found(start, hit, value, found.losses))
@@ -98,7 +107,7 @@ class APGD(Attack):
         at_check, halved = value.clone(), torch.zeros_like(hit)
         checks = dict(_checkpoints(self.iterations))
         for k in range(1, self.iterations + 1):
-            plain = project_on(point + spread(step, point).to(point) * steepest(slope, self.norm))
+            plain = project_on(point + spread(step, point).to(point) * self._ball.steepest(slope))
             weight = _PLAIN if k > 1 else 1.0
             before, point = point, project_on(point + weight * (plain - point) + (1 - weight) * (point - before))
             value, hit, slope = self._ask(model, point, y, loss)

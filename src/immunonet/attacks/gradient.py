@@ -10,7 +10,7 @@ from torch import Tensor
 from immunonet import _check
 from immunonet.attacks._base import Attack, Found, Problem, generator_of
 from immunonet.attacks._losses import gradient, log_odds
-from immunonet.attacks._norms import column, project, random_within, size, steepest
+from immunonet.attacks.norms import column
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +38,27 @@ class PGD(Attack):
     random_start: bool = True
     seed: int | None = 0
 
+    needs = "gradient"
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check.keep(self, _check.number, "eps", "step", "momentum", least=0.0)
+        _check.keep(self, _check.number, "step", "momentum", least=0.0)
         _check.keep(self, _check.integer, "iterations", "restarts")
         _check.keep(self, _check.boolean, "random_start")
         _check.keep(self, _check.seed, "seed")
 
-    def _search(self, problem: Problem) -> Found:
+    def calls(self) -> int:
+        """Return how often the model is asked per input: about the start and after each step of every restart."""
+        return (self.iterations + 1) * self.restarts
+
+    def best(self, problem: Problem) -> Found:
+        """Return the best points of all restarts."""
         x, generator = problem.x, generator_of(self.seed)
         best = Found.nothing(x, self.iterations + 1)
         for restart in range(self.restarts):
             start = x
             if self.random_start or restart:
-                start = (x + random_within(x, self.eps, self.norm, generator)).clamp(problem.low, problem.high)
+                start = (x + self._ball.random_within(x, self.eps, generator)).clamp(problem.low, problem.high)
             for rows in torch.arange(len(x), device=x.device).split(self.batch_size) if len(x) else ():
                 best.keep(self._climb(problem.part(rows), start[rows]), rows)
         return best
@@ -69,8 +76,8 @@ class PGD(Attack):
             best.keep(Found(point.detach(), hit, curve[-1], best.losses))
             if not last:
                 velocity = self.momentum * velocity + _of_mean_one(gradient(loss, point))
-                point = point.detach() + self.step * steepest(velocity, self.norm)
-                point = project(point, x, self.eps, self.norm, low, high)
+                point = point.detach() + self.step * self._ball.steepest(velocity)
+                point = self._ball.project(point, x, self.eps, low, high)
         return best._replace(losses=torch.stack(curve))
 
     def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
@@ -87,16 +94,19 @@ class FGSM(Attack):
 
     eps: float = 8 / 255
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check.keep(self, _check.number, "eps", least=0.0)
+    needs = "gradient"
 
-    def _search(self, problem: Problem) -> Found:
-        return PGD(step=self.eps, iterations=1, random_start=False, **vars(self))._search(problem)
+    def calls(self) -> int:
+        """Return how often the model is asked per input: before and after the step."""
+        return 2
+
+    def best(self, problem: Problem) -> Found:
+        """Return the points after the step, or before it."""
+        return PGD(step=self.eps, iterations=1, random_start=False, **vars(self)).best(problem)
 
 
 def _of_mean_one(gradients: Tensor) -> Tensor:
     """Return gradients scaled to a mean absolute value of 1 per sample; zero where they are zero."""
     # Dividing by the largest entry first keeps the mean of tiny gradients from underflowing.
-    scaled = gradients / column(size(gradients, "linf"), gradients)
+    scaled = gradients / column(gradients.flatten(1).abs().amax(1), gradients)
     return scaled / column(scaled.flatten(1).abs().mean(1), scaled)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from immunonet import _check, incoming
 from immunonet.attacks._base import Attack, AttackResult, Found, Model, Problem, generator_of
 from immunonet.attacks._losses import margin
-from immunonet.attacks._norms import column, size, spread, steepest
+from immunonet.attacks.norms import NORMS, column, spread
 
 # Halvings of a step before it is given up.
 _HALVINGS = 25
@@ -43,11 +43,12 @@ class HopSkipJump(Attack):
     most_evaluations: int = 10_000
     seed: int | None = 0
 
-    _of_scores: ClassVar[bool] = False
+    needs = "labels"
+    bounded = False
+    norms = ("linf", "l2")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check.keep(self, _check.number, "eps", least=0.0, optional=True)
         _check.keep(self, _check.integer, "iterations", "evaluations")
         _check.keep(self, _check.integer, "most_evaluations", least=self.evaluations)
         _check.keep(self, _check.seed, "seed")
@@ -73,7 +74,8 @@ class HopSkipJump(Attack):
     def _evaluations(self, iteration: int) -> int:
         return min(int(self.evaluations * math.sqrt(iteration)), self.most_evaluations)
 
-    def _search(self, problem: Problem) -> Found:
+    def best(self, problem: Problem) -> Found:
+        """Return the closest points that fool the model."""
         points = problem.x.clone()
         hit = self._fools(problem, points)
         distance = torch.where(hit, 0.0, torch.inf).double()
@@ -84,7 +86,7 @@ class HopSkipJump(Attack):
         if len(rows):
             points[rows], losses[:, rows] = self._approach(problem.part(rows), begun[rows], generator)
             hit[rows] = True
-        distance = size(points - problem.x, self.norm)
+        distance = self._ball.size(points - problem.x)
         success = hit if self.eps is None else hit & (distance <= self.eps)
         return Found(points, success, losses[-1], losses)
 
@@ -108,10 +110,10 @@ class HopSkipJump(Attack):
         # Chen et al. 2020, section 4: how near to the boundary the search ends, as a share of the way.
         near = 1 / (values * math.sqrt(values) if self.norm == "l2" else values**2)
         points = self._to_boundary(problem, points, near)
-        best, nearest = points, size(points - x, self.norm)
+        best, nearest = points, self._ball.size(points - x)
         curve = [-nearest.double()]
         for iteration in range(1, self.iterations + 1):
-            distance = size(points - x, self.norm)
+            distance = self._ball.size(points - x)
             width = float((problem.high - problem.low).max())
             radius = near * distance * (math.sqrt(values) if self.norm == "l2" else values)
             radius = torch.full_like(radius, 0.1 * width) if iteration == 1 else radius
@@ -119,7 +121,7 @@ class HopSkipJump(Attack):
             points = self._to_boundary(
                 problem, self._step(problem, points, direction, distance / math.sqrt(iteration)), near
             )
-            distance = size(points - x, self.norm)
+            distance = self._ball.size(points - x)
             closer = distance < nearest
             best = torch.where(spread(closer, x), points, best)
             nearest = torch.minimum(nearest, distance)
@@ -129,7 +131,7 @@ class HopSkipJump(Attack):
     def _to_boundary(self, problem: Problem, points: Tensor, near: float) -> Tensor:
         """Return the points that still fool the model when brought towards `x` as far as halving finds."""
         x, delta = problem.x, points - problem.x
-        distance = size(delta, self.norm)
+        distance = self._ball.size(delta)
         least, most, ends = torch.zeros_like(distance), torch.ones_like(distance), points
         for _ in range(min(_HALVINGS, math.ceil(-math.log2(near)))):
             share = (least + most) / 2
@@ -154,7 +156,7 @@ class HopSkipJump(Attack):
             noise = torch.randn(times * n, *points.shape[1:], generator=generator, dtype=torch.float32)
             if self.norm == "linf":
                 noise = 2 * torch.rand(noise.shape, generator=generator, dtype=torch.float32) - 1
-            noise = (noise / column(size(noise, "l2"), noise)).to(points)
+            noise = (noise / column(NORMS["l2"].size(noise), noise)).to(points)
             around = points.repeat(times, *(1,) * (points.ndim - 1))
             reach = spread(radius.repeat(times).clamp(min=1e-12), points)
             tried = (around + reach * noise).clamp(problem.low, problem.high)
@@ -166,7 +168,7 @@ class HopSkipJump(Attack):
         mean = spread(score / evaluations, points)
         # Where all agree, the mean noise is the way, or its opposite.
         way = torch.where(mean.abs() == 1, along, along - mean * total)
-        return steepest(way, self.norm)
+        return self._ball.steepest(way)
 
     def _step(self, problem: Problem, points: Tensor, direction: Tensor, step: Tensor) -> Tensor:
         """Return points a step further that fool the model; the step is halved until they do."""

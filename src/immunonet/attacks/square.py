@@ -38,9 +38,11 @@ class Square(Attack):
     draws: int = 1
     seed: int | None = 0
 
+    needs = "scores"
+    norms = ("linf", "l2")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check.keep(self, _check.number, "eps", least=0.0)
         _check.keep(self, _check.integer, "queries", "draws")
         _check.keep(self, _check.number, "p", least=0.0, most=1.0, above=True)
         _check.keep(self, _check.boolean, "early_stop")
@@ -49,7 +51,12 @@ class Square(Attack):
     def _averages(self) -> bool:
         return self.draws > 1
 
-    def _search(self, problem: Problem) -> Found:
+    def calls(self) -> int:
+        """Return how often the model is asked per input, at most: about the input itself, and at every query."""
+        return (1 + self.queries) * self.draws
+
+    def best(self, problem: Problem) -> Found:
+        """Return the points of the largest margin."""
         best = Found.nothing(problem.x, self.queries + 1)
         if not len(problem.x):
             return best

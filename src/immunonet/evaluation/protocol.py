@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import _check, _store, incoming, models
-from immunonet.attacks._norms import NORMS
+from immunonet.attacks import NORMS
 from immunonet.evaluation import sanity
 from immunonet.evaluation.asking import Subject, describe
 from immunonet.evaluation.cost import measure
@@ -96,7 +96,7 @@ def evaluate(
     if black_box is not None:
         budget = dataclasses.replace(budget, black_box=_check.integer("black_box", black_box))
     seed = _check.integer("seed", seed, least=0, most=2**31)
-    norm = _check.choice("norm", norm, NORMS)
+    norm = _check.choice("norm", norm, tuple(NORMS))
     if not callable(defence):
         raise TypeError(f"defence must be a module or a function of inputs, got {type(defence).__name__}")
     for network in (base, *transfer):

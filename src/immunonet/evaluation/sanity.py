@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import _check, models
-from immunonet.attacks import FGSM
+from immunonet.attacks import FGSM, NORMS
 from immunonet.attacks._losses import log_odds
 from immunonet.evaluation import statistics
 from immunonet.evaluation.asking import Subject
@@ -304,8 +303,7 @@ def outside(trials: Sequence[Trial]) -> Flag:
 def reach_of(bounds: _check.Bounds, x: Tensor, norm: str) -> float:
     """Return the size of the largest perturbation that the bounds have room for."""
     low, high = bounds.tensors(x, x.shape[1:])
-    width = (high - low).double().expand(x.shape[1:])
-    return float(width.max()) if norm == "linf" else math.sqrt(float(width.square().sum()))
+    return NORMS[norm].reach((high - low).double().expand(x.shape[1:]))
 
 
 def _steps(attack: Planned) -> bool:

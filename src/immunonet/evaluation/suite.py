@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, attacks, incoming, models
-from immunonet.attacks import AttackResult
-from immunonet.attacks._losses import log_odds
-from immunonet.attacks._norms import NORMS, random_within, size
+from immunonet import _check, attacks, models
+from immunonet.attacks import NORMS, Noise
 from immunonet.defences.dknn import DkNN
 from immunonet.defences.neighbours import NeighbourDefence
 from immunonet.defences.rails import RAILS
@@ -115,7 +113,7 @@ class Planned:
         low, high = self.method.bounds.tensors(x, x.shape[1:])
         wrong = ((found < low - 1e-6) | (found > high + 1e-6) | ~torch.isfinite(found)).flatten(1).any(1)
         if self.method.eps is not None:
-            wrong |= ~(size(found - x, self.method.norm) <= self.method.eps * (1 + 1e-4) + 1e-6)
+            wrong |= ~(NORMS[self.method.norm].size(found - x) <= self.method.eps * (1 + 1e-4) + 1e-6)
         kept = torch.where(wrong.reshape(-1, *(1,) * (x.ndim - 1)), x, found)
         return Found(kept, result.losses, int(wrong.sum()))
 
@@ -140,46 +138,6 @@ class Planned:
         targeted = settings.get("loss") == "targeted-dlr"
         steps = int(settings.get("iterations", bool(settings))) + bool(settings) + targeted
         return steps * int(settings.get("restarts", 1)) * (int(settings["targets"]) if targeted else 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Noise:
-    """Random perturbations of the attacked size: of `points` draws, the one least likely to be answered rightly.
-
-    Settings and call as those of the other attacks (`attacks.PGD`); a check that they do better than chance.
-    """
-
-    eps: float
-    points: int
-    norm: str = "linf"
-    bounds: Any = (0.0, 1.0)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check.keep(self, _check.number, "eps", least=0.0)
-        _check.keep(self, _check.integer, "points")
-        _check.keep(self, _check.integer, "seed", least=0)
-        _check.keep(self, _check.choice, "norm", options=NORMS)
-        _check.keep(self, incoming.bounds, "bounds")
-
-    @torch.no_grad()
-    def __call__(self, model: Model, x: Tensor, y: Tensor) -> AttackResult:
-        """Draw points around inputs `x` `(B, *S)` with labels `y` `(B,)`."""
-        low, high = self.bounds.tensors(x, x.shape[1:])
-        generator = torch.Generator().manual_seed(self.seed)
-        best, losses = x.clone(), []
-        highest = x.new_full((len(x),), -torch.inf, dtype=torch.float64)
-        success = torch.zeros_like(y, dtype=torch.bool)
-        for _ in range(self.points):
-            noise = random_within(x, self.eps, self.norm, generator)
-            point = (x + (noise.sign() * self.eps if self.norm == "linf" else noise)).clamp(low, high)
-            logits = models.logits(model, point)
-            loss = log_odds(logits, y)
-            better = loss > highest
-            best[better], highest[better] = point[better], loss[better]
-            success[better] = logits.argmax(1)[better] != y[better]
-            losses.append(highest.clone())
-        return AttackResult(best, success, size(best - x, self.norm), torch.stack(losses))
 
 
 def suite(

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from immunonet import _check, models
 from immunonet.attacks import PGD
 from immunonet.attacks._losses import log_odds
-from immunonet.attacks._norms import project, random_within
+from immunonet.attacks.norms import NORMS
 from immunonet.data import Images, sample
 
 LOSSES = ("pgd", "trades")
+_BALL = NORMS["linf"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class Adversarial:
         if eps == 0:
             return x  # no random number is drawn: plain training, bit for bit
         low, high = x.new_zeros(()), x.new_ones(())
-        point = (x + random_within(x, eps, "linf", generator)).clamp(low, high)
+        point = (x + _BALL.random_within(x, eps, generator)).clamp(low, high)
         with models.evaluating(net):
             with torch.no_grad():
                 clean = models.ask(net, x).float() if self.loss == "trades" else None
@@ -69,7 +70,7 @@ class Adversarial:
                 logits = models.ask(net, point).float()
                 climbed = log_odds(logits, y).sum() if clean is None else divergence(clean, logits)
                 (gradient,) = torch.autograd.grad(climbed, point)
-                point = project(point.detach() + step * gradient.sign(), x, eps, "linf", low, high)
+                point = _BALL.project(point.detach() + step * gradient.sign(), x, eps, low, high)
         return point
 
     def objective(self, net: nn.Module, x: Tensor, attacked: Tensor, y: Tensor) -> Tensor:

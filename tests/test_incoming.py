@@ -29,12 +29,10 @@ PACKAGE = Path(immunonet.__file__).parent
 READ_ELSEWHERE = {
     # What the program itself wrote or computed, or read from a file.
     "data.py", "features/search.py", "features/affine.py", "immune/noise.py",
-    "evaluation/benchmark.py", "evaluation/runner.py",
-    "evaluation/sanity.py", "evaluation/outcome.py", "evaluation/finding.py", "evaluation/comparisons.py",
-    "evaluation/protocol.py", "_pictures.py", "studies/behaviour.py",
-    "studies/search.py", "studies/experiments.py",
+    "evaluation/campaign.py", "evaluation/lab.py", "evaluation/outcome.py", "evaluation/protocol.py",
+    "evaluation/sanity.py", "_pictures.py", "studies/behaviour.py", "studies/search.py", "report/robustness.py",
     # Plain numbers: bounds, and shares of draws.
-    "_check.py", "evaluation/statistics.py",
+    "_check.py", "statistics.py",
 }  # fmt: skip
 
 

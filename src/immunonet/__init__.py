@@ -1,6 +1,7 @@
 """An adaptive immune system for any trained PyTorch classifier: Immuno-Net RAILS, with DkNN beside it."""
 
 from immunonet import attacks
+from immunonet._version import __version__ as __version__
 from immunonet.defences import RAILS, Answer, Defence, DkNN, Sense, load, register
 from immunonet.evaluation import evaluate
 from immunonet.immune.settings import Maturation
@@ -23,4 +24,3 @@ __all__ = [
     "load",
     "register",
 ]
-__version__ = "0.1.0"

@@ -6,9 +6,10 @@ What a caller gives as arrays, bounds among them, is read in `incoming`.
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -82,6 +83,19 @@ def choice(name: str, value: Any, options: Sequence[Any]) -> Any:
     if not isinstance(value, str | None) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
     return options[options.index(value)]
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return the end of a sentence that names what of `known` is nearest to `name`, or all of it if it is short."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    shown = close or sorted(known)
+    return f"; nearest: {', '.join(shown)}" if close else f"; there are {', '.join(shown) or 'none'}"
+
+
+def among(name: Any, known: Iterable[str], what: str) -> None:
+    """Raise ValueError, naming the nearest, for the name of something that is not known."""
+    if name not in (names := list(known)):
+        raise ValueError(f"there is no {what} {name!r}{nearest(str(name), names)}")
 
 
 def boolean(name: str, value: object) -> bool:

@@ -10,11 +10,15 @@ from typing import Any
 import numba
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from immunonet import RAILS, DkNN, Maturation, data, zoo
-from immunonet.attacks import PGD
+from immunonet import DkNN, data, zoo
+from immunonet.attacks import PGD, SoftNeighbours
+from immunonet.cli import common
 from immunonet.cli import demo as demo_module
+from immunonet.defences.spec import Spec
+from immunonet.evaluation.bench import Bench
+from immunonet.evaluation.lab import Lab, Measurement, Tables
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -23,12 +27,9 @@ Run = Callable[..., tuple[int, str, str]]
 def run(command: Run, monkeypatch: Any) -> Run:
     """Return a function that runs a small version of the demo in tmp_path and returns (code, stdout, stderr)."""
     monkeypatch.setattr(demo_module, "TRAINING", {"epochs": 2, "batch_size": 64})
-    monkeypatch.setattr(demo_module, "DKNN_LAYERS", ("input",))
-    monkeypatch.setattr(demo_module, "DKNN_NEIGHBOURS", (5, 75))
-    monkeypatch.setattr(demo_module, "RAILS_LAYERS", ("input",))
-    monkeypatch.setattr(demo_module, "RAILS_NEIGHBOURS", (1,))
-    monkeypatch.setattr(demo_module, "SOFT_TEMPERATURES", (0.25,))
-    monkeypatch.setattr(demo_module, "Maturation", lambda **given: Maturation(**given, population=100, generations=2))
+    tried = {"dknn": ["dknn neighbours=5", "dknn neighbours=75"], "rails": ["rails population=100 generations=2"]}
+    monkeypatch.setattr(demo_module, "CANDIDATES", tried)
+    monkeypatch.setattr(demo_module, "SOFTER", (0.25,))
     monkeypatch.setattr(demo_module, "RUNS", 2)
     monkeypatch.setattr(demo_module, "one_thread", lambda: None)  # other tests keep their threads
     monkeypatch.setattr(demo_module, "VALIDATION", 100)
@@ -75,7 +76,7 @@ def test_demo_keeps_the_contract_and_repeats_itself(run: Run) -> None:
     assert "attack" in rows[1]["settings"]
     # What was printed and drawn is what was written.
     for row in rows:
-        assert f"{100 * row['accuracy']:.1f} %" in out
+        assert f"{row['accuracy']:.4f}" in out
     page = Path("here/report.html").read_text()
     assert page.count("<article>") == sum(demo_module.SHOWN)
     assert f"<b>{100 * rows[-1]['accuracy']:.1f}</b>" in page
@@ -111,52 +112,70 @@ def test_network_is_trained_anew_only_if_it_must(tmp_path: Path, monkeypatch: An
     assert trained == [5, 5]
 
 
-class Says(nn.Module):
-    """A stand-in for a defence that always gives the same labels."""
-
-    def __init__(self, *labels: int) -> None:
-        super().__init__()
-        self.labels = torch.tensor(labels)
-
-    def predict(self, x: Tensor) -> Tensor:
-        return self.labels
-
-
-def test_the_best_candidate_is_the_first_of_the_most_often_right() -> None:
-    x, y = torch.zeros(4, 1), torch.tensor([0, 1, 2, 3])
-    candidates: list[Any] = [Says(0, 1, 0, 0), Says(0, 1, 2, 0), Says(1, 1, 2, 3)]
-    chosen, notes = demo_module.best(iter(candidates), [x, x], y, 0)
-    assert chosen is candidates[1]
-    assert notes == {"tuning": {"images": 4, "candidates": 3, "accuracy": 0.75}}
+@pytest.fixture
+def tables(digits_net: nn.Module) -> Tables:
+    """Tables of a lab as the demo's, of 60 images to choose on."""
+    images = data.load("digits", "train")
+    splits = {"training": images[:600], "tuning": images[600:660], "validation": images[660:700]}
+    lab = Lab(
+        {"digits": digits_net}, splits,
+        resolve=common.resolve_layer, told={"dataset": "digits", "model": "digits"}, where=lambda split, n: [0, n],
+        senses=True,
+    )  # fmt: skip
+    return Tables(Bench(lab, None), chunk=60)
 
 
-def test_the_strongest_surrogate_hurts_most(monkeypatch: Any) -> None:
-    monkeypatch.setattr(demo_module, "SOFT_TEMPERATURES", (2.0, 0.5))
-    images = data.load("digits", "train")[:400]
-    net = zoo.build("digits")
-    dknn = DkNN(net, "input", neighbours=5).fit(images.x, images.y)
-    examples, pgd = (images.x[:40], images.y[:40]), PGD(eps=0.3, step=0.05, iterations=10)
-    soft, notes = demo_module.strongest(dknn, pgd, examples, 0)
-    hurt = float((dknn.predict(pgd(soft, *examples).adversarials) == examples[1]).float().mean())
-    assert notes["accuracy"] == pytest.approx(hurt)
-    assert notes["temperatures"] == soft.temperatures
-    automatic = demo_module.SoftNeighbours(dknn).temperatures[0]
-    others = [0.5 * automatic, 2 * automatic]
-    assert soft.temperatures[0] in others
-    for temperature in others:
-        other = demo_module.SoftNeighbours(dknn, temperature=temperature)
-        attacked = pgd(other, *examples).adversarials
-        assert notes["accuracy"] <= demo_module.accuracy(dknn, [attacked], examples[1], 0)
+ATTACK = PGD(eps=0.3, step=0.05, iterations=5)
+
+
+def shares(tables: Tables, *texts: str, **how: Any) -> list[float]:
+    specs = [Spec.parse(text) for text in texts]
+    asked = [Measurement(spec=spec, base="digits", split="tuning", images=60, **how) for spec in specs]
+    return [one.row.accuracy for one in tables.measure(asked)]
+
+
+def test_the_best_candidate_is_the_first_of_the_most_often_right(tables: Tables, monkeypatch: Any) -> None:
+    monkeypatch.setattr(demo_module, "SOFTER", (1.0,))
+    texts = [f"dknn neighbours={k}" for k in (600, 300, 5, 75)]
+    texts.insert(3, "dknn neighbours=5 false_alarm=.1")  # which answers like the one before it
+    clean, attacked = shares(tables, *texts), shares(tables, *texts, attack="pgd", method=ATTACK)
+    means = [(a + b) / 2 for a, b in zip(clean, attacked, strict=True)]
+    assert means[2] == means[3] == max(means) > means[0]
+    chosen = demo_module.best(tables, [Spec.parse(text) for text in texts], ATTACK, 0)
+    assert chosen.spec == Spec.parse(texts[2])
+    assert chosen.tuning == {"images": 60, "candidates": 5, "accuracy": pytest.approx(max(means))}
+
+
+def test_the_strongest_surrogate_hurts_most(tables: Tables, monkeypatch: Any) -> None:
+    monkeypatch.setattr(demo_module, "SOFTER", (2.0, 0.5, 8.0))
+    text = "dknn neighbours=5"
+    chosen = demo_module.best(tables, [Spec.parse(text)], ATTACK, 0)
+    hurt = {
+        softer: shares(tables, text, attack="soft-knn", method=ATTACK, through="soft-knn", softer=softer)[0]
+        for softer in demo_module.SOFTER
+    }
+    assert len(set(hurt.values())) > 1
+    assert hurt[chosen.softer] == min(hurt.values())
+    # As it is by hand.
+    lab = tables.lab
+    dknn = DkNN(lab.nets["digits"], "input", neighbours=5)
+    dknn.fit(lab.training.x, lab.training.y, calibration=lab.images("validation", slice(None)))
+    soft, (x, y) = SoftNeighbours(dknn), lab.images("tuning", slice(None))
+    soft.temperatures = [chosen.softer * temperature for temperature in soft.temperatures]
+    right = dknn.predict(ATTACK(soft, x, y).adversarials) == y
+    assert float(right.float().mean()) == pytest.approx(hurt[chosen.softer])
 
 
 def test_candidates_cover_the_grids() -> None:
+    dknn, rails = ([Spec.parse(text) for text in demo_module.CANDIDATES[kind]] for kind in ("dknn", "rails"))
+    assert len({spec.text for spec in dknn}) == len(dknn) == 6 * 2 * 4
+    assert {spec.layers for spec in dknn} > {("input",), ("conv1", "pool", "fc1")}
+    expected = {((layer,), k) for layer in ("input", "conv1") for k in (5, 10, 20)}
+    assert {(spec.layers, spec.settings["neighbours"]) for spec in rails} == expected
+    assert len(rails) == len(expected)
     net = zoo.build("digits")
-    found = list(demo_module.dknn_candidates(net))
-    assert len(found) == len({(d.layers, d.neighbours, d.metric) for d in found if isinstance(d, DkNN)})
-    assert len(found) == 2 * len(demo_module.DKNN_LAYERS) * len(demo_module.DKNN_NEIGHBOURS)
-    rails = list(demo_module.rails_candidates(net, 4))
-    expected = [(layer, k) for layer in demo_module.RAILS_LAYERS for k in demo_module.RAILS_NEIGHBOURS]
-    assert [(d.layers[0], d.maturations[0].neighbours) for d in rails if isinstance(d, RAILS)] == expected
+    for spec in (*dknn, *rails):
+        spec.made(net, common.resolve_layer, 1000)
 
 
 def test_one_thread_is_used() -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from immunonet import DkNN, data, zoo
+from immunonet import RAILS, DkNN, data, zoo
 from immunonet.attacks import PGD
 from immunonet.cli import evaluate as evaluate_module
+from immunonet.defences.spec import Spec
 
 KEYS = {
     "dataset", "defence", "attack", "knows", "eps", "norm", "n", "correct", "accuracy", "ci95",
@@ -18,8 +19,14 @@ KEYS = {
 }  # fmt: skip
 SMALL = [
     "--dataset", "digits", "--n", 20, "--eps", "1/8", "--iterations", 3, "--chunk", 15, "--seeds", 2,
-    "--population", 40, "--weights", "digits.safetensors",
+    "--weights", "digits.safetensors",
 ]  # fmt: skip
+RAILS_40 = "rails input population=40"
+
+
+def by(*specs):
+    """The words of a command that describe defences."""
+    return [word for spec in specs for word in ("--defence", spec)]
 
 
 @pytest.fixture
@@ -36,7 +43,8 @@ def by_key(path):
 
 
 def test_every_defence_meets_every_attack(run, digits_net):
-    code, out, err = run(*SMALL, "--layer", "input", "--layer", "conv1", "--population", "conv1=20", "--json", "r.json")
+    specs = ["cnn", "dknn input", RAILS_40, "dknn conv1", "rails conv1 population=20"]
+    code, out, err = run(*SMALL, *by(*specs), "--json", "r.json")
     assert code == 0, err
     record, rows = by_key("r.json")
     attacks = ["none", "fgsm", "pgd", "soft-knn", "soft-clones"]
@@ -57,7 +65,7 @@ def test_every_defence_meets_every_attack(run, digits_net):
     assert pgd["settings"]["attack"]["step"] == 0.03125
     assert rows["dknn", "conv1", "none"]["settings"]["neighbours"] == 75
     assert rows["rails", "conv1", "soft-knn"]["knows"] == rows["rails", "conv1", "soft-clones"]["knows"] == "defence"
-    assert rows["rails", "conv1", "soft-clones"]["settings"]["surrogate"] == {"sharpness": [0.1]}
+    assert rows["rails", "conv1", "soft-clones"]["settings"]["surrogate"]["sharpness"] == [0.1]
 
     assert all(row["settings"]["slice"] == {"sample": [20, 360], "seed": 0} for row in rows.values())
     test, train = data.load("digits", "test")[data.sample(360, 20)], data.load("digits", "train")
@@ -78,31 +86,80 @@ def test_every_defence_meets_every_attack(run, digits_net):
     assert "rails conv1 soft-knn: " in err
 
 
-def test_the_same_command_continues_and_another_is_refused(run, monkeypatch):
-    assert run(*SMALL, "--attack", "none", "--json", "a.json")[0] == 0
+def test_by_default_the_network_stands_beside_both_defences(run, monkeypatch):
+    monkeypatch.setattr(evaluate_module, "DEFAULT", (*evaluate_module.DEFAULT[:2], RAILS_40))
+    assert run(*SMALL, "--attack", "none", "--json", "r.json")[0] == 0
+    assert [row[0] for row in by_key("r.json")[1]] == ["cnn", "dknn", "rails"]
+
+
+def test_the_same_command_continues_and_others_stand_beside_it(run, monkeypatch):
+    words = [*SMALL, *by("cnn", "dknn", RAILS_40)]
+    assert run(*words, "--attack", "none", "--json", "a.json")[0] == 0
     before = Path("evaluation/parts.jsonl").read_text()
     with monkeypatch.context() as patch:
         patch.setattr(DkNN, "fit", None)
-        assert run(*SMALL, "--attack", "none", "--json", "b.json")[0] == 0
+        patch.setattr(RAILS, "fit", None)
+        assert run(*words, "--attack", "none", "--json", "b.json")[0] == 0
     assert Path("evaluation/parts.jsonl").read_text() == before
     assert by_key("a.json")[0]["results"] == by_key("b.json")[0]["results"]
-    # More images and attacks are added to what is there.
-    assert run(*SMALL, "--attack", "none", "--attack", "pgd", "--n", 40, "--json", "c.json")[0] == 0
+    # More images and attacks, and other settings, are added to what is there.
+    assert run(*words, "--attack", "none", "--attack", "pgd", "--n", 40, "--json", "c.json")[0] == 0
     assert by_key("c.json")[1]["cnn", "pgd"]["n"] == 40
     assert Path("evaluation/parts.jsonl").read_text().startswith(before)
-    for change, told in (
-        (["--eps", "0.2"], "pgd.eps was 0.125, now 0.2"),
-        (["--population", "80"], "settings of rails input maturation.0.population was 40, now 80"),
-        (["--preset", "paper"], "maturation.0.early_stop was 2, now None"),
+    dknn = [word for word in SMALL if word not in ("--n", 20)] + by("dknn")
+    for other in (
+        [*dknn, "--n", 20, "--eps", "0.2"],
+        [*dknn, "--slice", "0:20"],
+        [*SMALL, *by("rails input population=80"), "--seed", 7],
     ):
-        code, _, err = run(*SMALL, "--attack", "none", *change)
-        assert code == 2
-        assert told in err
-        assert "give another folder" in err
+        assert run(*other, "--attack", "pgd", "--json", "d.json")[0] == 0
+        assert run(*other, "--attack", "pgd", "--out", "fresh", "--json", "e.json")[0] == 0
+        assert timeless("d.json") == timeless("e.json")
+    # And the first command finds its own again.
+    kept = Path("evaluation/parts.jsonl").read_text()
+    assert run(*words, "--attack", "none", "--json", "b.json")[0] == 0
+    assert by_key("a.json")[0]["results"] == by_key("b.json")[0]["results"]
+    assert Path("evaluation/parts.jsonl").read_text() == kept
+
+
+def timeless(path):
+    return [{k: v for k, v in row.items() if k != "seconds_per_image"} for row in by_key(path)[0]["results"]]
+
+
+def test_what_was_done_before_an_interruption_is_not_done_again(run, monkeypatch):
+    words = [*SMALL, *by("cnn", "dknn"), "--attack", "pgd", "--json", "r.json"]
+    assert run(*words, "--out", "whole")[0] == 0
+    whole = timeless("r.json")
+    Path("r.json").unlink()
+    made, attack = [], PGD.__call__
+
+    def interrupted(self, model, x, y, *more, **how):
+        made.append(len(x))
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return attack(self, model, x, y, *more, **how)
+
+    monkeypatch.setattr(PGD, "__call__", interrupted)
+    assert run(*words)[0] == 130
+    assert not Path("r.json").exists()
+    assert run(*words)[0] == 0
+    assert made == [15, 5, 5]  # a part, one interrupted, the rest
+    assert timeless("r.json") == whole
+
+
+def test_those_of_one_name_have_rows_and_lines_of_their_own(run):
+    specs = [RAILS_40, "rails input population=40 generations=0", "rails input generations=0 population=40"]
+    code, _, err = run(*SMALL, *by(*specs), "--attack", "none", "--json", "r.json")
+    assert code == 0, err
+    rows = by_key("r.json")[0]["results"]
+    assert [row["defence"] for row in rows] == ["rails", "rails generations=0"]
+    assert [row["settings"]["maturation"][0]["generations"] for row in rows] == [10, 0]
+    assert "rails generations=0 input none: " in err
+    assert "| input | rails generations=0 | none |" in Path("evaluation/table.md").read_text()
 
 
 def test_tuning_chooses_for_dknn_on_the_validation_split(run):
-    code, _, err = run(*SMALL, "--attack", "none", "--tune-dknn", "--json", "r.json")
+    code, _, err = run(*SMALL, "--attack", "none", *by("dknn input", "dknn tuned"), "--json", "r.json")
     assert code == 0, err
     _, rows = by_key("r.json")
     tuned = rows["dknn-tuned", "input", "none"]["settings"]
@@ -110,33 +167,112 @@ def test_tuning_chooses_for_dknn_on_the_validation_split(run):
     assert tuned["neighbours"] == tuned["tuning"]["neighbours"]
     assert tuned["metric"] == tuned["tuning"]["metric"]
     assert rows["dknn", "input", "none"]["settings"]["metric"] == "cosine"
+    # What was chosen can be given to fit as it is told.
+    (chosen,) = re.findall(r"^dknn-tuned input: (dknn input .*)$", err, re.M)
+    assert Spec.parse(chosen).settings == {key: tuned[key] for key in ("neighbours", "metric")}
+    # A setting that is given is not chosen.
+    assert run(*SMALL, "--attack", "none", *by("dknn tuned metric=euclidean"), "--json", "r.json")[0] == 0
+    assert by_key("r.json")[1]["dknn-tuned", "input", "none"]["settings"]["metric"] == "euclidean"
 
 
-def test_a_feature_map_of_ones_own_and_the_authors_settings(run, tmp_path):
-    Path("mine.py").write_text("def halves(net):\n    return lambda x: x.flatten(1) / 2\n")
-    code, _, err = run(*SMALL, "--attack", "none", "--layer", "mine:halves", "--preset", "authors", "--json", "r.json")
-    refused = run(*SMALL, "--layer", "mine:halves", "--hidden")
+OWN = """
+import torch
+from immunonet import Answer, Defence, models
+
+def halves(net):
+    return lambda x: x.flatten(1) / 2
+
+def loud(net, gain=1.0):
+    return lambda x: (gain * net(x)).log_softmax(1)
+
+def clumsy(net):
+    return lambda x: x.nothing
+
+class Shift(Defence):
+    kind, title = "shift", "Shift"
+
+    def fit(self, x=None, y=None, calibration=None):
+        self.by, self.classes = self.gain * float(x.mean()), 10
+        return self
+
+    def tensors(self):
+        return {"by": torch.tensor(self.by)}
+
+    def restore(self, tensors):
+        self.by = float(tensors["by"])
+
+    def answer(self, x, seed=None):
+        return Answer.of(models.logits(self.model, (x - self.by).clamp(0, 1)))
+
+def shift(net, gain):
+    made = Shift(net)
+    made.gain = gain
+    return made
+"""
+
+
+@pytest.fixture
+def own(run):
+    Path("mine.py").write_text(OWN)
     sys.modules.pop("mine", None)
+    yield
+    sys.modules.pop("mine", None)
+
+
+def test_a_feature_map_of_ones_own_and_the_authors_settings(run, own):
+    spec = "rails mine:halves authors population=40"
+    code, _, err = run(*SMALL, "--attack", "none", *by(spec), "--json", "r.json")
     assert code == 0, err
-    assert refused[0] == 2
-    assert "--hidden needs submodules as layers, got --layer mine:halves" in refused[2]
     _, rows = by_key("r.json")
-    assert rows["rails", "mine:halves", "none"]["settings"]["maturation"][0]["crossover"] == "authors"
+    assert rows["rails-authors", "mine:halves", "none"]["settings"]["maturation"][0]["crossover"] == "authors"
+    code, _, err = run(*SMALL, *by(f"{spec} hidden=true"))
+    assert code == 2
+    assert "hidden needs one layer, the name of a submodule" in err
+
+
+def test_a_defence_of_ones_own(run, own, digits_net):
+    specs = ["cnn", "mine:loud", "mine:loud gain=-1"]
+    code, _, err = run(*SMALL, *by(*specs), "--json", "r.json")
+    assert code == 0, err
+    test = data.load("digits", "test")[data.sample(360, 20)]
+    with torch.no_grad():
+        logits = digits_net(test.x)
+    _, rows = by_key("r.json")
+    assert list(rows) == [(name, a) for name in ("cnn", "loud", "loud gain=-1") for a in ("none", "fgsm", "pgd")]
+    for attack in ("none", "fgsm", "pgd"):
+        assert rows["loud", attack]["correct"] == rows["cnn", attack]["correct"]
+    # In the same folder the second is not taken for the first.
+    assert rows["loud gain=-1", "none"]["correct"] == int((logits.argmin(1) == test.y).sum())
+    assert rows["loud gain=-1", "none"]["settings"]["given"] == {"gain": -1}
+    # Nor where it is fitted, and its settings do not tell what the factory was given.
+    specs = by("mine:shift gain=0", "mine:shift gain=2")
+    assert run(*SMALL, *specs, "--attack", "none", "--json", "s.json")[0] == 0
+    mean = float(data.load("digits", "train")[data.split(len(data.load("digits", "train")))[0]].x.mean())
+    for gain in (0, 2):
+        with torch.no_grad():
+            right = digits_net((test.x - gain * mean).clamp(0, 1)).argmax(1) == test.y
+        assert by_key("s.json")[1][f"shift gain={gain}", "none"]["correct"] == int(right.sum())
+    for word, told in (("mine:clumsy", "function fails: AttributeError"), ("mine:nothing", "cannot be imported")):
+        code, _, err = run(*SMALL, *by(word), "--out", "other")
+        assert code == 2
+        assert len(err.splitlines()) == 1
+        assert told in err
 
 
 def test_cells_in_the_layer_itself_with_settings_of_ones_own(run):
-    given = ["--maturation", "neighbours=4", "--maturation", "recombination=0.5", "--maturation", "crossover=none"]
-    code, _, err = run(*SMALL, "--attack", "none", "--layer", "conv2:2", "--hidden", *given, "--json", "r.json")
+    spec = "rails conv2:2 hidden=true population=40 neighbours=4 recombination=0.5 crossover=none metric=cosine"
+    code, _, err = run(*SMALL, "--attack", "none", *by(spec), "--json", "r.json")
     assert code == 0, err
     _, rows = by_key("r.json")
     settings = rows["rails", "conv2:2", "none"]["settings"]
-    assert settings["space"] == "conv2:2"
+    assert (settings["space"], settings["metric"]) == ("conv2:2", "cosine")
     found = settings["maturation"][0]
     assert (found["neighbours"], found["recombination"], found["crossover"]) == (4, 0.5, None)
 
 
 def test_settings_are_tried_on_validation_images_that_do_not_calibrate(run, digits_net):
-    code, _, err = run(*SMALL, "--split", "validation", "--attack", "none", "--json", "r.json")
+    specs = by("cnn", "dknn")
+    code, _, err = run(*SMALL, *specs, "--split", "validation", "--attack", "none", "--json", "r.json")
     assert code == 0, err
     rows = by_key("r.json")[1]
     train = data.load("digits", "train")
@@ -152,7 +288,7 @@ def test_settings_are_tried_on_validation_images_that_do_not_calibrate(run, digi
 
 
 def test_a_slice_is_in_the_order_of_the_file(run, digits_net):
-    short = [word for word in SMALL if word not in ("--n", 20)]
+    short = [word for word in (*SMALL, *by("cnn", "dknn")) if word not in ("--n", 20)]
     code, _, err = run(*short, "--slice", "10:40", "--attack", "none", "--json", "r.json")
     assert code == 0, err
     rows = by_key("r.json")[1]
@@ -160,11 +296,6 @@ def test_a_slice_is_in_the_order_of_the_file(run, digits_net):
     with torch.no_grad():
         assert rows["cnn", "none"]["correct"] == int((digits_net(test.x).argmax(1) == test.y).sum())
     assert {tuple(row["settings"]["slice"]) for row in rows.values()} == {(10, 40)}
-    # The same folder goes on with neither another slice nor a sample, whose images are others.
-    for other in (["--slice", "0:30"], ["--n", 30]):
-        code, _, err = run(*short, *other, "--attack", "none")
-        assert code == 2
-        assert "results of other settings" in err
     code, _, err = run(*short, "--slice", "0:100", "--split", "validation", "--attack", "none", "--out", "v")
     assert code == 0, err
     code, _, err = run(*short, "--slice", "0:143", "--split", "validation", "--attack", "none", "--out", "v")
@@ -183,11 +314,10 @@ def test_a_sample_of_data_in_class_order_is_of_every_class(command):
         "import torch\nfrom torch import nn\n\ndef make():\n    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))\n"
         "    net[1].weight.data.zero_()\n    net[1].bias.data = torch.tensor([5., 0, 0, 0, 0])\n    return net\n"
     )
-    words = ["evaluate", "--dataset", "set", "--model", "always_a:make", "--attack", "none", "--seeds", 1]
-    few = ["--maturation", "neighbours=2"]
+    words = ["evaluate", "--dataset", "set", "--model", "always_a:make", "--attack", "none", *by("cnn")]
     shares = []
     for n in (40, 80, 200):
-        code, _, err = command(*words, "--population", 50, "--n", n, "--out", n, *few, "--json", "r.json")
+        code, _, err = command(*words, "--n", n, "--out", n, "--json", "r.json")
         assert code == 0, err
         shares.append(by_key("r.json")[1]["cnn", "none"]["accuracy"])
     assert shares[-1] == 0.2
@@ -196,44 +326,36 @@ def test_a_sample_of_data_in_class_order_is_of_every_class(command):
 
 
 def test_the_networks_own_voice(run):
-    code, _, err = run(*SMALL, "--attack", "pgd", "--voice", "0.999", "--json", "r.json")
+    specs = by("cnn", "dknn", RAILS_40, f"{RAILS_40} voice=.999")
+    code, _, err = run(*SMALL, "--attack", "pgd", *specs, "--json", "r.json")
     assert code == 0, err
     _, rows = by_key("r.json")
-    assert rows["rails", "input", "pgd"]["settings"]["voice"] == 0.999
+    loud, silent = rows["rails voice=0.999", "input", "pgd"], rows["rails", "input", "pgd"]
+    assert (loud["settings"]["voice"], silent["settings"]["voice"]) == (0.999, 0)
     assert "voice" not in rows["dknn", "input", "pgd"]["settings"]
     # With nearly all the weight the network decides; the plasma cells by themselves answer otherwise.
-    assert rows["rails", "input", "pgd"]["accuracy"] == rows["cnn", "pgd"]["accuracy"]
-    assert run(*SMALL, "--attack", "pgd", "--json", "r.json", "--out", "silent")[0] == 0
-    silent = by_key("r.json")[1]["rails", "input", "pgd"]
-    assert silent["settings"]["voice"] == 0
-    assert silent["accuracy"] != rows["cnn", "pgd"]["accuracy"]
-    code, _, err = run(*SMALL, "--attack", "pgd", "--voice", "0.5")
-    assert code == 2
-    assert "settings of rails input voice was 0.999, now 0.5" in err
+    assert loud["accuracy"] == rows["cnn", "pgd"]["accuracy"] != silent["accuracy"]
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (["--voice", "1"], "--voice must be a finite number in [0, 1), got 1"),
-        (["--maturation", "cells=3"], "--maturation must be KEY=VALUE with a KEY of population,"),
-        (["--maturation", "neighbours=few"], "neighbours must be an integer, got 'few'"),
+        (by("rails input voice=1"), "voice must be a finite number in [0, 1), got 1"),
+        (by("rails input cells=3"), "rails has no setting 'cells'; nearest: cell_bounds"),
+        (by("rails input neighbours=few"), "neighbours must be an integer, got 'few'"),
+        (by("rals"), "defence 'rals': there is no defence 'rals'; nearest: rails"),
         (["--eps", "much"], "--eps must be a number such as 0.1 or 60/255, got 'much'"),
         (["--eps", "1/0"], "--eps must be a number"),
         (["--eps", "-0.1"], "eps must be a finite number in [0"),
         (["--step", "x"], "--step must be a number"),
         (["--slice", "0:10"], "--slice goes without --n: it says which images and how many"),
         (["--norm", "l1"], "norm must be one of 'linf', 'l2'"),
-        (
-            ["--attack", "magic"],
-            "--attack must be one of 'none', 'fgsm', 'pgd', 'soft-knn', 'soft-clones', got 'magic'",
-        ),
-        (["--preset", "best"], "--preset must be one of"),
-        (["--population", "many"], "--population must be a number, or LAYER=NUMBER for one of input, got 'many'"),
-        (["--population", "fc1=10"], "--population must be a number, or LAYER=NUMBER"),
-        (["--population", "0"], "population must be at least 1"),
-        (["--layer", "conv9"], "layers='conv9' is no submodule of the model; nearest names: conv"),
-        (["--layer", "mnist_affine"], "net must be a MnistNet"),
+        (["--attack", "soft-kn"], "--attack 'soft-kn' is neither on the network nor a surrogate; nearest: soft-knn"),
+        (by("rails preset=best"), "preset must be one of"),
+        (by("cnn", "rails population=0"), "population must be at least 1"),
+        (by("cnn", "dknn conv9"), "layers='conv9' is no submodule of the model; nearest names: conv"),
+        (by("dknn conv1+nowhere"), "layers='nowhere' is no submodule of the model"),
+        (by("dknn mnist_affine"), "net must be a MnistNet"),
         (["--dataset", "nothing"], "there is no 'nothing'"),
         (["--weights", "none.safetensors"], "none.safetensors"),
         (["--device", "tpu9"], "--device must be one of"),
@@ -250,7 +372,8 @@ def test_a_mistake_is_told_in_one_line_before_any_work(run, change, told):
 
 
 def test_one_defence_over_several_layers(run):
-    code, out, err = run(*SMALL, "--layer", "conv1+input", "--attack", "none", "--tune-dknn", "--json", "r.json")
+    specs = ["cnn", "dknn conv1+input", "dknn conv1+input tuned", "rails conv1+input population=40"]
+    code, out, err = run(*SMALL, *by(*specs), "--attack", "none", "--json", "r.json")
     assert code == 0, err
     _, rows = by_key("r.json")
     assert list(rows) == [
@@ -259,9 +382,6 @@ def test_one_defence_over_several_layers(run):
     ]
     assert len(rows["rails", "conv1", "input", "none"]["settings"]["maturation"]) == 2
     assert "conv1, input, none: rails alone is right on" in out
-    code, _, err = run(*SMALL, "--layer", "conv1+nowhere")
-    assert code == 2
-    assert "layers='nowhere' is no submodule of the model" in err
 
 
 @pytest.mark.parametrize(

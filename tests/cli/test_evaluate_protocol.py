@@ -9,19 +9,20 @@ from pathlib import Path
 import pytest
 
 from immunonet import zoo
-from immunonet.evaluation import finding
+from immunonet.attacks import PGD
 from immunonet.evaluation.suite import PROTOCOLS
-from immunonet.report import figures
+from immunonet.report import figures, robustness, tables
 
 COMMAND = [
     "--protocol", "quick", "--dataset", "digits", "--weights", "digits.safetensors", "--eps", "0.2",
-    "--population", "50", "--n", "12",
+    "--n", "12",
 ]  # fmt: skip
+RAILS_50 = "rails input population=50 voice=.25"
 
 
 def cell(record, attack):
     (row,) = (row for row in record["results"] if (row["defence"], row["attack"]) == ("rails", attack))
-    return finding._share(row)
+    return tables.share(row, 2)
 
 
 @pytest.fixture
@@ -34,41 +35,35 @@ def run(command, monkeypatch, digits_net):
     return functools.partial(command, "evaluate")
 
 
-def test_three_defences_are_attacked_and_the_finding_is_written(run, monkeypatch):
-    own = ("--tune-dknn", "--transfer", "digits=digits.safetensors", "--voice", 0.25)
+def test_three_defences_are_attacked_and_the_document_is_written(run, monkeypatch):
+    specs = ("--defence", "cnn", "--defence", "dknn tuned", "--defence", RAILS_50)
+    own = (*specs, "--transfer", "digits=digits.safetensors")
     monkeypatch.setattr(figures, "svg_uri", lambda figure: "data:,")  # tests of the pages draw
     code, out, err = run(*COMMAND, *own, "--json", "r.json")
     assert code == 0, err
     record = json.loads(Path("r.json").read_text())
     worst = {row["defence"]: row for row in record["results"] if row["attack"] == "worst-case"}
-    assert list(worst) == ["cnn", "dknn", "rails"]
+    assert list(worst) == ["cnn", "dknn-tuned", "rails"]
     assert worst["rails"]["settings"]["net"] == worst["rails"]["settings"]["model"] == "digits"
     assert worst["rails"]["knows"] == "defence"
     assert worst["rails"]["seeds"] == [1]
     assert worst["rails"]["settings"]["voice"] == 0.25
-    assert "voice" not in worst["dknn"]["settings"]
-    (journal,) = Path("evaluation").glob("rails-*.jsonl")
-    assert json.loads(journal.read_text().splitlines()[0])["settings"]["defence"]["voice"] == 0.25
+    assert "voice" not in worst["dknn-tuned"]["settings"]
     attacks = {row["attack"] for row in record["results"] if row["defence"] == "rails"}
     assert {"transfer-1", "unrolled", "square", "hop-skip-jump"} <= attacks
     assert len({(row["defence"], row["attack"]) for row in record["results"]}) == len(record["results"])
     assert all(row["settings"]["slice"] == {"sample": [12, 360], "seed": 0} for row in record["results"])
-    assert [one["defence"] for one in record["evaluations"]] == ["cnn", "dknn", "rails"]
-    assert "neighbours" in worst["dknn"]["settings"]["tuning"]
+    assert [one["defence"] for one in record["evaluations"]] == ["cnn", "dknn-tuned", "rails"]
+    assert "neighbours" in worst["dknn-tuned"]["settings"]["tuning"]
     assert "plan for rails: about" in err
     assert f"{worst['rails']['accuracy']:.4f}" in out
-    assert sorted(path.name for path in Path("evaluation").glob("*.html")) == [
-        "cnn.html",
-        "dknn-input.html",
-        "rails-input.html",
-    ]
+    cnn, dknn, rails = sorted(path.name for path in Path("evaluation").glob("*.html"))
+    assert (cnn, dknn) == ("cnn.html", "dknn-input-tuned.html")
+    assert rails.startswith("rails-input-population-50-voice-0.25")
 
     tried = ["--dataset", "digits", "--weights", "digits.safetensors", "--split", "validation", "--n", "10"]
-    assert (
-        run(*tried, "--population", "50", "--voice", "0.25", "--attack", "none", "--json", "v.json", "--out", "v")[0]
-        == 0
-    )
-    finding.main(["r.json", "--choices", "v.json", "--json", "all.json", "--doc", "docs/robustness.md"])
+    assert run(*tried, "--defence", RAILS_50, "--attack", "none", "--json", "v.json", "--out", "v")[0] == 0
+    robustness.main(["r.json", "--choices", "v.json", "--json", "all.json", "--doc", "docs/robustness.md"])
     merged = json.loads(Path("all.json").read_text())
     assert merged["results"] == record["results"]
     (rails,) = (row for row in merged["choices"][0]["results"] if row["defence"] == "rails")
@@ -87,8 +82,8 @@ def test_three_defences_are_attacked_and_the_finding_is_written(run, monkeypatch
     assert f"| 0.2 | {level['accepted']:.3f} | {level['right']:.3f} | {level['held']:.3f} |" in document
     assert f"differs from its network on {rails['disagreement']['none']:.3f}" in document
     Path("docs/robustness.md").unlink()
-    monkeypatch.setattr(finding, "save", lambda *_: None)  # what takes longest was tried above
-    finding.main(["all.json", "r.json", "--json", "twice.json", "--doc", "twice.md"])
+    monkeypatch.setattr(robustness, "save", lambda *_: None)  # what takes longest was tried above
+    robustness.main(["all.json", "r.json", "--json", "twice.json", "--doc", "twice.md"])
     assert "tried on validation" not in Path("twice.md").read_text()
     twice = json.loads(Path("twice.json").read_text())
     assert twice["results"] == 2 * record["results"]
@@ -100,7 +95,7 @@ def test_three_defences_are_attacked_and_the_finding_is_written(run, monkeypatch
     silent = copy.deepcopy(record)
     for row in silent["results"]:
         row["settings"].pop("voice", None)
-    names = [finding.title(case) for case in finding.cases(finding.merge([record, silent, record]))]
+    names = [case["title"] for case in robustness.cases(robustness.merge([record, silent, record]))]
     assert names[2:] == ["RAILS, input, T 50, voice 0.25", "RAILS, input, T 50"]
     assert "## RAILS less one of its parts" not in document
     lesser = copy.deepcopy(record)
@@ -109,18 +104,18 @@ def test_three_defences_are_attacked_and_the_finding_is_written(run, monkeypatch
             worst["rails"] | {"defence": "rails without mutation", "attack": attack, "accuracy": accuracy}
             for attack, accuracy in (("none", 0.75), ("worst-case", 0.25))
         ]
-    lines = finding.document(finding.merge([lesser]), "x").split("\n")
+    lines = robustness.document(robustness.merge([lesser]), "x").split("\n")
     (line,) = (line for line in lines if "| without mutation |" in line)
     assert "| 0.750 (" in line
     assert "| 0.250 (" in line
     assert f"| whole | {cell(record, 'none')} | {cell(record, 'worst-case')} |" in "\n".join(lines)
-    finding.main(["--json", "all.json", "--doc", "again.md"])
+    robustness.main(["--json", "all.json", "--doc", "again.md"])
     assert Path("again.md").read_text().replace("all.json", "") == document.replace("all.json", "")
 
 
 def test_a_file_that_holds_no_evaluation_is_refused():
     with pytest.raises(ValueError, match="run 0 holds no evaluations"):
-        finding.merge([{"results": []}])
+        robustness.merge([{"results": []}])
 
 
 @pytest.mark.parametrize(
@@ -129,7 +124,9 @@ def test_a_file_that_holds_no_evaluation_is_refused():
         (["--attack", "pgd"], "--attack does not go with --protocol"),
         (["--seeds", "3"], "--seeds does not go with --protocol"),
         (["--protocol", "slow"], "--protocol must be one of 'quick', 'standard', 'full', got 'slow'"),
-        (["--defence", "wall"], "--defence must be one of 'cnn', 'dknn', 'rails', got 'wall'"),
+        (["--defence", "wall"], "there is no defence 'wall'; there are cnn, dknn, rails"),
+        (["--defence", "rails conv9"], "layers='conv9' is no submodule of the model; nearest names: conv"),
+        (["--defence", "dknn metric=city"], "metric must be one of"),
         (["--transfer", "digits=none.safetensors"], "none.safetensors"),
         (["--minutes", "-1"], "minutes must be"),
     ],
@@ -141,15 +138,41 @@ def test_a_mistake_is_told_in_one_line(run, arguments, told):
     assert out == ""
 
 
-@pytest.mark.parametrize("option", [("--defence", "cnn"), ("--black-box", "5")])
+@pytest.mark.parametrize("option", [("--minutes", "3"), ("--black-box", "5")])
 def test_options_of_the_protocol_need_it(run, option):
     code, _, err = run("--dataset", "digits", "--weights", "digits.safetensors", *option)
     assert code == 2
     assert f"{option[0]} needs --protocol" in err
 
 
+def test_those_of_one_name_have_pages_and_rows_of_their_own(run, monkeypatch):
+    monkeypatch.setattr(figures, "svg_uri", lambda figure: "data:,")
+    specs = ("--defence", "dknn neighbours=5", "--defence", "dknn neighbours=20 metric=euclidean")
+    code, out, err = run(*COMMAND, *specs, "--json", "r.json")
+    assert code == 0, err
+    record = json.loads(Path("r.json").read_text())
+    names = ["dknn neighbours=5", "dknn neighbours=20 metric=euclidean"]
+    assert [one["defence"] for one in record["evaluations"]] == names
+    for name, k in zip(names, (5, 20), strict=True):
+        rows = [row for row in record["results"] if row["defence"] == name]
+        assert len({row["attack"] for row in rows}) == len(rows) > 5
+        assert {row["settings"]["neighbours"] for row in rows} == {k}
+        assert name in out
+    assert len(list(Path("evaluation").glob("*.html"))) == 2
+    # The document tells them apart as well.
+    titles = [case["title"] for case in robustness.cases(robustness.merge([record]))]
+    assert len(set(titles)) == 2
+    assert all(title.startswith("DkNN") for title in titles)
+    # The same command makes no attack again.
+    kept = Path("evaluation/parts.jsonl").read_text()
+    monkeypatch.setattr(PGD, "__call__", None)
+    assert run(*COMMAND, *specs, "--json", "again.json")[0] == 0
+    assert Path("evaluation/parts.jsonl").read_text() == kept
+    assert json.loads(Path("again.json").read_text())["results"] == record["results"]
+
+
 def test_results_come_from_test_images(run):
     code, _, err = run(*COMMAND, "--defence", "cnn", "--split", "validation", "--json", "r.json")
     assert code == 0, err
     with pytest.raises(ValueError, match=r"results come from test images, got a run on others: .*--split validation"):
-        finding.main(["r.json", "--json", "all.json", "--doc", "doc.md"])
+        robustness.main(["r.json", "--json", "all.json", "--doc", "doc.md"])

@@ -284,7 +284,7 @@ def folder(tmp_path):
 def test_a_folder_with_its_own_split(folder):
     assert len(common.resolve_dataset(str(folder), "train")) == 6
     assert len(common.resolve_dataset(str(folder), "test")) == 2
-    assert len(common.resolve_dataset(str(folder / "train"), None)) == 6
+    assert len(data.read(str(folder / "train"))) == 6
 
 
 def test_a_folder_without_a_split_is_split(folder):
@@ -405,7 +405,7 @@ def test_columns_size_and_background_reach_the_reader(command):
     how = {"image": "scan", "label": "kind", "size": 8, "background": "black"}
     assert {key: settings[key] for key in how} == how
     words[0:1] = ["--dataset", "x.parquet", "--weights", "weights/x.safetensors"]
-    code, _, err = command("fit", *words, "--background", "black", "--defence", "dknn", "--neighbours", 2)
+    code, _, err = command("fit", *words, "--background", "black", "--defence", "dknn neighbours=2")
     assert code == 0, err
     record = json.loads(Path("defence/fit.json").read_text())
     assert (record["classes"], record["size"], record["background"]) == (["a", "b"], 8, "black")
@@ -413,19 +413,15 @@ def test_columns_size_and_background_reach_the_reader(command):
     code, out, err = command("predict", "x.parquet", "--image", "scan", "--weights", "weights/x.safetensors")
     assert code == 0, err
     assert len(out.splitlines()) == 21
-    code, _, err = command(
-        "evaluate", *words, "--attack", "none", "--population", 20, "--maturation", "neighbours=2", "--json", "e.json"
-    )
+    code, _, err = command("evaluate", *words, "--attack", "none", "--defence", "dknn neighbours=2", "--json", "e.json")
     assert code == 0, err
     rows = json.loads(Path("e.json").read_text())["results"]
     assert all(row["settings"]["size"] == 8 and "background" not in row["settings"] for row in rows)
     sys.modules.pop("gather", None)
 
 
-def test_a_named_dataset_needs_a_split():
+def test_a_named_dataset_has_its_own_split():
     assert len(common.resolve_dataset("digits", "test")) == 360
-    with pytest.raises(ValueError, match="digits has two splits"):
-        common.resolve_dataset("digits", None)
 
 
 def test_load_model_needs_weights_for_the_zoo():

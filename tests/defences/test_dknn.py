@@ -26,6 +26,11 @@ def column(*values):
 REPERTOIRE = column(0.0, 0.1, 0.2, 0.8, 0.9, 1.0), torch.tensor([0, 0, 0, 1, 1, 1])
 
 
+def numbers(*several):
+    """Variants of a DkNN by how many neighbours they have."""
+    return [{"neighbours": k} for k in several]
+
+
 @pytest.fixture
 def line():
     """DkNN with 3 neighbours on the line, calibrated on four examples.
@@ -63,12 +68,12 @@ def test_the_strangeness_of_a_hand_worked_example(line):
 def test_one_search_answers_for_fewer_neighbours(metric, images, functional_conv):
     x, y = images
     dknn = DkNN(functional_conv, ["2", "5"], neighbours=10, metric=metric).fit(x, y, calibration=(x[:9], y[:9]))
-    found = dknn.predict_each(x, [1, 4, 10])
+    found = dknn.predict_each(x, numbers(1, 4, 10))
     for k, labels in zip([1, 4, 10], found, strict=True):
         own = DkNN(functional_conv, ["2", "5"], neighbours=k, metric=metric).fit(x, y, calibration=(x[:9], y[:9]))
         assert torch.equal(labels, own.predict(x))
     with pytest.raises(ValueError, match="at most 10, got 11"):
-        dknn.predict_each(x, [11])
+        dknn.predict_each(x, numbers(11))
 
 
 @pytest.mark.parametrize(("antigen", "label"), [(0.45, 0), (0.55, 1), (0.0, 0)])
@@ -162,7 +167,9 @@ def test_equally_near_examples_share_the_places_that_are_left(grid, budget):
         assert compare(dknn.p_values(queries), torch.tensor(p) - sign / 1e3).all()
     for own in {1, (k + 1) // 2, k}:
         counts, nearness = fractions(x, y, queries, classes, own, layers)
-        for label, places, sums in zip(dknn.predict_each(queries, [own])[0].tolist(), counts, nearness, strict=True):
+        for label, places, sums in zip(
+            dknn.predict_each(queries, [{"neighbours": own}])[0].tolist(), counts, nearness, strict=True
+        ):
             first = [c for c in range(classes) if places[c] == max(places)]
             assert label in first
             assert sums[label] >= max(sums[first]) - 1e-5
@@ -180,7 +187,7 @@ def test_the_names_of_labels_decide_nothing(grid, metric, budget, random):
         found.append(dknn.fit(x, labels, calibration=(queries, answers)))
     one, other = found
     assert torch.equal(names[one.predict(queries)], other.predict(queries))
-    assert torch.equal(names[one.predict_each(queries, [1, k])], other.predict_each(queries, [1, k]))
+    assert torch.equal(names[one.predict_each(queries, numbers(1, k))], other.predict_each(queries, numbers(1, k)))
     assert torch.equal(one.p_values(queries), other.p_values(queries)[:, names])
     assert torch.equal(one(queries), other(queries)[:, names])
     for method in ("credibility", "confidence", "familiarity"):

@@ -611,3 +611,34 @@ def test_fit_lets_every_example_pass_through_the_network_once(layers, space, mon
     assert len(rows) >= 750
     assert int((counts > 1).sum()) <= 30
     assert int(counts.sum()) <= 750 + 600
+
+
+def test_the_light_twin_shares_what_was_fitted_and_leaves_rails_alone(images, conv):
+    rails = RAILS(conv, "input", voice=0.3, maturation=Maturation(population=300, generations=7)).fit(*images)
+    twin = rails.light()
+    assert (twin.maturations[0].population, twin.maturations[0].generations) == (200, 3)
+    assert (rails.maturations[0].population, rails.maturations[0].generations) == (300, 7)
+    assert twin.repertoire is rails.repertoire
+    assert twin.voice == 0.3
+    assert (twin.predict(images[0][:6], seed=0) == images[1][:6]).float().mean() > 0.5
+
+
+def test_rails_less_one_part_shares_the_rest(images, conv):
+    rails = RAILS(conv, "input", maturation=Maturation(population=300, neighbours=2)).fit(*images)
+    found = rails.ablations()
+    assert list(found) == ["crossover", "mutation", "selection", "generations"]
+    assert found["generations"].maturations[0].generations == 0
+    assert found["mutation"].maturations[0].rates == (0.0, 0.0)
+    assert found["crossover"].maturations[0].crossover is None
+    assert rails.maturations[0] == Maturation(population=300, neighbours=2)
+    assert all(variant.repertoire is rails.repertoire for variant in found.values())
+    assert found["selection"].predict(images[0][:3], seed=0).shape == (3,)
+
+
+def test_draws_are_those_of_a_predict_of_ones_own(images, conv):
+    class Constant(RAILS):
+        def predict(self, x, seed=None):
+            return torch.full((len(x),), seed)
+
+    rails = Constant(conv, "input", maturation=Maturation(population=60, neighbours=3)).fit(*images)
+    assert rails.draws(images[0][:2], [2, 0]).tolist() == [[2, 2], [0, 0]]

@@ -4,16 +4,17 @@ import pytest
 from trials import trial
 
 from immunonet.evaluation.abstention import LEVELS, abstention
+from immunonet.evaluation.draws import Draws
 
-# One selection run, then one for the report; four images.
-CLEAN = trial("none", [[1, 1, 1, 0]] * 2, kind="none", familiarity=[0.9, 0.6, 0.03, 0.9])
+# One run that chooses, then one that counts; four images.
+CLEAN = trial("none", [[1, 1, 1, 0]] * 2, role=None, familiarity=[0.9, 0.6, 0.03, 0.9])
 LOUD = trial("pgd", [[0, 0, 0, 0]] * 2, familiarity=[0.04, 0.3, 0.001, 0.04])
 QUIET = trial("stealthy", [[0, 1, 1, 0]] * 2, familiarity=[0.3, 0.9, 0.9, 0.7])
-SELECT, REPORT = slice(0, 1), slice(1, 2)
+DRAWS = Draws(choose=(0,), count=(1,), few=1)
 
 
 def levels(*trials):
-    return {found["level"]: found for found in abstention(trials, SELECT, REPORT)}
+    return {found["level"]: found for found in abstention(list(trials), DRAWS)}
 
 
 def test_what_is_declined_is_neither_right_nor_broken():
@@ -39,7 +40,7 @@ def test_an_attack_that_avoids_rejection_counts_where_the_loud_one_is_declined()
 
 def test_the_worst_case_is_chosen_on_other_draws_than_it_is_counted_on():
     lucky = trial("pgd", [[1, 1, 1, 1], [0, 0, 0, 0]], familiarity=[0.9] * 4)
-    assert not lucky.correct[REPORT].any()
+    assert not DRAWS.counted(lucky.correct).any()
     assert levels(CLEAN, lucky)[0.0]["held"] == 0.75
 
 
@@ -49,10 +50,10 @@ def test_a_tie_goes_to_the_attack_that_is_stronger_overall():
 
 
 def test_attacks_that_tried_few_images_are_left_out():
-    few = trial("square", [[0, 0]] * 2, kind="black box", familiarity=[0.9, 0.9])
+    few = trial("square", [[0, 0]] * 2, role="asks", familiarity=[0.9, 0.9])
     passed = trial("square", [[0] * 4] * 2, attempted=[True, True, True, False], familiarity=[0.9] * 4)
     assert levels(CLEAN, few, passed) == levels(CLEAN)
 
 
 def test_a_defence_that_senses_nothing_has_no_curve():
-    assert abstention([trial("none", [[1, 1]], kind="none")], slice(0, 1), slice(0, 1)) == []
+    assert abstention([trial("none", [[1, 1]], role=None)], Draws()) == []

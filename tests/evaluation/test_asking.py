@@ -1,12 +1,13 @@
 """How a defence is asked, whatever it does."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from immunonet import RAILS, Maturation
-from immunonet.evaluation.asking import NO_ANSWER, LogProbabilities, Subject, answers, describe, light_twin
+from immunonet import RAILS, Answer, Defence, DkNN, Maturation, Sense
+from immunonet.defences.base import Undefended
+from immunonet.evaluation.asking import NO_ANSWER, Subject, describe, is_randomised, told_of
+from immunonet.evaluation.lab import asked
 
 X = torch.linspace(0, 1, 12).reshape(6, 2)
 
@@ -92,7 +93,7 @@ def test_further_draws_are_the_answers_under_their_seeds(images, conv):
     x = torch.rand(20, *images[0].shape[1:], generator=torch.Generator().manual_seed(0))
     expected = torch.stack([rails.predict(x, seed) for seed in (3, 1, 2)])
     assert Subject(rails, classes=3).labels(x, (3, 1, 2))[0].equal(expected)
-    assert answers(rails, x, (3, 1, 2))[0].equal(expected)
+    assert asked(rails, x, (3, 1, 2))[0].equal(expected)
 
 
 def test_further_draws_of_inputs_without_an_answer_count_as_wrong(images, conv, monkeypatch):
@@ -111,25 +112,52 @@ def test_further_draws_of_inputs_without_an_answer_count_as_wrong(images, conv, 
     assert Subject(rails, classes=3).labels(x, (0, 1, 2))[0].equal(expected)
 
 
+class Smoothing(nn.Module):
+    draws = 8
+
+    def predict(self, x, seed):
+        return torch.full((len(x),), seed)
+
+
+class Constant(RAILS):
+    def predict(self, x, seed=None, batch_size=None):
+        return torch.full((len(x),), seed)
+
+
 @pytest.mark.parametrize("kind", ["attribute", "subclass"])
 def test_only_the_draws_of_rails_itself_are_shared(kind, images, conv):
-    class Smoothing(nn.Module):
-        draws = 8
-
-        def predict(self, x, seed):
-            return torch.full((len(x),), seed)
-
-    class Constant(RAILS):
-        def predict(self, x, seed=None, batch_size=None):
-            return torch.full((len(x),), seed)
-
-    if kind == "attribute":
-        defence = Smoothing()
-    else:
-        defence = Constant(conv, "input", maturation=Maturation(population=60, neighbours=3)).fit(*images)
+    defence = Smoothing()
     expected = torch.tensor([[2] * 4, [0] * 4, [1] * 4])
+    if kind == "subclass":
+        defence = Constant(conv, "input", maturation=Maturation(population=60, neighbours=3)).fit(*images)
+        assert asked(defence, images[0][:4], (2, 0, 1))[0].equal(expected)
     assert Subject(defence, classes=3).labels(images[0][:4], (2, 0, 1))[0].equal(expected)
-    assert answers(defence, images[0][:4], (2, 0, 1))[0].equal(expected)
+
+
+def test_draws_of_a_defence_that_shares_nothing_are_each_asked_under_their_seed():
+    class Shaky(Defence):
+        """Draws from the generator of torch, and has no answer in one draw."""
+
+        kind, title, randomised = "shaky", "Shaky", True
+
+        def answer(self, x, seed=None):
+            if seed == 1 and (x[:, 0] > 0.9).any():
+                raise RuntimeError("too bright")
+            return Answer.of(torch.rand(len(x), 3))
+
+    subject = Subject(Shaky(nn.Identity()), classes=3)
+    labels = subject.labels(X, (0, 1, 2))[0]
+    assert labels[:, -1].eq(NO_ANSWER).tolist() == [False, True, False]
+    assert labels[2].equal(subject.labels(X, (2,))[0][0])
+
+
+def test_what_a_defence_says_of_itself_counts_and_else_whether_it_takes_a_seed(images, conv):
+    assert is_randomised(RAILS(conv, "input"))
+    assert not is_randomised(DkNN(conv, "input"))
+    assert not is_randomised(Undefended(conv))
+    assert is_randomised(lambda x, seed=None: even(x))
+    assert is_randomised(Smoothing())
+    assert not is_randomised(even)
 
 
 def test_every_call_has_fresh_noise_unless_its_seed_is_fixed_and_can_be_repeated():
@@ -157,18 +185,32 @@ def test_gradients_flow_through_a_subject_and_inputs_without_an_answer_have_none
     assert x.grad[4:].abs().sum() == 0
 
 
-def test_the_light_twin_shares_what_was_fitted_and_leaves_rails_alone(images, conv):
-    rails = RAILS(conv, "input", maturation=Maturation(population=300, generations=7)).fit(*images)
-    twin = light_twin(rails, population=60, generations=2)
-    assert (twin.maturations[0].population, twin.maturations[0].generations) == (60, 2)
-    assert (rails.maturations[0].population, rails.maturations[0].generations) == (300, 7)
-    assert twin.repertoire is rails.repertoire
-    assert light_twin(RAILS(conv, "input", voice=0.3)).voice == 0.3
-    assert (twin.predict(images[0][:6], seed=0) == images[1][:6]).float().mean() > 0.5
-
-
 def test_descriptions_and_log_probabilities(images, conv):
-    assert describe(sharp) == {"layers": []}
+    assert describe(even) == {"layers": []}
     assert describe(RAILS(conv, "input", voice=0.3)) == describe(RAILS(conv, "input")) | {"voice": 0.3}
-    assert LogProbabilities(conv)(images[0][:2]).exp().sum(1).allclose(torch.ones(2))
-    assert np.isfinite(LogProbabilities(conv)(images[0][:2]).detach().numpy()).all()
+    assert told_of(even) == {"model": "function"}
+    assert told_of(Subject(even, classes=3, fixed=7)) == {"model": "Subject", "classes": 3, "fixed": 7, "seeded": False}
+    x = images[0][:2]
+    assert Undefended(conv)(x).equal(conv(x).log_softmax(1))
+
+
+def test_what_looks_foreign_is_asked_in_parts_and_what_has_no_answer_looks_familiar():
+    class Senses(Defence):
+        kind, title = "senses", "Senses"
+
+        def answer(self, x, seed=None):
+            if (x[:, 0] > 0.9).any():
+                raise RuntimeError("too bright")
+            sense = Sense(distance=x[:, 0], p_value=1 - x[:, 0], foreign=x[:, 0] > 0.5)
+            return Answer(sharp(x).argmax(1), sharp(x), sense=sense)
+
+    subject = Subject(Senses(nn.Identity()), classes=3)
+    subject.check(X)
+    sense = subject.sense(X.flip(0))  # the first of them has no answer
+    assert sense.p_value.flip(0).tolist() == [*(1 - X[:5, 0]).tolist(), 1.0]
+    assert sense.foreign.flip(0).tolist() == [*(X[:5, 0] > 0.5).tolist(), False]
+    assert subject.faults == {"RuntimeError: too bright": 1}
+    for senseless in (even, Undefended(nn.Linear(2, 3))):
+        subject = Subject(senseless, classes=3)
+        subject.check(X)
+        assert subject.sense(X) is None

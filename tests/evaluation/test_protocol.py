@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from immunonet import RAILS, DkNN, Maturation, _store
+from immunonet.defences.base import Undefended
 from immunonet.evaluation import evaluate
-from immunonet.evaluation.asking import LogProbabilities
 from immunonet.evaluation.suite import PROTOCOLS, Planned
 from immunonet.report import figures
 
@@ -57,7 +57,7 @@ def flags(result):
 
 def test_figures_follow_from_the_distance_to_the_boundary(problem):
     base, x, y = problem
-    result = evaluate(LogProbabilities(base), x, y, base=base, eps=0.3, dataset="bands", name="cnn")
+    result = evaluate(Undefended(base), x, y, base=base, eps=0.3, dataset="bands", name="cnn")
     safe = float(((x[:, 0] - 0.5).abs() > 0.3).float().mean())
     assert 0 < safe < 1
     assert list(rows(result, "base")) == [
@@ -169,15 +169,15 @@ def test_ablations_are_rows_of_their_own(problem, monkeypatch):
 
 
 def _page(result):
-    from immunonet.evaluation.page import page
+    from immunonet.report.evaluation import page
 
-    return page(result)
+    return page(json.loads(json.dumps(result.to_dict())), result.gallery)
 
 
 def test_an_interrupted_run_continues_and_gives_the_same_figures(problem, tmp_path, monkeypatch):
     base, x, y = problem
     arguments = {"base": base, "eps": 0.2, "dataset": "bands"}
-    whole = evaluate(LogProbabilities(base), x[:40], y[:40], **arguments, folder=tmp_path / "a")
+    whole = evaluate(Undefended(base), x[:40], y[:40], **arguments, folder=tmp_path / "a")
     real, calls = Planned.__call__, []
 
     def counting(self, x, y):
@@ -189,9 +189,9 @@ def test_an_interrupted_run_continues_and_gives_the_same_figures(problem, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(Planned, "__call__", counting)
         with pytest.raises(KeyboardInterrupt):
-            evaluate(LogProbabilities(base), x[:40], y[:40], **arguments, folder=tmp_path / "b")
+            evaluate(Undefended(base), x[:40], y[:40], **arguments, folder=tmp_path / "b")
         done, calls[:] = calls[:3], [""] * 4
-        resumed = evaluate(LogProbabilities(base), x[:40], y[:40], **arguments, folder=tmp_path / "b")
+        resumed = evaluate(Undefended(base), x[:40], y[:40], **arguments, folder=tmp_path / "b")
     assert done == ["fgsm", "pgd", "pgd-momentum"]
     assert calls[4] == "apgd-ce"
     timeless = [
@@ -201,7 +201,7 @@ def test_an_interrupted_run_continues_and_gives_the_same_figures(problem, tmp_pa
     assert timeless[0] == timeless[1]
     with monkeypatch.context() as patch:
         patch.setattr(Planned, "__call__", None)
-        again = evaluate(LogProbabilities(base), x[:40], y[:40], **arguments, folder=tmp_path / "b")
+        again = evaluate(Undefended(base), x[:40], y[:40], **arguments, folder=tmp_path / "b")
     assert again.rows == resumed.rows
     assert again.checks == resumed.checks
 
@@ -235,30 +235,41 @@ def test_a_full_disk_is_told_and_loses_nothing_that_was_kept(problem, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(_store, "write_tensors", full)
         with pytest.raises(OSError, match="No space left on device"):
-            evaluate(LogProbabilities(base), x[:10], y[:10], base=base, eps=0.2, folder=tmp_path)
+            evaluate(Undefended(base), x[:10], y[:10], base=base, eps=0.2, folder=tmp_path)
     said = []
-    evaluate(LogProbabilities(base), x[:10], y[:10], base=base, eps=0.2, folder=tmp_path, on_progress=said.append)
+    evaluate(Undefended(base), x[:10], y[:10], base=base, eps=0.2, folder=tmp_path, on_progress=said.append)
     assert any(line.startswith("apgd-ce: ") for line in said)
 
 
 def test_minutes_cut_the_plan_beforehand_and_the_cut_is_a_failed_check(problem):
     base, x, y = problem
     said = []
-    result = evaluate(LogProbabilities(base), x, y, base=base, eps=0.1, minutes=1e-9, on_progress=said.append)
+    result = evaluate(Undefended(base), x, y, base=base, eps=0.1, minutes=1e-9, on_progress=said.append)
     assert {row.n for row in result.rows} == {10, 5}
     assert result.verdict.n == 10
     assert len(result.record["per_example"]) == 10
     assert not checks(result)["all"].passed
     assert "none 10 of 160" in checks(result)["all"].detail
-    assert said[0].startswith("plan for logprobabilities: about")
+    assert said[0].startswith("plan for cnn: about")
     assert any("square: 5 images, 7 calls each" in line for line in said)
     assert result.unreliable
-    assert evaluate(LogProbabilities(base), x[:30], y[:30], base=base, eps=0.1, minutes=60).verdict.n == 30
+    assert evaluate(Undefended(base), x[:30], y[:30], base=base, eps=0.1, minutes=60).verdict.n == 30
+
+
+def test_a_plan_that_is_cut_is_judged_on_the_images_that_are_left(problem, monkeypatch):
+    base, x, y = problem
+    monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(TINY, ablations=True))
+    defence = RAILS(base, "input", maturation=Maturation(population=20, neighbours=2, generations=0))
+    defence.fit(x[20:], y[20:])
+    result = evaluate(defence, x[:30], y[:30], base=base, eps=0.1, minutes=1e-9)
+    assert {row.n for row in result.ablations} == {result.verdict.n} == {10}
+    assert [one["image"] for one in result.record["per_example"]] == sorted(drawn(30)[:10].tolist())
+    assert [one["label"] for one in result.record["per_example"]] == y[sorted(drawn(30)[:10].tolist())].tolist()
 
 
 def test_attacks_that_only_ask_take_as_many_images_as_told(problem):
     base, x, y = problem
-    result = evaluate(LogProbabilities(base), x[:30], y[:30], base=base, eps=0.1, black_box=7)
+    result = evaluate(Undefended(base), x[:30], y[:30], base=base, eps=0.1, black_box=7)
     assert {row.n for row in result.rows if row.attack in ("noise", "square", "hop-skip-jump")} == {7}
     assert {row.n for row in result.rows if row.attack not in ("noise", "square", "hop-skip-jump")} == {30}
 
@@ -280,6 +291,42 @@ def test_answers_that_fail_for_some_inputs_are_wrong_and_flagged(problem):
     assert flags(result)["inputs without an answer"].raised
     assert "too bright" in flags(result)["inputs without an answer"].detail
     assert result.unreliable
+
+
+def test_answers_that_fail_in_the_worst_case_alone_are_flagged_too(problem, monkeypatch):
+    base, x, y = problem
+    monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(TINY, row_seeds=1))
+
+    class Late(nn.Module):
+        """Has no answer in the draws that no single attack is counted on."""
+
+        def forward(self, z, seed=None):
+            return base(z).log_softmax(1)
+
+        def predict(self, z, seed=None):
+            if seed in (1, 3):
+                raise RuntimeError(f"no answer in draw {seed}")
+            return self(z).argmax(1)
+
+    result = evaluate(Late(), x[:8], y[:8], base=base, eps=0.01)
+    assert result.record["row_seeds"] == {"selection": [0], "report": [2]}
+    detail = flags(result)["inputs without an answer"].detail
+    assert "8 times RuntimeError: no answer in draw 3" in detail
+    assert "16 times RuntimeError: no answer in draw 1" in detail  # of two finalists
+
+
+def test_a_defence_is_called_as_it_is_and_its_bounds_may_be_missing(problem):
+    base, x, y = problem
+
+    class Wrapped(nn.Module):
+        kind, bounds = torch.zeros(2), None
+
+        def forward(self, z):
+            return base(z).log_softmax(1)
+
+    result = evaluate(Wrapped(), x[:4], y[:4], base=base, eps=0.01)
+    assert result.verdict.defence == "wrapped"
+    assert result.record["threat_model"]["bounds"] == [[0.0, 1.0]]
 
 
 def test_an_answer_that_depends_on_the_batch_is_flagged(problem):
@@ -304,7 +351,7 @@ def test_an_image_that_is_wrong_already_counts_as_broken(problem):
     base, x, y = problem
     wrong = y.clone()
     wrong[0] = 1 - wrong[0]
-    result = evaluate(LogProbabilities(base), x[:10], wrong[:10], base=base, eps=0.0)
+    result = evaluate(Undefended(base), x[:10], wrong[:10], base=base, eps=0.0)
     assert result.verdict.correct == 9
     assert result.record["per_example"][0]["worst"] == 0.0
     asked = drawn(10)[:5].tolist()
@@ -323,7 +370,7 @@ def test_networks_in_training_mode_are_measured_in_eval_mode_and_left_as_found(p
 
 def test_the_page_gives_the_verdict_first_answers_the_checklist_and_escapes_names(tmp_path, images, conv):
     x, y = images
-    result = evaluate(LogProbabilities(conv), x[:20], y[:20], base=conv, eps=0.3, dataset="<b>", name="cnn")
+    result = evaluate(Undefended(conv), x[:20], y[:20], base=conv, eps=0.3, dataset="<b>", name="cnn")
     failed = dataclasses.replace(result, checks=(dataclasses.replace(result.checks[0], passed=False),))
     failed.to_html(tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
@@ -341,6 +388,13 @@ def test_the_page_gives_the_verdict_first_answers_the_checklist_and_escapes_name
         assert "data:image/png" in page
 
 
+def wide(z):
+    return z.log_softmax(1)
+
+
+wide.bounds = [(0, 1), (0, 2)]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
@@ -351,6 +405,8 @@ def test_the_page_gives_the_verdict_first_answers_the_checklist_and_escapes_name
         ({"eps": 1.1}, ValueError, r"eps must be a finite number in \[0, 1\]"),
         ({"eps": 2, "norm": "l2"}, ValueError, r"eps must be a finite number in \[0, 1.41421\]"),
         ({"norm": "l0"}, ValueError, "norm must be one of"),
+        ({"defence": wide, "eps": 3}, ValueError, r"eps must be a finite number in \[0, 2\]"),
+        ({"defence": wide, "eps": 3, "norm": "l2"}, ValueError, r"eps must be a finite number in \[0, 2.23607\]"),
         ({"seed": -1}, ValueError, "seed must be"),
         ({"x": torch.full((4, 2), 2.0)}, ValueError, "x must lie within bounds"),
         ({"x": torch.empty(0, 2), "y": torch.empty(0, dtype=torch.long)}, ValueError, "x must hold at least one"),
@@ -366,6 +422,6 @@ def test_the_page_gives_the_verdict_first_answers_the_checklist_and_escapes_name
 )
 def test_bad_input_is_named_before_any_work(problem, change, error, match):
     base, x, y = problem
-    arguments = {"defence": LogProbabilities(base), "x": x[:4], "y": y[:4], "base": base, "eps": 0.1} | change
+    arguments = {"defence": Undefended(base), "x": x[:4], "y": y[:4], "base": base, "eps": 0.1} | change
     with pytest.raises(error, match=match):
         evaluate(arguments.pop("defence"), arguments.pop("x"), arguments.pop("y"), **arguments)

@@ -6,7 +6,8 @@ import platform
 import pytest
 import torch
 
-from immunonet.evaluation import Row, records, statistics
+from immunonet import statistics
+from immunonet.evaluation import Row, records
 
 KEYS = [
     "dataset", "defence", "attack", "knows", "eps", "norm", "n", "correct", "accuracy", "ci95",

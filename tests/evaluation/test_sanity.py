@@ -1,20 +1,19 @@
 """Checks and flags: each must be able to fail."""
 
-import math
+import dataclasses
 from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from trials import BOUNDS, campaign, trial
 
-from immunonet import RAILS, Maturation, incoming
-from immunonet.attacks import PGD
-from immunonet.evaluation import cost, sanity
-from immunonet.evaluation.asking import LogProbabilities, Subject
-from immunonet.evaluation.runner import Runner
-from immunonet.evaluation.suite import Noise, Planned
-
-BOUNDS = incoming.bounds("bounds", (0.0, 1.0))
+from immunonet.attacks import PGD, HopSkipJump, Noise
+from immunonet.defences.base import Undefended
+from immunonet.evaluation import sanity
+from immunonet.evaluation.asking import Subject
+from immunonet.evaluation.outcome import outcome
+from immunonet.evaluation.suite import Planned
 
 
 @pytest.fixture
@@ -32,13 +31,12 @@ def points():
     return x, (x[:, 0] > 0.5).long()
 
 
-def runner(defence, base, points):
-    subject = Subject(defence, classes=2)
-    return Runner(subject, base, *points, seeds=(), settings={"name": "d"}, folder=None, told=lambda text: None)
+def planned(method, target, name="a", role="adaptive"):
+    return Planned(name=name, roles=frozenset({role}), n=20, method=method, target=target)
 
 
-def planned(method, target, name="a"):
-    return Planned(name=name, knows="base", kind="adaptive", n=20, method=method, target=target)
+def against(defence, base, points, *attacks, **budget):
+    return campaign(defence, *points, base=base, attacks=attacks, **budget)
 
 
 def test_eps_zero_fails_for_a_defence_that_never_answers_twice_alike(base, points):
@@ -49,8 +47,8 @@ def test_eps_zero_fails_for_a_defence_that_never_answers_twice_alike(base, point
         return nn.functional.one_hot(torch.full((len(x),), len(calls) % 2), 2).mul(9.0).log_softmax(1)
 
     attacks = [planned(Noise(eps=0.3, points=2, bounds=BOUNDS), base, name) for name in ("a", "b")]
-    assert sanity.eps_zero(runner(LogProbabilities(base), base, points), attacks, ()).passed
-    failed = sanity.eps_zero(runner(forgetful, base, points), attacks, ())
+    assert sanity.eps_zero(against(Undefended(base), base, points, *attacks)).passed
+    failed = sanity.eps_zero(against(forgetful, base, points, *attacks))
     assert not failed.passed
     assert "changed under a" in failed.detail
 
@@ -94,33 +92,18 @@ def test_flags_of_networks(base, points):
     assert sanity.failed(Counter(ValueError=3)).detail == "3 times ValueError"
 
 
-def test_the_reach_is_the_diagonal_of_the_bounds():
-    x = torch.zeros(1, 3, 4, 4)
-    assert sanity.reach_of(BOUNDS, x, "linf") == 1.0
-    assert sanity.reach_of(BOUNDS, x, "l2") == pytest.approx(math.sqrt(48))
-    wide = incoming.bounds("bounds", [(0, 1), (0, 2), (0, 1)])
-    assert sanity.reach_of(wide, x, "linf") == 2.0
+def cost(defence, base, points):
+    done = against(defence, base, points)
+    done.trials = [trial("none", [[1] * 20], role=None)]
+    return outcome(done, done.worst_case(), [], [], {}).record["cost"]
 
 
 def test_forward_passes_of_the_network_are_counted(base, points):
-    twice = Subject(lambda x: (base(x) + base(x)).log_softmax(1), classes=2)
-    found = cost.measure(twice, base, points[0], ())
+    found = cost(lambda x: (base(x) + base(x)).log_softmax(1), base, points)
     assert found["forward_passes"] == 2.0
     assert found["best_batch"] in (8, 20)
     assert found["seconds_best_batch"] > 0
-    assert cost.measure(Subject(lambda x: x.log_softmax(1), classes=2), base, points[0], ())["forward_passes"] == 0
-
-
-def test_rails_less_one_part_shares_the_rest(images, conv):
-    rails = RAILS(conv, "input", maturation=Maturation(population=300, neighbours=2)).fit(*images)
-    found = cost.without(rails)
-    assert list(found) == ["crossover", "mutation", "selection", "generations"]
-    assert found["generations"].maturations[0].generations == 0
-    assert found["mutation"].maturations[0].rates == (0.0, 0.0)
-    assert found["crossover"].maturations[0].crossover is None
-    assert rails.maturations[0] == Maturation(population=300, neighbours=2)
-    assert all(variant.repertoire is rails.repertoire for variant in found.values())
-    assert found["selection"].predict(images[0][:3], seed=0).shape == (3,)
+    assert cost(lambda x: x.log_softmax(1), base, points)["forward_passes"] == 0
 
 
 class Stops(PGD):
@@ -133,7 +116,7 @@ class Stops(PGD):
 @pytest.mark.parametrize(("method", "passed"), [(PGD, True), (Stops, False)])
 def test_an_attack_that_large_logits_stop_is_found(method, passed, base, points):
     attack = planned(method(eps=0.2, step=0.05, iterations=10, random_start=False), base, "pgd")
-    (check,) = sanity.scale(runner(LogProbabilities(base), base, points), [attack], 20)
+    (check,) = sanity.scale(against(Undefended(base), base, points, attack))
     assert check.passed is passed, check.detail
 
 
@@ -146,10 +129,53 @@ def test_a_network_that_depends_on_the_batch_is_flagged(points):
 
 
 def test_labels_that_are_not_those_of_the_log_probabilities_are_flagged(base, points):
-    class Beside(LogProbabilities):
+    class Beside(Undefended):
         def predict(self, x):
             return 1 - self(x).argmax(1)
 
     x, _ = points
     assert sanity.agreement(Subject(Beside(base), classes=2), x, (), True).raised
-    assert not sanity.agreement(Subject(LogProbabilities(base), classes=2), x, (), True).raised
+    assert not sanity.agreement(Subject(Undefended(base), classes=2), x, (), True).raised
+
+
+def test_a_plan_that_was_cut_fails(base, points):
+    pgd = planned(PGD(eps=0.2, step=0.05, iterations=2, random_start=False), base, "pgd")
+    done = against(Undefended(base), base, points, Planned(name="none", n=20), pgd)
+    done.run(10)
+    cut = sanity.checks(done, 1.0)[0][-1]
+    assert (cut.name, cut.passed) == ("all planned images were attacked", True)
+    done.plan = [done.plan[0], dataclasses.replace(pgd, n=7)]
+    assert sanity.checks(done, 1.0)[0][-1].detail == "pgd 7 of 20"
+
+
+def test_checks_compare_roles_and_twice_the_steps_with_once(base, points):
+    """Attacks that ask and break what gradients do not are found, as is a stronger transfer."""
+    pgd = PGD(eps=0.2, step=0.05, iterations=2, random_start=False)
+    plan = [Planned(name="none", n=20), planned(pgd, base, "pgd")]
+    done = against(Undefended(base), base, points, *plan)
+    done.run(10)
+    right = [1] * 20
+
+    def verdicts(**corrects):
+        clean, adaptive = trial("none", [right], role=None), trial("adaptive", [right])
+        done.trials = [clean, adaptive, *(trial(role, [values], role=role) for role, values in corrects.items())]
+        return {check.name: check.passed for check in sanity.checks(done, 1.0)[0]}
+
+    transfer, asks = "transfer is no stronger than attacks that know", "asking alone is no stronger than gradients"
+    assert verdicts(transfer=right, asks=right) == verdicts(transfer=right, asks=right) | {transfer: True, asks: True}
+    broken = [0] * 10 + [1] * 10
+    assert verdicts(transfer=broken, asks=right)[transfer] is False
+    found = verdicts(transfer=right, asks=broken)
+    assert (found[transfer], found[asks]) == (True, False)
+    assert sanity.doubled(trial("a", [right]), trial("a", [right]), done.draws.counted).passed
+    assert not sanity.doubled(trial("a", [right]), trial("a", [broken]), done.draws.counted).passed
+
+
+def test_points_outside_the_threat_model_are_flagged_unless_the_attack_has_no_ball(base):
+    def left(method):
+        attack = planned(method, base)
+        return sanity.outside([dataclasses.replace(trial("a", [[1]]), attack=attack, outside=3)])
+
+    flag = left(PGD(eps=0.2, step=0.05, iterations=2))
+    assert (flag.raised, flag.detail) == (True, "a: 3")
+    assert not left(HopSkipJump(eps=0.2)).raised

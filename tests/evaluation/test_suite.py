@@ -1,32 +1,34 @@
 """Plans: what they cost, what they allow, and what is cut first."""
 
-import dataclasses
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
+from trials import BOUNDS
 
-from immunonet import RAILS, DkNN, Maturation, attacks, incoming
+from immunonet import RAILS, DkNN, Maturation, attacks
+from immunonet.defences.base import Undefended
 from immunonet.evaluation import suite
-from immunonet.evaluation.asking import LogProbabilities, Subject
-from immunonet.evaluation.suite import PROTOCOLS, Noise, Planned
-
-BOUNDS = incoming.bounds("bounds", (0.0, 1.0))
+from immunonet.evaluation.asking import Subject
+from immunonet.evaluation.suite import PROTOCOLS, Planned, Suite, Threat
 
 
-def names(defence, base, images, protocol, randomised):
-    subject = Subject(defence, classes=3)
-    planned = suite.suite(
-        subject, base, [], images[0][:4],
-        eps=0.1, norm="linf", bounds=BOUNDS, budget=PROTOCOLS[protocol], seed=0, randomised=randomised,
-    )  # fmt: skip
-    return {attack.name: attack for attack in planned}
+def names(defence, base, images, protocol, randomised, others=(), classes=3, networks=()):
+    threat = Threat(eps=0.1, norm="linf", bounds=BOUNDS, seed=0)
+    subject = Subject(defence, classes=classes)
+    built = Suite(subject, [base, *networks], images[0][:4], threat, PROTOCOLS[protocol], randomised)
+    return {attack.name: attack for attack in built.attacks(others)}
+
+
+def planned(**settings):
+    return Planned(**{"name": "a", "roles": frozenset({"adaptive"}), "n": 1} | settings)
 
 
 def test_what_a_protocol_runs_on_each_defence(images, conv):
     on_base = ["none", "fgsm", "pgd", "pgd-momentum", "apgd-ce", "apgd-dlr"]
     asks = ["noise", "square", "hop-skip-jump"]
-    found = names(LogProbabilities(conv), conv, images, "quick", False)
+    found = names(Undefended(conv), conv, images, "quick", False)
     assert list(found) == on_base + asks
     assert {attack.knows for attack in found.values()} == {"base"}
 
@@ -43,8 +45,8 @@ def test_what_a_protocol_runs_on_each_defence(images, conv):
     twin = found["square"].target.defence
     assert (twin.maturations[0].population, twin.maturations[0].generations) == (200, 3)
     assert not found["square"].method.early_stop
-    assert found["square"].standing
-    assert not found["unrolled"].standing
+    assert found["square"].asks
+    assert not found["unrolled"].asks
     assert found["unrolled"].method.batch_size == found["unrolled"].target.batch_size
     assert {"unrolled-eot-5", "bpda-eot-5"} <= set(names(rails, conv, images, "standard", True))
 
@@ -62,62 +64,9 @@ def test_points_that_break_the_threat_model_are_replaced_and_counted():
             return attacks.AttackResult(found, y.bool(), y.float(), torch.zeros(1, 4))
 
     x = torch.tensor([[0.5], [0.5], [0.05], [0.5]])
-    found, _, outside = Planned(name="c", knows="base", kind="adaptive", n=4, method=Cheat(), target=len)(
-        x, x[:, 0].long()
-    )
+    found, _, outside = planned(method=Cheat(), target=len)(x, x[:, 0].long())
     assert found.flatten().tolist() == pytest.approx([0.6, 0.5, 0.05, 0.5])
     assert outside == 3
-
-
-@pytest.mark.parametrize(
-    ("method", "calls"),
-    [
-        (None, 0),
-        (attacks.FGSM(), 2),
-        (attacks.PGD(iterations=20, restarts=3), 63),
-        (attacks.APGD(iterations=10, restarts=1, loss="targeted-dlr", targets=4), 48),
-        (attacks.Square(queries=100, draws=3), 303),
-        # The point itself, 100 starts, 25 halvings on the first line, then on each line and step, and 10 + 14 around.
-        (attacks.HopSkipJump(iterations=2, evaluations=10), 1 + 100 + 25 + 2 * 50 + 24),
-        (attacks.HopSkipJump(iterations=2, evaluations=10, most_evaluations=12), 1 + 100 + 25 + 2 * 50 + 22),
-        (Noise(eps=0.1, points=7), 7),
-    ],
-)
-def test_calls_of_the_target_are_counted(method, calls):
-    assert Planned(name="a", knows="base", kind="adaptive", n=1, method=method, target=len).calls() == calls
-
-
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize(
-    "method",
-    [
-        attacks.FGSM(eps=0.3),
-        attacks.PGD(eps=0.3, iterations=3, restarts=2),
-        attacks.APGD(eps=0.3, iterations=6, restarts=2),
-        attacks.APGD(eps=0.3, iterations=6, loss="targeted-dlr", targets=2),
-        attacks.Square(eps=0.3, queries=20, draws=2, early_stop=False),
-        attacks.HopSkipJump(iterations=4, evaluations=20),
-        attacks.HopSkipJump(iterations=4, evaluations=20, norm="l2", most_evaluations=25),
-        Noise(eps=0.3, points=5),
-    ],
-)
-def test_no_attack_asks_more_often_than_its_plan_says(method, flat):
-    """`flat`: a model that nothing fools, so that the search for a start fails."""
-    asked = 0
-    weight = torch.randn(30, 5, generator=torch.Generator().manual_seed(0))
-
-    def model(x):
-        nonlocal asked
-        asked += len(x)
-        return x.flatten(1) @ weight * (0.0 if flat else 1.0) + 9.0 * flat * torch.eye(5)[0]
-
-    x = torch.rand(1, 30, generator=torch.Generator().manual_seed(1))
-    y = model(x).argmax(1)
-    asked = 0
-    planned = Planned(name="a", knows="base", kind="adaptive", n=1, method=method, target=model)
-    planned(x, y)
-    # Four more, on four images of all: is it a model, and one whose answers stay the same?
-    assert asked <= planned.calls() + 4
 
 
 def test_an_attack_without_a_ball_is_held_to_the_bounds_alone():
@@ -126,18 +75,15 @@ def test_an_attack_without_a_ball_is_held_to_the_bounds_alone():
         model.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     x, y = torch.tensor([[0.9, 0.1], [0.1, 0.7]]), torch.tensor([0, 1])
     method = attacks.HopSkipJump(iterations=2, evaluations=10)
-    planned = Planned(name="hop-skip-jump", knows="base", kind="black box", n=2, method=method, target=model)
-    found, _, outside = planned(x, y)
+    found, _, outside = planned(method=method, target=model)(x, y)
     assert outside == 0
     assert found.equal(method(model, x, y).adversarials)
     assert (model(found).argmax(1) != y).all()
 
 
 def test_a_budget_cuts_the_attacks_that_ask_first_and_keeps_ten_images():
-    clean = Planned(name="none", knows="base", kind="none", n=100)
-    strong, asks = (
-        dataclasses.replace(clean, name=name, kind=kind) for name, kind in (("a", "adaptive"), ("b", "black box"))
-    )
+    clean = Planned(name="none", n=100)
+    strong, asks = planned(n=100), planned(name="b", roles=frozenset({"asks"}), n=100)
     seconds = {"none": 0.0, "a": 1.0, "b": 3.0}
 
     def cut(allowed):
@@ -155,3 +101,73 @@ def test_a_gradient_is_seen_where_there_is_one():
     assert not suite.has_gradient(lambda z: z.round(), x)
     assert not suite.has_gradient(lambda z: z.detach(), x)
     assert not suite.has_gradient(lambda z: torch.ones(1, 2, requires_grad=True) * 2, x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Climbs(attacks.PGD):
+    """An attack of a caller's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asks(attacks.Noise):
+    """Another, which only asks."""
+
+
+def test_attacks_of_ones_own_are_made_on_what_suits_what_they_need(images, conv):
+    own = [Asks(eps=0.1), Climbs(eps=0.05, batch_size=4096)]
+    rails = RAILS(conv, "input", maturation=Maturation(population=300)).fit(*images)
+    found = names(rails, conv, images, "quick", True, own)
+    asks, climbs = found["asks-1"], found["climbs-2"]
+    assert list(found).index("climbs-2") == list(found).index("noise") - 1
+    assert list(found)[-1] == "asks-1"
+    assert (asks.roles, asks.target.defence.maturations[0].population) == ({"asks"}, 200)
+    assert (climbs.roles, type(climbs.target)) == ({"adaptive"}, attacks.Unrolled)
+    assert climbs.method.batch_size == climbs.target.batch_size < 4096
+    assert climbs.method.eps == 0.05
+
+    def direct(x):
+        return conv(x).log_softmax(1)
+
+    assert names(direct, conv, images, "quick", False, own)["climbs-2"].target.defence is direct
+    stepped = names(lambda x: direct((4 * x).round() / 4), conv, images, "quick", False, own)
+    assert type(stepped["climbs-2"].target) is attacks.Bpda
+
+
+def test_attacks_of_ones_own_are_held_to_the_bounds_of_the_defence(images, conv):
+    found = names(Undefended(conv), conv, images, "quick", False, [Climbs(eps=0.1, bounds=(-9.0, 9.0))])
+    assert found["climbs-1"].method.bounds == BOUNDS
+
+
+@pytest.mark.parametrize(
+    ("own", "error", "match"),
+    [
+        (len, TypeError, r"attacks\[1\] must be an immunonet.attacks.Attack, got builtin_function_or_method"),
+        (Climbs(eps=0.2), ValueError, r"attacks\[1\] must stay within eps=0.1 in linf, got eps=0.2 in linf"),
+        (Climbs(eps=0.1, norm="l2"), ValueError, "got eps=0.1 in l2"),
+        (attacks.HopSkipJump(), ValueError, "got eps=None in linf"),
+        (Climbs(eps=0.1, targeted=True), ValueError, r"attacks\[1\] must not be targeted"),
+    ],
+)
+def test_attacks_of_ones_own_that_break_the_claim_are_refused(own, error, match, images, conv):
+    with pytest.raises(error, match=match):
+        names(Undefended(conv), conv, images, "quick", False, [Climbs(eps=0.1), own])
+
+
+def test_roles_say_what_a_record_calls_an_attack():
+    def kind(*roles):
+        return planned(roles=frozenset(roles), method=attacks.FGSM()).kind
+
+    assert [kind("transfer", "base"), kind("adaptive", "eot"), kind("asks"), kind()] == [
+        "transfer", "adaptive", "black box", "none",
+    ]  # fmt: skip
+    assert planned(roles=frozenset({"transfer", "base"}), method=attacks.FGSM()).knows == "base"
+    assert planned(method=attacks.FGSM()).knows == "defence"
+    assert planned().knows == "base"  # images as they are
+
+
+def test_labels_to_lead_to_and_networks_to_transfer_from_have_attacks_of_their_own(images, conv):
+    found = names(Undefended(conv), conv, images, "standard", False, classes=9, networks=[nn.Flatten(), nn.Flatten()])
+    assert found["apgd-targeted-dlr"].roles == {"transfer", "base", "targeted"}
+    assert found["apgd-targeted-dlr"].method.targets == 3
+    assert {"transfer-1", "transfer-2"} <= set(found)
+    assert "apgd-targeted-dlr" not in names(Undefended(conv), conv, images, "standard", False)  # of three classes

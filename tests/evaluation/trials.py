@@ -1,17 +1,29 @@
-"""Trials small enough to work out by hand."""
+"""Trials and campaigns small enough to work out by hand."""
+
+import dataclasses
+from collections import Counter
 
 import torch
+from torch import nn
 
-from immunonet.evaluation.runner import Trial
-from immunonet.evaluation.suite import Planned
+from immunonet import incoming
+from immunonet.defences.base import Undefended
+from immunonet.evaluation.asking import Subject
+from immunonet.evaluation.bench import Bench
+from immunonet.evaluation.campaign import Campaign, Claim, Scene, Trial
+from immunonet.evaluation.draws import Draws
+from immunonet.evaluation.suite import PROTOCOLS, Planned, Threat
+
+BOUNDS = incoming.bounds("bounds", (0.0, 1.0))
 
 
-def trial(name, correct, *, kind="adaptive", attempted=None, familiarity=None):
+def trial(name, correct, *, role="adaptive", attempted=None, familiarity=None):
     """A trial of attack `name`, each of whose candidates is the length of that name; labels are 1 where right."""
     correct = torch.tensor(correct, dtype=torch.bool)
     n = correct.shape[1]
+    roles = {"joint", role} if name == "stealthy" else {role} - {None}
     return Trial(
-        attack=Planned(name=name, knows="base", kind=kind, n=n),
+        attack=Planned(name=name, roles=frozenset(roles), n=n),
         adversarials=torch.full((n, 1), float(len(name))),
         attempted=torch.tensor([True] * n if attempted is None else attempted),
         labels=correct.long(),
@@ -22,7 +34,24 @@ def trial(name, correct, *, kind="adaptive", attempted=None, familiarity=None):
         foreign=None,
         outside=0,
         losses=[],
-        faults=None,
+        faults=Counter(),
         seconds=0.0,
         base_seconds=0.0,
     )
+
+
+def campaign(defence, x, y, *, base=None, classes=2, draws=None, attacks=(), folder=None, **budget):
+    """A campaign against `defence` on images `x` labelled `y`, by planned attacks; `budget`: changes of "quick"."""
+    draws = draws or Draws()
+    subject = Subject(defence, classes=classes)
+    threat = Threat(eps=0.2, norm="linf", bounds=BOUNDS, seed=0)
+    claim = Claim(
+        name="d", base_name="base", dataset="toy", protocol="quick", threat=threat, told={}, order=tuple(range(len(y)))
+    )
+    scene = Scene(
+        subject=subject, base=Subject(Undefended(base or nn.Identity()), classes=classes), x=x, y=y,
+        plan={attack.name: attack for attack in attacks}, seeds=draws.seeds,
+    )  # fmt: skip
+    spent = dataclasses.replace(PROTOCOLS["quick"], **budget)
+    known = {"images": "i", "networks": ["n"], "defence": "d"}
+    return Campaign(claim, Bench(scene, folder), known, spent, draws, lambda text: None)

@@ -21,7 +21,6 @@ ALLOWED = {
     "features/affine.py: function": "a FeatureMap, which asks through the door",
     "zoo/training.py: net": "training, whose network is in train mode and is changed",
     "zoo/adversarial.py: net": "training: the door's own copy of the inputs, but in train mode",
-    "cli/predict.py: defence": "a defence of this package, which it loaded itself",
 }
 
 
@@ -47,7 +46,8 @@ def test_models_are_called_in_one_place() -> None:
 
 def bound(function: ast.AST) -> bool:
     """Return whether it is an attribute of `self` or of a problem: others are methods, such as torch's."""
-    return isinstance(function, ast.Attribute) and last(function.value) in {"self", "problem", "runner", "subject"}
+    holders = {"self", "problem", "scene", "subject", "lab"}
+    return isinstance(function, ast.Attribute) and last(function.value) in holders
 
 
 def defined(tree: ast.AST, function: ast.AST) -> bool:
@@ -111,4 +111,4 @@ def test_what_is_beside_the_door() -> None:
     assert places("forward", "__call__", "_call_impl") == {}
     asked = {file: of for file, of in places("predict").items() if not file.startswith(("cli/", "studies/"))}
     # A defence's own labels, in eval mode; what it asks comes through the door.
-    assert asked == {"evaluation/asking.py": {"model"}, "defences/base.py": {"self"}}
+    assert asked == {"evaluation/lab.py": {"defence"}, "defences/base.py": {"self", "self.with_settings(**variant)"}}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
@@ -192,10 +192,14 @@ def test_without_numba_the_operators_serve(monkeypatch):
     reach=st.sampled_from([0.0, 0.02, 0.06, 0.3, 1]),
     steps=st.integers(0, 2),  # every further one multiplies what rounding has parted
 )
+@example(seed=2, n=4, channels=3, height=1, width=5, reach=1, steps=2)
 def test_registration_equals_the_operator(seed, n, channels, height, width, reach, steps):
     images, goals = rand(2, n, channels, height, width, seed=seed)
-    found = fused.register(images, goals, reach, steps)
-    assert_close(found, operators.register(images, goals, reach, steps), atol=1e-4, rtol=0)
+    exact = operators.register(images.double(), goals.double(), reach, steps)
+    ways = fused.register(images, goals, reach, steps), operators.register(images, goals, reach, steps)
+    error, usual = (float((moved - exact).abs().max()) for moved in ways)
+    # Where a map is ill-conditioned single precision parts the two, either of them by so much from the formula.
+    assert error <= max(1e-4, 4 * usual)
 
 
 def test_registration_equals_the_operator_out_of_scale():

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from report_samples import B, C, G, made_response
 
-from immunonet.report import figures, learning_curves, response_figure
+from immunonet.report import figures, images, learning_curves, response_figure
 from immunonet.response import Trace
 
 
@@ -23,40 +23,40 @@ def decoded(uri: str) -> np.ndarray:
 
 def test_grey_image_spans_black_to_white() -> None:
     image = torch.tensor([[[-1.0, 0.0], [0.5, 1.0]]])
-    pixels = decoded(figures.png_uri(figures.image_array(image, bounds=(-1, 1))))
+    pixels = decoded(images.png_uri(images.image_array(image, bounds=(-1, 1))))
     assert pixels.tolist() == [[0, 128], [191, 255]]
 
 
 def test_colour_image_keeps_its_channels_and_their_bounds() -> None:
     image = torch.tensor([0.2, 1.0, 5.0]).reshape(3, 1, 1)
-    pixels = decoded(figures.png_uri(figures.image_array(image, bounds=[(0, 1), (0, 1), (0, 10)])))
+    pixels = decoded(images.png_uri(images.image_array(image, bounds=[(0, 1), (0, 1), (0, 10)])))
     assert pixels.tolist() == [[[51, 255, 128]]]
 
 
 def test_grey_difference_is_scaled_to_its_largest_change() -> None:
     clean = torch.full((1, 1, 3), 0.5)
-    pixels, largest = figures.difference_array(clean, clean + torch.tensor([[[0.0, 0.2, -0.2]]]))
+    pixels, largest = images.difference_array(clean, clean + torch.tensor([[[0.0, 0.2, -0.2]]]))
     assert largest == pytest.approx(0.2)
     colours = ["#" + bytes(pixel.tolist()).hex().upper() for pixel in pixels[0]]
-    assert colours == ["#FFFFFF", figures.BRIGHTER, figures.DARKER]
+    assert colours == ["#FFFFFF", images.BRIGHTER, images.DARKER]
 
 
 def test_colour_difference_moves_each_channel_around_mid_grey() -> None:
     clean = torch.full((3, 1, 1), 0.5)
-    pixels, largest = figures.difference_array(clean, clean + torch.tensor([0.1, -0.1, 0.0]).reshape(3, 1, 1))
+    pixels, largest = images.difference_array(clean, clean + torch.tensor([0.1, -0.1, 0.0]).reshape(3, 1, 1))
     assert pixels.tolist() == [[[255, 0, 128]]]
     assert largest == pytest.approx(0.1)
 
 
 def test_no_difference_is_blank() -> None:
-    pixels, largest = figures.difference_array(torch.ones(1, 2, 2), torch.ones(1, 2, 2))
+    pixels, largest = images.difference_array(torch.ones(1, 2, 2), torch.ones(1, 2, 2))
     assert largest == 0
     assert (pixels == 255).all()
 
 
 def test_difference_of_two_shapes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"one shape, got \(1, 2, 2\) and \(1, 2, 3\)"):
-        figures.difference_array(torch.ones(1, 2, 2), torch.ones(1, 2, 3))
+        images.difference_array(torch.ones(1, 2, 2), torch.ones(1, 2, 3))
 
 
 def test_mean_band_against_numpy() -> None:
@@ -124,11 +124,11 @@ def test_response_figure_shows_every_part(shape: tuple[int, ...]) -> None:
     response = made_response(shape)
     antigens = torch.rand(B, *shape)
     figure = response_figure(response, antigens, indices=[1, -1], cells=3, names=["ant", "bee", "cat"])
-    images = [axes.images[0].get_array() for axes in figure.axes if axes.images]
-    assert len(images) == 2 * (1 + 3 + 3)
-    drawn = {array.tobytes() for array in images}
+    pictures = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert len(pictures) == 2 * (1 + 3 + 3)
+    drawn = {array.tobytes() for array in pictures}
     for tensor in (antigens[1], response.plasma.x[1, 0], response.memory.x[-1, 2]):
-        assert figures.image_array(tensor).tobytes() in drawn
+        assert images.image_array(tensor).tobytes() in drawn
     texts = " ".join(axes.get_title() + axes.get_xlabel() for axes in figure.axes)
     assert f"credibility {float(response.credibility[1]):.2f}" in texts
     assert ["ant", "bee", "cat"][int(response.labels[1])] in texts
@@ -140,7 +140,7 @@ def test_hidden_cells_are_drawn_by_their_origin() -> None:
     antigens, repertoire = torch.rand(B, 1, 8, 8), torch.rand(20, 1, 8, 8)
     figure = response_figure(response, antigens, repertoire=repertoire, indices=[0])
     drawn = {axes.images[0].get_array().tobytes() for axes in figure.axes if axes.images}
-    assert figures.image_array(repertoire[int(response.plasma.origin[0, 0])]).tobytes() in drawn
+    assert images.image_array(repertoire[int(response.plasma.origin[0, 0])]).tobytes() in drawn
     with pytest.raises(ValueError, match=r"repertoire must be the training images \(N, 1, 8, 8\).*\(16, 2, 2\)"):
         response_figure(response, antigens)
 
@@ -178,7 +178,10 @@ def test_pyplot_is_not_loaded() -> None:
 
 
 def test_points_stand_where_the_accuracies_are():
-    lines = {"one": {"clean": (0.9, (0.8, 1.0)), "attacked": (0.2, (0.1, 0.3))}, "two": {"clean": (0.7, (0.6, 0.8))}}
+    def row(accuracy, *ci95):
+        return {"accuracy": accuracy, "ci95": ci95}
+
+    lines = {"one": {"clean": row(0.9, 0.8, 1), "attacked": row(0.2, 0.1, 0.3)}, "two": {"clean": row(0.7, 0.6, 0.8)}}
     (axes,) = figures.accuracy_points(lines).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two"]
     centres = {bar.get_label(): bar.lines[0].get_xdata().tolist() for bar in axes.containers}
@@ -191,4 +194,4 @@ def test_rejection_is_drawn_as_what_is_answered_against_what_is_held():
     levels = [{"accepted": 1.0, "held": 0.2, "ci95": [0.1, 0.3]}, {"accepted": 0.5, "held": 0.8, "ci95": [0.7, 0.9]}]
     first, second = figures.rejection_curves({"net": {"a": levels, "b": levels[:1]}, "other": {"a": levels}}).axes
     assert [line.get_xydata().tolist() for line in first.lines] == [[[1.0, 0.2], [0.5, 0.8]], [[1.0, 0.2]]]
-    assert (first.get_title(), second.get_title()) == ("net", "other")
+    assert tuple(axes.get_title(loc="left") for axes in (first, second)) == ("net", "other")

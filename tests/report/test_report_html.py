@@ -48,7 +48,7 @@ def content(shape: tuple[int, ...], **changes: Any) -> dict[str, Any]:
     assert response.trace is not None
     clean = torch.rand(B, *shape, generator=torch.Generator().manual_seed(5))
     truth = torch.arange(B) % C
-    gallery = report.specimens(
+    gallery = report.exhibits(
         made_rails(shape),
         clean,
         (clean + 0.25).clamp(0, 1),
@@ -166,7 +166,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="names must hold one name per class, 3, got 1"):
         report.render(**content((1, 8, 8), names=["a"]))
     with pytest.raises(ValueError, match="clean must be images"):
-        report.specimens(None, torch.rand(2, 4), torch.rand(2, 4), torch.zeros(2), made_response((4,)), {}, indices=[0])
+        report.exhibits(None, torch.rand(2, 4), torch.rand(2, 4), torch.zeros(2), made_response((4,)), {}, indices=[0])
 
 
 def test_write_leaves_one_whole_file(tmp_path: Path) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from immunonet import zoo
+from immunonet import studies
+from immunonet.cli import reproduce
 from immunonet.data import Images
-from immunonet.evaluation.journal import Journal
-from immunonet.studies import load
-from immunonet.studies.lab import Lab
+from immunonet.evaluation.lab import Lab
 
 HERE = Path(__file__).parent
 
@@ -23,17 +21,24 @@ def ordered(n: int) -> Images:
     return Images(x, torch.arange(10).repeat_interleave(n), tuple("0123456789"))
 
 
-def lab(tmp_path: Path, order: str) -> Lab:
-    study = dataclasses.replace(load(HERE / "small.toml"), order=order)
-    parts = {"training": ordered(30), "held_out": ordered(20), "test": ordered(20), "others": {"odd": ordered(10)}}
-    nets = {name: zoo.build("digits") for name in study.bases}
-    journal = Journal(tmp_path / "parts.jsonl", {})
-    return Lab(study, nets=nets, layer=lambda name, net: name, folder=tmp_path, journal=journal, **parts)
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """The function that makes a lab of training, validation, test and strange images in some order."""
+
+    def found(order: str) -> Lab:
+        study = studies.load(HERE / "digits.toml").model_copy(update={"order": order, "validation": 200})
+        sizes = {("tiny.parquet", "train"): 50, ("tiny.parquet", "test"): 20, ("digits", "test"): 10}
+        monkeypatch.setattr(reproduce, "_images", lambda name, split, *_, **__: ordered(sizes[name, split]))
+        monkeypatch.setattr(reproduce, "_network", lambda *_: torch.nn.Linear(1, 1))
+        monkeypatch.setattr(reproduce.common, "check_model", lambda *_: None)
+        return reproduce._lab(study, torch.device("cpu"), None, tmp_path, given=False, own=True)[0]
+
+    return found
 
 
-@pytest.mark.parametrize("split", ["validation", "test", "odd"])
-def test_the_first_few_are_of_every_class(tmp_path: Path, split: str) -> None:
-    found = lab(tmp_path, "random")
+@pytest.mark.parametrize("split", ["validation", "test", "digits"])
+def test_the_first_few_are_of_every_class(lab, split: str) -> None:
+    found = lab("random")
     _, y = found.images(split, slice(0, 60))
     assert len(y.unique()) == 10  # a class of these is missing by chance once in 2,000 times
     assert found.where(split, 60) == {"sample": [60, len(found.splits[split])], "seed": 0}
@@ -41,8 +46,8 @@ def test_the_first_few_are_of_every_class(tmp_path: Path, split: str) -> None:
     assert len(x[:, 0, 0, 0].unique()) == len(x)
 
 
-def test_the_papers_first_test_images_stay(tmp_path: Path) -> None:
-    found = lab(tmp_path, "file")
+def test_the_papers_first_test_images_stay(lab) -> None:
+    found = lab("file")
     x, y = found.images("test", slice(0, 20))
     assert torch.equal(x, ordered(20).x[:20])
     assert y.unique().tolist() == [0]
@@ -51,17 +56,12 @@ def test_the_papers_first_test_images_stay(tmp_path: Path) -> None:
     assert found.where("validation", 60) == {"sample": [60, 200], "seed": 0}
 
 
-def test_a_smaller_repertoire_is_of_every_class(tmp_path: Path) -> None:
-    found = lab(tmp_path, "file")
+def test_a_smaller_repertoire_is_of_every_class(lab) -> None:
+    found = lab("file")
     x, y = found.examples(80)
     assert len(y.unique()) == 10
     assert torch.equal(y, y.sort().values)  # their order is kept
-    assert all(torch.equal(a, b) for a, b in zip(found.examples(None), (ordered(30).x, ordered(30).y), strict=True))
-    places = (x[:, 0, 0, 0] * 300).round().long()
-    assert torch.equal(ordered(30).y[places], y)
-
-
-def test_the_studies_of_the_papers_say_which_images_they_take() -> None:
-    assert {load(name).order for name in ("mnist", "cifar10", "svhn")} == {"file"}
-    with pytest.raises(ValueError, match="order must be one of 'random', 'file', got 'sorted'"):
-        dataclasses.replace(load("mnist"), order="sorted")
+    assert found.size(80) == 80
+    assert found.size(None) == len(found.examples(None)[1]) == 300
+    places = (x[:, 0, 0, 0] * 500).round().long()
+    assert torch.equal(ordered(50).y[places], y)

@@ -1,7 +1,10 @@
-"""`immunonet reproduce`: a study end to end, interrupted, sharded, and refused."""
+"""`immunonet reproduce`: a study end to end, killed, changed, with a defence of one's own, and refused."""
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +16,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from immunonet import RAILS, DkNN, Maturation, data, zoo
 from immunonet.attacks import PGD
 from immunonet.cli.common import resolve_dataset
-from immunonet.evaluation.journal import Journal
-from immunonet.evaluation.statistics import mcnemar
-from immunonet.studies import report, tables
+from immunonet.defences.base import REGISTRY, Answer, Defence, Sense
+from immunonet.report import studies as report
+from immunonet.statistics import mcnemar
 
 
 def record(path):
@@ -162,96 +165,158 @@ def test_a_voice_has_a_line_of_its_own():
         row | {"accuracy": accuracy, "settings": settings | extra}
         for accuracy, extra in ((0.5, {}), (0.7, {"voice": 0.25}))
     ]
-    _, *body = tables._main(rows)
+    _, *body = report._main(rows)
     assert [line[2:4] for line in body] == [
         ("RAILS, T 20", "0.500 (0.000 to 1.000)"),
         ("RAILS, T 20, voice 0.25", "0.700 (0.000 to 1.000)"),
     ]
 
 
-def test_an_interrupted_run_continues_to_the_same_tables(run, monkeypatch):
+def test_a_killed_run_continues_to_the_same_tables(run):
     assert run("--study", "small.toml", "--out", "whole", "--json", "whole.json")[0] == 0
-    add, kept = Journal.add, []
+    # It dies without a word, while its fourth part is written.
+    dying = """
+import os, signal, sys
+from immunonet.cli import main
+from immunonet.evaluation.journal import Journal
 
-    def dies(self, key, value):
-        if " / " in key and len(kept) == 3:
-            raise OSError("killed")
-        add(self, key, value)
-        kept.append(key) if " / " in key else None
+add, kept = Journal.add, []
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "add", dies)
-        code, _, err = run("--study", "small.toml", "--out", "cut", "--json", "cut.json")
-    assert (code, "killed" in err) == (2, True)
+def dies(self, key, value):
+    if len(kept) == 3:
+        with open(self.path, "a") as file:
+            file.write('{"key": "cut o')
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(self, key, value)
+    kept.append(key)
+
+Journal.add = dies
+main(sys.argv[1:])
+"""
+    command = ["reproduce", "--study", "small.toml", "--out", "cut", "--json", "cut.json"]
+    assert subprocess.run([sys.executable, "-c", dying, *command], check=False).returncode == -signal.SIGKILL
     assert not Path("cut.json").exists()
-    path = Path("cut/parts.jsonl")
-    path.write_text(path.read_text() + '{"key": "cut o')
-    before = path.read_text().splitlines()[1:-1]
-    code, _, err = run("--study", "small.toml", "--out", "cut", "--json", "cut.json")
+    before = Path("cut/parts.jsonl").read_text().splitlines()[:-1]
+    code, _, err = run(*command[1:])
     assert code == 0
     assert "continuing: 3 of" in err
-    assert path.read_text().splitlines()[1 : 1 + len(before)] == before
+    after = Path("cut/parts.jsonl").read_text().splitlines()
+    assert after[:3] == before
+    assert {json.loads(line)["key"] for line in after} == {
+        json.loads(line)["key"] for line in Path("whole/parts.jsonl").read_text().splitlines()
+    }
     assert record("cut.json") == record("whole.json")
     assert torch.equal(load_file("cut.safetensors")["row-4"], load_file("whole.safetensors")["row-4"])
 
-    # Two shards give the same as well.
-    for i in (1, 0):
-        code, out, _ = run("--study", "small.toml", "--out", "cut2", "--shard", f"{i}/2")
-        assert (code, "run --merge" in out) == (0, True)
-        if i:
-            code, _, err = run("--study", "small.toml", "--out", "cut2", "--merge")
-            assert code == 2
-            assert "cut2 lacks parts-0-of-2.jsonl: run --shard 0/2, or copy it here" in err
-    assert run("--study", "small.toml", "--out", "cut2", "--merge", "--json", "merged.json")[0] == 0
-    assert record("merged.json") == record("whole.json")
 
-    # A shard that is not finished, one of other settings, and shards of different counts.
-    shard = Path("cut2/parts-1-of-2.jsonl")
-    whole = shard.read_text()
-    Path("cut2/parts.jsonl").unlink()
-    shard.write_text("".join(whole.splitlines(keepends=True)[:-1]))
-    code, _, err = run("--study", "small.toml", "--out", "cut2", "--merge")
-    assert code == 2
-    assert "lacks 1 of" in err
-    assert "shard 1/2 is not finished" in err
-    shard.write_text(whole.replace('"eps": 0.1', '"eps": 0.2', 1))
-    code, _, err = run("--study", "small.toml", "--out", "cut2", "--merge")
-    assert code == 2
-    assert "other settings (attacks.pgd.eps was 0.2, now 0.1)" in err
-    shard.write_text(whole)
-    lines = [json.loads(line) for line in whole.splitlines()]
-    for line in lines:
-        if line.get("key", "").startswith("tuning "):
-            line["value"][0] = 0.123
-    shard.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    code, _, err = run("--study", "small.toml", "--out", "cut2", "--merge")
-    assert code == 2
-    assert "holds results of other settings (tuning" in err
-    shutil.copy(shard, "cut2/parts-2-of-3.jsonl")
-    code, _, err = run("--study", "small.toml", "--out", "cut2", "--merge")
-    assert code == 2
-    assert "found shards of 2 and of 3 parts" in err
-
-
-def test_other_settings_are_refused(run):
+def test_what_other_settings_change_is_measured_anew_and_the_rest_is_kept(run):
+    assert run("--study", "small.toml", "--out", "work", "--json", "first.json")[0] == 0
     text = Path("small.toml").read_text()
-    assert run("--study", "small.toml", "--out", "work")[0] == 0
     kept = Path("work/parts.jsonl").read_text()
-    for change, told in (
-        (("eps = 0.1\nstep", "eps = 0.2\nstep"), "attacks.pgd.eps was 0.1, now 0.2"),
-        (("population = 20", "population = 40"), "defences.rails.population was 20, now 40"),
-        (("chunk = 6", "chunk = 5"), "chunk was 6, now 5"),
+    for old, new, same in (
+        ("eps = 0.1\nstep", "eps = 0.2\nstep", {"none"}),
+        ("population=20", "population=40", {"cnn", "dknn-tuned"}),
+        ("[1, 3]", "[5]", {"cnn", "rails"}),
     ):
-        Path("small.toml").write_text(text.replace(*change))
-        code, _, err = run("--study", "small.toml", "--out", "work")
-        assert code == 2
-        assert told in err
-        assert "give another folder" in err
+        Path("small.toml").write_text(text.replace(old, new))
+        code, _, err = run("--study", "small.toml", "--out", "work", "--json", "again.json")
+        assert code == 0, err
+        assert "continuing: " in err
+        assert run("--study", "small.toml", "--out", "fresh", "--json", "fresh.json")[0] == 0
+        assert record("again.json") == record("fresh.json")
+        shutil.rmtree("fresh")
+        rows, first = (by_key(record(name)) for name in ("again.json", "first.json"))
+        assert {key for key in rows if rows[key] == first[key]} == {key for key in rows if same & set(key)}
     Path("small.toml").write_text(text)
-    code, _, err = run("--study", "small.toml", "--out", "work", "--seed", 1)
-    assert code == 2
-    assert "seed was 0, now 1" in err
-    assert Path("work/parts.jsonl").read_text() == kept
+    assert run("--study", "small.toml", "--out", "work", "--json", "again.json")[0] == 0
+    assert record("again.json") == record("first.json")
+    assert Path("work/parts.jsonl").read_text().startswith(kept)
+
+
+class Templates(Defence):
+    """The class whose mean image is nearest, blurred: a kind of one's own, which is fitted and senses."""
+
+    kind, title = "templates", "Templates"
+
+    def __init__(self, model, *, bounds=(0.0, 1.0), sharpness=1.0):
+        super().__init__(model, bounds=bounds)
+        self.sharpness = sharpness
+
+    def settings(self):
+        return super().settings() | {"sharpness": self.sharpness}
+
+    def fit(self, x=None, y=None, calibration=0.05):
+        self.classes = int(y.max()) + 1
+        self.means = torch.stack([x[y == label].flatten(1).mean(0) for label in range(self.classes)])
+        return self
+
+    def tensors(self):
+        return {"means": self.means}
+
+    def restore(self, tensors):
+        self.means = tensors["means"]
+
+    def answer(self, x, seed=None):
+        far = torch.cdist(x.flatten(1), self.means)
+        near = far.amin(1)
+        logs = (-self.sharpness * far).log_softmax(1)
+        sense = Sense(distance=near, p_value=torch.exp(-near), foreign=near > 3)
+        return Answer(logs.argmax(1), logs, sense, logs.exp().amax(1))
+
+
+def test_a_kind_of_ones_own_goes_through_a_study_and_its_report(run, monkeypatch):
+    monkeypatch.setitem(REGISTRY, "templates", Templates)
+    text = Path("small.toml").read_text().replace('"rails"]', '"rails", "templates", "soft"]')
+    text = text.replace(
+        "[defences]", '[defences]\nsoft = { spec = "templates sharpness=0.1", title = "Soft templates" }'
+    )
+    common = 'base = "plain"\nlayers = ["input"]\nimages = 8\n'
+    text += f"""
+[[curves]]
+name = "sharpness"
+vary = "sharpness"
+values = [0.5, 1]
+images = 6
+defences = ["templates"]
+[[sensing]]
+name = "sensing"
+strangers = ["noise"]
+defences = ["templates"]
+{common}
+[[hardening]]
+name = "hardening"
+defences = ["templates"]
+{common}
+[[targets]]
+text = "Mine"
+base = "plain"
+defence = "templates"
+over = "cnn"
+layers = ["input"]
+least = -100
+"""
+    Path("small.toml").write_text(text)
+    code, _, err = run("--study", "small.toml", "--out", "work", "--json", "r.json", "--report")
+    assert code == 0, err
+    found = record("r.json")
+    rows = by_key(found)
+    images, test = (resolve_dataset("tiny.parquet", split) for split in ("train", "test"))
+    training, asked = images[data.split(len(images))[0]], test[data.sample(len(test))][:12]
+    mine = Templates(zoo.build("digits")).fit(training.x, training.y)
+    assert rows["templates", "", "none"]["correct"] == int((mine.predict(asked.x) == asked.y).sum())
+    assert rows["templates", "", "none"]["settings"]["repertoire"] == len(training)
+    assert rows["soft", "", "pgd"]["settings"]["sharpness"] == 0.1
+    assert {r["settings"]["sharpness"] for r in found["results"] if r["settings"]["experiment"] == "sharpness"} == {
+        0.5,
+        1,
+    }
+    assert {pair["over"] for pair in found["pairs"]} == {"dknn-tuned"}  # the others look at no layers
+    assert found["targets"][0]["status"] == "least"
+    assert [row["defence"] for row in found["hardening"][0]["rows"]] == ["templates"] * 2
+    readme = Path("README.md").read_text()
+    assert "| plain | - | Templates |" in readme
+    assert "| plain | - | Soft templates |" in readme
+    assert "Templates" in Path("r.html").read_text()
 
 
 def test_a_readme_of_ones_own_is_left_alone(run):
@@ -276,7 +341,7 @@ def test_another_dataset_has_networks_of_its_own(run):
     assert found["study"]["remark"] == "All 360."
     assert {row["dataset"] for row in found["results"]} == {"digits"}
     assert len({row["settings"]["weights"] for row in found["results"]}) == 2
-    shutil.rmtree("runs/small/adversarials")
+    shutil.rmtree("runs/small/tensors")
     Path("runs/small/parts.jsonl").unlink()
     assert "trained" not in run("--study", "small.toml", "--dataset", "digits", "--json", "again.json")[2]
     assert record("again.json") == found
@@ -288,11 +353,6 @@ def test_another_dataset_has_networks_of_its_own(run):
         ([], "give STUDY, one of mnist, cifar10, svhn, or --study FILE.toml, and not both"),
         (["mnist", "--study", "small.toml"], "and not both"),
         (["imagenet"], "STUDY must be one of mnist, cifar10, svhn, got 'imagenet'"),
-        (["--study", "small.toml", "--shard", "2/2"], "--shard must be I/N with 0 <= I < N, such as 0/2, got '2/2'"),
-        (["--study", "small.toml", "--shard", "half"], "--shard must be I/N"),
-        (["--study", "small.toml", "--shard", "0/2", "--merge"], "give it without --shard"),
-        (["--study", "small.toml", "--shard", "0/2", "--report"], "give --json and --report with that"),
-        (["--study", "small.toml", "--merge"], "found no shards"),
         (["--study", "none.toml"], "none.toml is no study"),
         (["--study", "small.toml", "--dataset", "nothing"], "there is no 'nothing'"),
         (["--study", "small.toml", "--device", "tpu9"], "--device must be one of"),
@@ -311,4 +371,4 @@ def test_a_layer_that_is_not_there_is_told_before_any_work(run):
     code, _, err = run("--study", "small.toml", "--out", "work")
     assert code == 2
     assert "layers='conv9' is no submodule" in err
-    assert len(Path("work/parts.jsonl").read_text().splitlines()) == 1
+    assert not Path("work/parts.jsonl").exists()

@@ -6,27 +6,26 @@ import inspect
 
 import pytest
 
-from immunonet import RAILS, Maturation, zoo
+from immunonet import zoo
 from immunonet.attacks import FGSM, PGD
-from immunonet.studies import entries
-from immunonet.studies.reading import _study
-from immunonet.studies.settings import Base, Study
+from immunonet.defences.base import REGISTRY
+from immunonet.studies import model
+from immunonet.studies.reading import study_of
 
-MATURATION = {
+SETTINGS = {
     "population": 20, "neighbours": 2, "generations": 1, "alignment": 0.1, "recombination": 0.5, "temperature": 1.0,
     "mutation_rate": [0.1, 0.2], "mutation_range": [0.1, 0.2], "decay": 0.9, "crossover": "authors", "plasma": 0.05,
-    "memory": 0.2, "early_stop": 2, "prune": 0.1, "candidates": 10,
+    "memory": 0.2, "early_stop": 2, "prune": 0.1, "candidates": 10, "bounds": [0, 1], "cell_bounds": [-1, 1],
+    "false_alarm": 0.1, "memory_budget": 1000, "shared_noise": False, "voice": 0.5, "metric": "cosine", "seed": 1,
+    "preset": "paper", "hidden": False,
 }  # fmt: skip
+FEW = {"population": 20}
 COMMON = {
-    "layers": ["input", "conv1"], "images": 4, "defences": ["cnn", "dknn", "rails"], "attacks": ["none", "pgd"],
-    "bases": ["plain"], "split": "validation", "seeds": 2, "repertoire": 100, "maturation": MATURATION,
-    "options": {
-        "space": "conv1", "bounds": [0, 1], "cell_bounds": [-1, 1], "false_alarm": 0.1, "memory_budget": 1000,
-        "shared_noise": False, "voice": 0.5, "metric": "cosine",
-    },
-    "hidden": False, "choose_layers": False, "title": "Main",
+    "layers": ["input", "conv1"], "images": 4, "defences": ["cnn", "rails"], "attacks": ["none", "pgd"],
+    "bases": ["plain"], "split": "validation", "seeds": 2, "repertoire": 100, "settings": FEW,
 }  # fmt: skip
-LAYER = {"base": "plain", "layers": ["input"], "images": 4, "repertoire": 100}
+CNN = {"layers": ["input"], "images": 4, "defences": ["cnn"], "bases": ["plain"]}
+SINGLE = {"base": "plain", "layers": ["input"], "images": 4, "repertoire": 100, "settings": FEW}
 WHOLE = {
     "title": "Title", "dataset": "data", "chunk": 5, "validation": 10, "order": "file", "notes": ["A note."],
     "remarks": {"data": "{n} images"},
@@ -51,26 +50,28 @@ WHOLE = {
         },
         "fgsm": {"norm": "l2", "bounds": [0, 1], "batch_size": 5, "eps": 0.1},
     },
-    "defences": {"rails": MATURATION | {"preset": "paper"}, "rails-authors": {"population": 10}},
-    "tuning": {"images": 3, "attacks": ["none", "pgd"], "neighbours": [1, 3], "metrics": ["cosine"]},
-    "main": [COMMON | {"name": "main"}],
+    "defences": {"rails": "rails paper population=20", "fast": {"spec": "rails generations=0", "title": "Fast"}},
+    "tuning": {"images": 3, "attacks": ["none", "pgd"], "choices": {"neighbours": [1, 3], "metric": ["cosine"]}},
+    "main": [
+        COMMON | {"settings": SETTINGS}, COMMON | {"defences": ["dknn-tuned"], "choose_layers": True, "settings": {}},
+    ],
     "curves": [
-        COMMON | {"name": "decay", "vary": "decay", "values": [0.5, 0.9]},
+        COMMON | {"name": "decay", "title": "Decay", "vary": "decay", "values": [0.5, 0.9], "choose_layers": False},
         COMMON | {"name": "eps", "vary": "eps", "values": [0, "1/8"]},
         {key: value for key, value in COMMON.items() if key != "layers"}
         | {"name": "layers", "vary": "layers", "values": ["input", ["input", "conv1"]]},
     ],
-    "learning": [LAYER | {
-        "name": "learning", "eps": [0, 0.1], "attack": "pgd", "split": "validation", "maturation": MATURATION,
+    "learning": [SINGLE | {
+        "name": "learning", "eps": [0, 0.1], "attack": "pgd", "split": "validation", "defence": "rails",
     }],
-    "sensing": [LAYER | {"name": "sensing", "strangers": ["pgd", "digits"], "eps": 0.1, "defences": ["dknn", "rails"]}],
-    "hardening": [LAYER | {
-        "name": "hardening", "attack": "pgd", "cells": 2, "defences": ["dknn", "rails"], "maturation": MATURATION,
+    "sensing": [SINGLE | {"name": "sensing", "strangers": ["pgd", "digits"], "eps": 0.1, "defences": ["rails"]}],
+    "hardening": [SINGLE | {
+        "name": "hardening", "attack": "pgd", "cells": 2, "defence": "rails", "defences": ["dknn", "rails"],
     }],
-    "search": [LAYER | {
+    "search": [SINGLE | {
         "name": "search", "title": "Search", "confirm": 4, "trials": 5, "finalists": 2, "attacks": ["none", "pgd"],
-        "hidden": True, "maturation": {"population": 20},
-        "space": {"neighbours": {"low": 1, "high": 6, "log": True}, "decay": [0.5, 0.9]},
+        "defence": "rails", "settings": {"population": 20},
+        "space": {"neighbours": {"low": 1, "high": 20, "log": True}, "decay": [0.5, 0.9]},
     }],
     "targets": [
         {
@@ -119,37 +120,46 @@ def wrong(path):
 
 
 def test_the_table_that_is_tried_holds_every_key():
-    assert isinstance(_study(copy.deepcopy(WHOLE)), Study)
+    assert isinstance(study_of(copy.deepcopy(WHOLE)), model.Study)
+    base = WHOLE["bases"]["plain"]
     kinds = {
-        "main": entries.Comparison, "learning": entries.Learning, "sensing": entries.Sensing,
-        "hardening": entries.Hardening, "search": entries.Search, "targets": entries.Target,
+        "main": model.Comparison, "curves": model.Curve, "learning": model.Learning, "sensing": model.Sensing,
+        "hardening": model.Hardening, "search": model.Search, "targets": model.Target,
     }  # fmt: skip
     tables = {
-        Study: WHOLE, Base: WHOLE["bases"]["plain"], entries.Tuning: WHOLE["tuning"], Maturation: MATURATION,
-        entries.Range: WHOLE["search"][0]["space"]["neighbours"], FGSM: WHOLE["attacks"]["fgsm"],
-        PGD: WHOLE["attacks"]["pgd"], zoo.Adversarial: WHOLE["bases"]["plain"]["training"]["adversarial"],
-    } | {kind: {k: v for one in (*WHOLE[key], *WHOLE["curves"][:kind is entries.Comparison]) for k, v in one.items()}
-         for key, kind in kinds.items()}  # fmt: skip
+        model.Study: WHOLE,
+        model.Base: base,
+        model.Training: base["training"],
+        model.Tuning: WHOLE["tuning"],
+        model.Range: WHOLE["search"][0]["space"]["neighbours"],
+        model.Named: WHOLE["defences"]["fast"],
+    } | {kind: {key: value for one in WHOLE[place] for key, value in one.items()} for place, kind in kinds.items()}
+    every = {kind for kind in vars(model).values() if isinstance(kind, type) and issubclass(kind, model.Table)}
+    assert tables.keys() == every - {model.Table, model.Entry, model.Single}
     for kind, table in tables.items():
-        left_out = {"targeted"} if kind in (FGSM, PGD) else set()
-        assert table.keys() == {field.name for field in dataclasses.fields(kind)} - left_out, kind
-    train = set(inspect.signature(zoo.train).parameters)
-    not_told = {"net", "train_images", "validation_images", "checkpoint", "on_progress"}
-    assert WHOLE["bases"]["plain"]["training"].keys() == train - not_told
-    rails = set(inspect.signature(RAILS.__init__).parameters)
-    assert COMMON["options"].keys() == rails - {"self", "model", "layers", "maturation", "seed"}
+        assert table.keys() == kind.model_fields.keys(), kind
+    made = {FGSM: WHOLE["attacks"]["fgsm"], PGD: WHOLE["attacks"]["pgd"]}
+    for kind, table in (made | {zoo.Adversarial: base["training"]["adversarial"]}).items():
+        assert table.keys() == {field.name for field in dataclasses.fields(kind)} - {"targeted"}, kind
+    train = inspect.signature(zoo.train).parameters
+    own = {name: field.default for name, field in model.Training.model_fields.items()}
+    assert {name: train[name].default for name in own} == own
+    assert train.keys() - own.keys() == {"net", "train_images", "validation_images", "checkpoint", "on_progress"}
+    assert SETTINGS.keys() == set(REGISTRY["rails"].options()) - {"maturation", "space"}
 
 
 @pytest.mark.parametrize("part", sorted(WHOLE))
 def test_a_wrong_value_in_any_place_is_told_by_its_key(part):
     taken, unnamed = [], []
+    needed = {"title", "dataset", "bases", "attacks", "defences", "main"} | ({"curves"} if part == "targets" else set())
+    whole = {key: WHOLE[key] for key in (*needed, part)} | {"main": WHOLE["main"] if part == "main" else [CNN]}
     for path in places({part: WHOLE[part]}):
         for value in wrong(path):
-            table = copy.deepcopy(WHOLE)
+            table = copy.deepcopy(whole)
             at(table, path[:-1])[path[-1]] = value
             try:
-                _study(table)
-            except (ValueError, TypeError) as error:
+                study_of(table)
+            except ValueError as error:
                 unnamed += [] if key_of(path) in str(error) else [(path, value, str(error))]
             else:
                 taken.append((path, value))
@@ -157,33 +167,86 @@ def test_a_wrong_value_in_any_place_is_told_by_its_key(part):
     assert not unnamed
 
 
+def changed(path, value):
+    table = copy.deepcopy(WHOLE)
+    at(table, path[:-1])[path[-1]] = value
+    return table
+
+
 @pytest.mark.parametrize(
     ("path", "value", "told"),
     [
-        (
-            ("learning", 0, "attack"),
-            "fgsm-small",
-            r"learning\[0\]: attack must be one of 'pgd', 'fgsm', got 'fgsm-small'",
-        ),
-        (("learning", 0, "attack"), "none", r"learning\[0\]: attack must be one of 'pgd', 'fgsm', got 'none'"),
-        (("hardening", 0, "defences"), ["cnn"], r"hardening\[0\]: defences must be one of 'knn', 'dknn', 'dknn-tuned'"),
-        (("hardening", 0, "name"), "a/b", r"hardening\[0\]: name must be the name of a file's part"),
-        (("sensing", 0, "name"), "", r"sensing\[0\]: name must be the name of a file's part, not empty"),
-        (("attacks", "pgd", "targeted"), True, "attacks.pgd has no setting 'targeted'"),
+        (("main", 0, "images"), 0, "main[0].images: Input should be greater than or equal to 1, got 0"),
+        (("main", 0, "imges"), 4, "main[0]: there is no key 'imges'; nearest: images"),
+        (("main", 0, "seeds"), True, "main[0].seeds: Input should be a valid integer, got True"),
+        (("main", 0, "split"), "train", "main[0].split: Input should be 'test' or 'validation', got 'train'"),
+        (("main", 0, "layers"), [3], "main[0].layers[0]: Input should be a valid list, got 3"),
+        (("main", 0, "layers"), [], "main[0].layers: must name at least one"),
+        (("main", 0, "defences"), ["svm"], "main[0].defences: there is no defence 'svm'; there are cnn, dknn, "),
+        (("main", 0, "defences"), ["rails input"], "main[0].defences: 'rails input': 'input' must be left out"),
+        (("main", 0, "defences"), ["rails voice=2"], "main[0].defences: voice must be a finite number in [0"),
+        (("main", 0, "defences"), ["cnn"], "main[0].settings: there is no setting of cnn 'population'"),
+        (("main", 0, "settings"), {"cells": 1}, "main[0].settings: there is no setting of cnn and rails 'cells'"),
+        (("main", 0, "settings"), 3, "main[0].settings: Input should be a valid table, got 3"),
+        (("main", 0, "settings"), {"hidden": True, "space": "conv1"}, "main[0].settings: hidden needs one layer"),
+        (("main", 0, "attacks"), ["fgsm-l2"], "main[0].attacks[0]: there is no attack 'fgsm-l2'; nearest: fgsm"),
+        (("main", 0, "bases"), ["odd"], "main[0].bases[0]: there is no base 'odd'; there are other, plain"),
+        (("main", 0, "repertoire"), "all", "main[0].repertoire: Input should be a valid integer, got 'all'"),
+        (("main", 1, "defences"), ["dknn"], "main[1].defences: must be tuned with choose_layers, got 'dknn'"),
+        (("main", 0, "name"), "x", "main[0]: there is no key 'name'"),
+        (("main",), {}, "main: Input should be a valid list, got {}"),
+        (("main",), [], "main: list should have at least 1 item after validation, not 0, got ()"),
+        (("bases",), {}, "bases: table should have at least 1 item"),
+        (("bases", "plain", "model"), "resnet", "bases.plain: there is no model 'resnet'; there are"),
+        (("bases", "plain", "start"), "odd", "bases.plain.start: there is no base 'odd'; there are other, plain"),
+        (("bases", "other", "start"), "plain", "bases.plain.start: must not lead back, got plain from"),
+        (("bases", "plain", "training", "lr"), "1/x", "bases.plain.training.lr: it must be a number such as 0.1"),
+        (("attacks", "lbfgs"), {}, "attacks.lbfgs: there is no method, the first part of an attack's name, 'lbfgs'"),
+        (("attacks", "pgd", "stride"), 1, "attacks.pgd: there is no key 'stride'"),
+        (("attacks", "pgd", "targeted"), True, "attacks.pgd: there is no key 'targeted'"),
         (("attacks", "fgsm", "eps"), 0, "attacks.fgsm: eps must be above 0, got 0"),
-        (("remarks", "data"), "{m} images", r"remarks.data may hold \{n\} and no other field"),
-        (
-            ("bases", "other", "start"),
-            "plain",
-            "bases.other: start must not lead back, got plain from other from plain",
-        ),
-        (("main", 0, "values"), [1], r"main\[0\]: values must be left out without vary"),
-        (("main", 0, "defences"), ["cnn"], r"main\[0\]: maturation is a setting of RAILS: name one among defences"),
-        (("curves", 0, "values"), [0.5, 0.5001], r"curves\[0\]: values must differ as they are shown"),
+        (("defences", "rails"), "rails cells=2", "defences.rails.spec: defence 'rails cells=2': rails has no"),
+        (("defences", "rails"), "rails papre", "defences.rails.spec: 'rails papre': 'papre' must be left out"),
+        (("defences", "rails"), {"spec": "rails", "name": "x"}, "defences.rails: there is no key 'name'"),
+        (("defences", "rails"), "rails authors-cifar10", "main[0].defences: maturation must be one, or one"),
+        (("tuning", "attacks"), ["odd"], "tuning.attacks[0]: there is no attack 'odd'; there are fgsm, none, pgd"),
+        (("tuning", "choices"), {"voice": [0]}, "tuning.choices: there is no choice 'voice'; there are metric, neighb"),
+        (("tuning", "choices", "metric"), ["l1"], "tuning.choices.metric: metric must be one of 'euclidean', 'cosine'"),
+        (("remarks", "data"), "{m} images", "remarks.data: may hold {n} and no other field, got '{m} images'"),
+        (("curves", 0, "vary"), "speed", "curves[0].vary: there is no value to vary 'speed'"),
+        (("curves", 0, "values"), [0.5, 0.5001], "curves[0].values: must differ as they are shown, got ['0.5', '0.5']"),
+        (("curves", 0, "values"), [2], "curves[0].values: decay must be a finite number in (0, 1], got 2"),
+        (("curves", 1, "values"), ["x"], "curves[1].values: Input should be a valid number"),
+        (("curves", 0, "name"), "a/b", "curves[0].name: String should match pattern"),
+        (("curves", 0, "name"), "main", "curves[0].name: must differ between experiments, got 'main' twice"),
+        (("learning", 0, "name"), "eps", "learning[0].name: must differ between experiments, got 'eps' twice"),
+        (("learning", 0, "attack"), "fgsm-small", "learning[0].attack: there is no attack 'fgsm-small'; nearest: fgsm"),
+        (("learning", 0, "attack"), "none", "learning[0].attack: there is no attack 'none'; there are fgsm, pgd"),
+        (("learning", 0, "defence"), "dknn", "learning[0].defence: 'dknn' has no learning curves"),
+        (("hardening", 0, "defence"), "dknn", "hardening[0].defence: 'dknn' has no memory cells"),
+        (("hardening", 0, "defences"), ["cnn"], "hardening[0].defences: 'cnn' has no fit"),
+        (("sensing", 0, "defences"), ["cnn"], "sensing[0].defences: 'cnn' has no fit"),
+        (("targets", 0, "least"), "lots", "targets[0].least: Input should be a valid number"),
+        (("targets", 0, "over"), "svm", "targets[0].over: there is no defence 'svm'"),
+        (("targets", 1, "choice"), "eps", "targets[1].choice: there is no curve of layers 'eps'; there are layers"),
+        (("targets", 1, "layers"), ["input"], "targets[1]: layers or choice must be given, and not both"),
+        (("search", 0, "finalists"), 5, "search[0].finalists: must be fewer than the 5 trials, got 5"),
+        (("search", 0, "space"), {}, "search[0].space: table should have at least 1 item"),
+        (("search", 0, "space"), {"population": [1, 2]}, "search[0].space: there is no setting to search 'population'"),
+        (("search", 0, "space", "decay"), [0.9], "search[0].space.decay: must be a table with low and high"),
+        (("search", 0, "space", "decay"), [0.5, 0.6], "search[0].space.decay: must hold 0.9, where the search starts"),
+        (("search", 0, "space", "decay"), [0.9, 2], "search[0].space.decay: decay must be a finite number in (0, 1]"),
+        (("search", 0, "space", "neighbours"), {"low": 1}, "search[0].space.neighbours.high: Field required"),
+        (("search", 0, "space", "neighbours", "low"), 20, "search[0].space.neighbours: low must be below high"),
+        (("search", 0, "space", "neighbours", "low"), 0, "search[0].space.neighbours: low must be above 0 with log"),
+        (("search", 0, "space", "neighbours", "high"), "x", "search[0].space.neighbours.high: must be a finite"),
+        (("search", 0, "space", "neighbours", "high"), 20.5, "search[0].space.neighbours: "),
+        (("search", 0, "space", "plasma"), {"low": 0.05, "high": 0.9}, "search[0].space.plasma: plasma + memory"),
+        (("other",), {}, "there is no key 'other'"),
     ],
-)
-def test_what_could_only_fail_or_mislead_later_is_refused_at_once(path, value, told):
-    table = copy.deepcopy(WHOLE)
-    at(table, path[:-1])[path[-1]] = value
-    with pytest.raises((ValueError, TypeError), match=told):
-        _study(table)
+)  # fmt: skip
+def test_what_is_wrong_is_told_by_table_and_key(path, value, told):
+    with pytest.raises(ValueError, match=r".") as error:
+        study_of(changed(path, value))
+    assert str(error.value).startswith(told)
+    assert "\n" not in str(error.value)

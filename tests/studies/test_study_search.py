@@ -1,4 +1,4 @@
-"""Searches of a study: what is proposed, kept, continued, sharded and told."""
+"""Searches of a study: what is proposed, kept, continued and told."""
 
 import json
 import sys
@@ -10,10 +10,10 @@ from immunonet import RAILS, Maturation, data
 from immunonet.attacks import PGD
 from immunonet.cli.common import resolve_dataset
 from immunonet.evaluation.journal import Journal
-from immunonet.evaluation.statistics import mcnemar, wilson
-from immunonet.studies.entries import Range
+from immunonet.report.studies import sections
+from immunonet.statistics import mcnemar, wilson
+from immunonet.studies.model import Range
 from immunonet.studies.search import propose
-from immunonet.studies.tables import sections
 
 SPACE = {
     "neighbours": Range(low=1, high=30, log=True),
@@ -33,7 +33,8 @@ def told(record):
 
 
 def test_proposals_lie_in_the_space_and_follow_from_seed_and_scores():
-    found, other = [], []
+    start = {"neighbours": 10, "alignment": 0.06, "crossover": "affinity", "mutation_rate": 0.1}
+    found, other = [(start, 0.0)], [(start, 0.0)]
     for seed, trials in ((0, found), (1, other)):
         for _ in range(25):
             settings = propose(SPACE, trials, seed)
@@ -99,50 +100,41 @@ def test_a_search_is_measured_kept_and_told(run, tiny):
     assert Path("r/search.html").read_text().count("data:image/svg+xml") == 1
 
 
+def keys(folder):
+    return [json.loads(line)["key"] for line in Path(f"{folder}/parts.jsonl").read_text().splitlines()]
+
+
 def test_an_interrupted_search_continues_to_the_same_end(run, monkeypatch):
     assert run("--study", "search.toml", "--out", "whole", "--json", "whole.json")[0] == 0
-    lines = Path("whole/parts.jsonl").read_text().splitlines()
-    assert [json.loads(line)["key"].split(" / ")[1:] for line in lines[2:]] == [
-        *([f"trial {i}"] for i in range(5)),
-        *([f"confirm {f['trial']}"] for f in searches("whole.json")[0]["finalists"]),
-        [],
-    ]
     add = Journal.add
-    for last in ("trial 2", "confirm 0"):
+    for last in (7, 30):
 
         def dies(self, key, value, last=last):
             add(self, key, value)
-            if key.endswith(last):
+            if len(self._parts) == last:
                 raise OSError("killed")
 
         with monkeypatch.context() as patch:
             patch.setattr(Journal, "add", dies)
             code, _, err = run("--study", "search.toml", "--out", "cut", "--json", "cut.json")
             assert (code, "killed" in err) == (2, True)
+        assert len(keys("cut")) == last
     assert run("--study", "search.toml", "--out", "cut", "--json", "cut.json")[0] == 0
-    assert Path("cut/parts.jsonl").read_text().splitlines()[2:] == lines[2:]
+    assert keys("cut") == keys("whole")
     assert searches("cut.json") == searches("whole.json")
 
-    # More trials continue from those that are kept.
+    # More trials continue from those that are kept: one trial, three finalists and the whole are new at most.
     text = Path("search.toml").read_text()
     Path("search.toml").write_text(text.replace("trials = 5", "trials = 6"))
     assert run("--study", "search.toml", "--out", "cut", "--json", "more.json")[0] == 0
-    more = [json.loads(line)["key"] for line in Path("cut/parts.jsonl").read_text().splitlines()[len(lines) :]]
-    assert [key.split(" / ")[-1] for key in more if " / trial" in key] == ["trial 5"]
     assert searches("more.json")[0]["trials"][:5] == searches("whole.json")[0]["trials"]
+    assert 0 < len(keys("cut")) - len(keys("whole")) <= 2 * 3 + 3 * 2 * 3 + 1
     Path("search.toml").write_text(text)
 
-    # Shards give the same; the one with the search alone holds its trials.
-    for i in range(2):
-        assert run("--study", "search.toml", "--out", "parts", "--shard", f"{i}/2")[0] == 0
-    assert [" / trial" in Path(f"parts/parts-{i}-of-2.jsonl").read_text() for i in range(2)] == [False, True]
-    # The final value is all that a report needs.
-    shard = Path("parts/parts-1-of-2.jsonl")
-    kept = shard.read_text().splitlines()
-    shard.write_text("\n".join(line for line in kept if " / trial" not in line and " / confirm" not in line) + "\n")
+    # What is whole is all that a report needs.
     monkeypatch.setitem(sys.modules, "optuna", None)
-    assert run("--study", "search.toml", "--out", "parts", "--merge", "--json", "merged.json")[0] == 0
-    assert searches("merged.json") == searches("whole.json")
+    assert run("--study", "search.toml", "--out", "whole", "--json", "again.json")[0] == 0
+    assert searches("again.json") == searches("whole.json")
 
 
 def test_a_missing_optuna_is_told_before_any_work(run, monkeypatch):
@@ -150,7 +142,7 @@ def test_a_missing_optuna_is_told_before_any_work(run, monkeypatch):
     code, _, err = run("--study", "search.toml", "--out", "work")
     assert code == 2
     assert "this needs optuna: pip install 'immunonet[search]'" in err
-    assert len(Path("work/parts.jsonl").read_text().splitlines()) == 1
+    assert not Path("work/parts.jsonl").exists()
 
 
 def test_a_repertoire_too_small_for_the_space_is_told_before_any_work(run):
@@ -158,7 +150,7 @@ def test_a_repertoire_too_small_for_the_space_is_told_before_any_work(run):
     code, _, err = run("--study", "search.toml", "--out", "work")
     assert code == 2
     assert "neighbours=60 is more than the" in err
-    assert len(Path("work/parts.jsonl").read_text().splitlines()) == 1
+    assert not Path("work/parts.jsonl").exists()
 
 
 def test_a_small_validation_split_is_shared_out(run):
@@ -175,8 +167,8 @@ def test_the_cells_of_a_hidden_layer_are_searched(run):
     text = Path("search.toml").read_text()
     found = []
     for hidden in ("false", "true"):
-        change = f'layers = ["conv2:2"]\nhidden = {hidden}\nimages = 10\nconfirm'
-        Path("search.toml").write_text(text.replace('layers = ["input"]\nimages = 10\nconfirm', change))
+        changed = text.replace('layers = ["input"]\nimages = 10\nconfirm', 'layers = ["conv2:2"]\nimages = 10\nconfirm')
+        Path("search.toml").write_text(changed.replace("settings = {", f"settings = {{ hidden = {hidden},"))
         assert run("--study", "search.toml", "--json", "r.json")[0] == 0
         found += searches("r.json")
     assert [one["hidden"] for one in found] == [False, True]

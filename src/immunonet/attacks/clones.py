@@ -46,7 +46,7 @@ class SoftClones(Surrogate):
         known = self._expanded(layer, antigens.detach(), features.detach())
         squares = (features[:, None, None] - known).square().sum(3)
         temperature = self.sharpness[layer] * squares.detach().flatten(1).std(1).clamp(min=1e-12)
-        return (-squares / temperature[:, None, None]).logsumexp(2).log_softmax(1)
+        return (-squares / temperature[:, None, None]).logsumexp(2)
 
     @torch.no_grad()
     def _expanded(self, layer: int, antigens: Tensor, features: Tensor) -> Tensor:

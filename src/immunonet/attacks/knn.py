@@ -49,6 +49,12 @@ class SoftNeighbours(Surrogate):
         self.neighbours = _neighbours(neighbours, defence, max(20, defence.counted or 0))
         self.temperatures = _scales("temperature", temperature, defence, self.neighbours, _SHARPNESS, squared=True)
 
+    def softened(self, factor: float) -> SoftNeighbours:
+        """Return the same vote with its temperatures, one per layer, times `factor` > 0."""
+        other = SoftNeighbours(self.defence, neighbours=self.neighbours)
+        other.temperatures = [factor * temperature for temperature in self.temperatures]
+        return other
+
     def _vote(self, layer: int, antigens: Tensor, features: Tensor) -> Tensor:
         index, temperature = self.defence.index(layer), self.temperatures[layer]
         with torch.no_grad():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from immunonet.cli.common import console
+from immunonet.cli.common import note
 
 _COMMANDS = ("demo", "train", "fit", "predict", "evaluate", "reproduce")
 
@@ -21,13 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-
-@app.callback()
-def _root() -> None:
-    """Make every command a subcommand, even when there is only one."""
-
-
 for _name in _COMMANDS:
     app.command(_name)(getattr(importlib.import_module(f"immunonet.cli.{_name}"), _name))
 
@@ -43,5 +36,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("IMMUNONET_DEBUG"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
-        console.print(f"immunonet: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+        note(f"immunonet: {message}", style="red")
         sys.exit(2)

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
-import sysconfig
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from immunonet import _store, data, models, zoo
-from immunonet.evaluation.records import envelope
+from immunonet._imports import blame, called
+from immunonet.evaluation.records import Row, envelope
 from immunonet.features.names import Layer, layer_parts
 
-JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file.")]
-OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that the files are written to.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
-DataOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--data",
-        metavar="DIR",
-        envvar="IMMUNONET_DATA",
-        help="Folder of NAME-train.parquet and NAME-test.parquet; else they come from the Hugging Face hub.",
-    ),
-]
+JsonOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results to this file.")]
+OutOption = Annotated[Path, typer.Option(metavar="DIR", help="Folder that the files are written to.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Same seed, same result.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+_DATA_HELP = "Folder of NAME-train.parquet and NAME-test.parquet; else they come from the Hugging Face hub."
+DataOption = Annotated[Path | None, typer.Option("--data", metavar="DIR", envvar="IMMUNONET_DATA", help=_DATA_HELP)]
 # What DATASET may be; a path that exists comes before a name.
 SOURCES = (
     f"{', '.join(data.DATASETS)}, a Parquet file, a folder of class folders or of Parquet files, or hf:OWNER/NAME "
@@ -41,48 +31,40 @@ SOURCES = (
 )
 _DATASET_HELP = f"{SOURCES}. A file or folder that is there goes before a name."
 DatasetArgument = Annotated[str, typer.Argument(metavar="DATASET", help=_DATASET_HELP)]
-DatasetOption = Annotated[str, typer.Option("--dataset", help=_DATASET_HELP)]
+DatasetOption = Annotated[str, typer.Option(help=_DATASET_HELP)]
 ImageOption = Annotated[
-    str | None,
-    typer.Option("--image", metavar="COLUMN", help=f"Column of images. Default: {', '.join(data.IMAGE_COLUMNS)}."),
+    str | None, typer.Option(metavar="COLUMN", help=f"Of images. Default: {', '.join(data.IMAGE_COLUMNS)}.")
 ]
 LabelOption = Annotated[
-    str | None,
-    typer.Option("--label", metavar="COLUMN", help=f"Column of labels. Default: {', '.join(data.LABEL_COLUMNS)}."),
+    str | None, typer.Option(metavar="COLUMN", help=f"Of labels. Default: {', '.join(data.LABEL_COLUMNS)}.")
 ]
 SizeOption = Annotated[
-    int | None,
-    typer.Option("--size", min=1, help="Resize the shorter side of images to this and keep the centre square."),
+    int | None, typer.Option(min=1, help="Resize images' shorter side to this, and keep the centre square.")
 ]
-BackgroundOption = Annotated[
-    str, typer.Option("--background", help=f"Behind what is transparent: {' or '.join(data.BACKGROUNDS)}.")
+BackgroundOption = Annotated[str, typer.Option(help=f"Behind what is transparent: {' or '.join(data.BACKGROUNDS)}.")]
+ValidationOption = Annotated[int | None, typer.Option(min=1, help="Size of the validation split, as given to train.")]
+ChunkOption = Annotated[int, typer.Option(min=1, help="Images per part that is kept.")]
+RayOption = Annotated[
+    str | None, typer.Option(metavar="auto|HOST:PORT", help="Do the parts on a Ray cluster, not only here.")
 ]
 ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", help=f"{', '.join(zoo.NAMES)}, or package.module:factory. Default: by image size."),
+    str | None, typer.Option(help=f"{', '.join(zoo.NAMES)}, package.module:factory. Default: by image size.")
 ]
-WeightsOption = Annotated[
-    Path | None, typer.Option("--weights", metavar="FILE.safetensors", help="The model's weights.")
-]
+WeightsOption = Annotated[Path | None, typer.Option(metavar="FILE.safetensors", help="The model's weights.")]
 
 console = Console(stderr=True)
-
-# Where code lies that is not the user's own.
-_LIBRARIES = (Path(__file__).parents[1], *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")))
 _BY_SHAPE: dict[tuple[int, ...], str] = {(1, 28, 28): "mnist", (1, 8, 8): "digits", (3, 32, 32): "residual"}
+
+
+def note(text: str, *, style: str | None = None) -> None:
+    """Print a text on stderr as it is, above a progress bar if there is one."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def progress() -> Progress:
     """Return a progress bar on stderr, to be used in a `with` block; without a terminal it draws nothing."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -100,46 +82,34 @@ def is_path(dataset: str) -> bool:
     """Return whether there is a file or folder of that name, and say so where a built-in dataset has it too."""
     path = Path(dataset)
     if dataset in data.DATASETS and path.exists():
-        _note(f"{dataset}: taking what lies in {path.resolve()}, not the built-in dataset")
+        note(f"{dataset}: taking what lies in {path.resolve()}, not the built-in dataset")
     return path.exists()
 
 
 def resolve_dataset(
-    dataset: str,
-    split: str | None,
-    directory: Path | None = None,
-    *,
-    classes: Sequence[str] | None = None,
-    label: str | None = None,
-    **options: Any,
+    dataset: str, split: str, directory: Path | None = None, *, classes: Sequence[str] | None = None, **options: Any
 ) -> data.Images:
     """Return the images of a path that exists, or else of a dataset's name, or of the hub.
 
     `split` is "train" or "test". A folder with a folder or files for each split has its own, and its "validation" is
     the test split where there is no other; from other files and folders a fixed fifth is the test split and the rest
-    the training split, or with `split=None` all is returned. The labels of "test" are those of the training split's
-    classes, or of `classes` if they are given. `label` and `options` are those of `data.read`.
+    the training split. The labels of "test" are those of the training split's classes, or of `classes` if they are
+    given. `options` are those of `data.read`.
     """
-    options["label"] = label
     there = is_path(dataset)
     if dataset in data.DATASETS and not there:
-        if split is None:
-            raise ValueError(f"{dataset} has two splits: name one, as train or test")
         return data.load(dataset, split, directory=directory, classes=classes, **options)
     if not there and not dataset.startswith("hf:"):
         raise FileNotFoundError(f"DATASET must be {SOURCES}; there is no {dataset!r}")
     splits = data.splits(dataset)
-    if split is None:
-        return data.read(dataset, classes=classes, **options)
     if "train" in splits and classes is None and split != "train":
-        classes = data.classes_of(dataset, "train", label=label)
+        classes = data.classes_of(dataset, "train", label=options.get("label"))
     tests = [name for name in ("test", "validation") if name in splits]
-    if split == "train" and tests:
-        return data.read(dataset, "train", classes=classes, **options)
     if tests:
-        if tests[0] != split:
-            _note(f"{dataset} has no test split: its validation split is taken as test")
-        return data.read(dataset, tests[0], classes=classes, **options)
+        own = split if split == "train" else tests[0]
+        if own != split:
+            note(f"{dataset} has no test split: its validation split is taken as test")
+        return data.read(dataset, own, classes=classes, **options)
     images = data.read(dataset, "train" if splits else None, classes=classes, **options)
     if len(images) < 2:
         if split == "test":
@@ -154,8 +124,14 @@ def told(how: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in how.items() if v is not None and (k, v) != ("background", data.BACKGROUNDS[0])}
 
 
-def _note(text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def network(
+    model: str | None, weights: Path | None, device: torch.device, images: data.Images
+) -> tuple[str, nn.Module]:
+    """Return the name of a trained network (None: the zoo's for images of that size) and itself, `check_model`ed."""
+    name = model_name(model, images)
+    net = load_model(name, weights, device, classes=len(images.classes))
+    check_model(name, net, images)
+    return name, net
 
 
 def model_name(model: str | None, images: data.Images) -> str:
@@ -172,22 +148,12 @@ def build_model(model: str, *, classes: int, seed: int = 0) -> nn.Module:
         if model not in zoo.NAMES:
             raise ValueError(f"--model must be {', '.join(zoo.NAMES)} or package.module:factory, got {model!r}")
         return zoo.build(model, classes=classes, seed=seed)
-    make = _imported("--model", model)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            net = make()
-    except Exception as error:  # whatever a user's function raises
-        raise ValueError(f"--model {model} failed (it is called without arguments): {_blame(error, make)}") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = called("--model", model)
     if not isinstance(net, nn.Module):
         raise TypeError(f"--model {model} must return a torch.nn.Module, got {type(net).__name__}")
     return net.eval()
-
-
-def resolve_layers(text: str, net: nn.Module) -> Layer | list[Layer]:
-    """Return what a command line names: one layer, or "fc1+fc2", a list of those that one defence votes over."""
-    found = [resolve_layer(name, net) for name in text.split("+")]
-    return found[0] if len(found) == 1 else found
 
 
 def resolve_layer(name: str, net: nn.Module) -> Layer:
@@ -200,13 +166,9 @@ def resolve_layer(name: str, net: nn.Module) -> Layer:
         return zoo.mnist_affine(cast(zoo.MnistNet, net))
     if ":" not in name or layer_parts(name)[1] is not None:
         return name
-    make = _imported("--layer", name)
-    try:
-        layer = make(net)
-    except Exception as error:  # whatever a user's function raises
-        raise ValueError(f"--layer {name} failed: {_blame(error, make)}") from error
+    layer = called("layer", name, net)
     if not callable(layer):
-        raise TypeError(f"--layer {name} must return a feature map, got {type(layer).__name__}")
+        raise TypeError(f"layer {name} must return a feature map, got {type(layer).__name__}")
     return cast(Layer, layer)
 
 
@@ -220,7 +182,7 @@ def load_model(model: str, weights: Path | None, device: str | torch.device = "c
         zoo.load_weights(net, weights)
     elif ":" not in model:
         raise ValueError(f"--model {model} needs --weights FILE.safetensors; immunonet train makes them")
-    return net.to(resolve_device(device) if isinstance(device, str) else device)
+    return net.to(device)
 
 
 @torch.no_grad()
@@ -238,56 +200,39 @@ def check_model(model: str, net: nn.Module, images: data.Images) -> None:
     try:
         logits = models.ask(net, x)
     except Exception as error:  # whatever a user's network raises
-        raise ValueError(
-            f"--model {model} does not take images of shape {tuple(x.shape[1:])} ({_blame(error)})"
-        ) from error
-    found, wanted = tuple(logits.shape), (len(x), len(images.classes))
-    more = not images.named and len(found) == 2 and found[0] == wanted[0] and found[1] > wanted[1]
-    if found != wanted and not more:
-        raise ValueError(
-            f"--model {model} must return logits of shape {wanted} "
-            f"for {len(x)} images of {len(images.classes)} classes, got {found}"
-        )
+        message = f"--model {model} does not take images of shape {tuple(x.shape[1:])} ({blame(error)})"
+        raise ValueError(message) from error
+    shape, n, classes = tuple(logits.shape), len(x), len(images.classes)
+    more = not images.named and len(shape) == 2 and shape[0] == n and shape[1] > classes
+    if shape != (n, classes) and not more:
+        wanted = f"{(n, classes)} for {n} images of {classes} classes"
+        raise ValueError(f"--model {model} must return logits of shape {wanted}, got {shape}")
 
 
 def prepare(out: Path | None, json: Path | None) -> None:
     """Make the folders that will be written to, so that a wrong path fails before any work is done."""
     for option, folder in (("--out", out), ("--json", json and json.parent)):
-        if folder is None:
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{option}: {folder} cannot be written to")
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(f"{option}: {folder} cannot be written to")
     if json is not None and json.is_dir():
         raise IsADirectoryError(f"--json must be a file, {json} is a folder")
+
+
+def table(rows: Sequence[Row]) -> list[Sequence[str]]:
+    """Return result rows as a table, its head first."""
+    head = ("layer", "defence", "attack", "knows", "accuracy", "95 % interval", "ms/image", "foreign")
+    lines: list[Sequence[str]] = [head]
+    for row in rows:
+        figures = f"{row.accuracy:.4f}", "{:.3f} to {:.3f}".format(*row.ci95), f"{1000 * row.seconds_per_image:.2f}"
+        knows = "" if row.attack == "none" else row.knows
+        foreign = "" if row.foreign is None else f"{row.foreign:.3f}"
+        lines.append((", ".join(row.settings["layers"]), row.defence, row.attack, knows, *figures, foreign))
+    return lines
 
 
 def write_results(path: Path | None, results: list[dict[str, Any]]) -> None:
     """Write `envelope(results)` to `path` if there is one."""
     if path is not None:
         _store.write_json(path, envelope(results))
-
-
-def _imported(option: str, name: str) -> Callable[..., Any]:
-    """Return what `package.module:factory` names; ValueError that names the option if it cannot be imported."""
-    module, _, factory = name.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as python -m does: the user's own module lies in the working directory
-    try:
-        found = getattr(importlib.import_module(module), factory)
-    except Exception as error:  # a module runs when it is imported, and may raise anything
-        raise ValueError(
-            f"{option} {name} cannot be imported ({_blame(error)}): give package.module:factory"
-        ) from error
-    return cast(Callable[..., Any], found)
-
-
-def _blame(error: Exception, called: Callable[..., Any] | None = None) -> str:
-    """Return an error's kind and message on one line, and the file of the user's code that raised it or was called."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_file()]
-    theirs = [frame for frame in frames if not any(Path(frame.filename).is_relative_to(own) for own in _LIBRARIES)]
-    code = getattr(called, "__code__", None)
-    place = f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""
-    if theirs:
-        place = f" ({theirs[-1].filename}, line {theirs[-1].lineno})"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"

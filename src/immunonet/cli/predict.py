@@ -9,10 +9,11 @@ import torch
 import typer
 from torch import Tensor
 
-from immunonet import RAILS, DkNN, _store, data
+from immunonet import _store, data
+from immunonet._imports import imported
 from immunonet.cli import common
-from immunonet.cli.fit import DEFENCES, RECORD
-from immunonet.defences.base import DEFENCE_FILE, Defence
+from immunonet.cli.fit import RECORD
+from immunonet.defences.base import DEFENCE_FILE, Defence, load
 from immunonet.evaluation.journal import Journal
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -27,16 +28,14 @@ def predict(
             "datasets. A file or folder that is there goes before a name.",
         ),
     ],
-    defence: Annotated[Path, typer.Option("--defence", metavar="DIR", help="Folder that fit wrote.")] = Path("defence"),
-    model: Annotated[str | None, typer.Option("--model", help="As given to fit, which is the default.")] = None,
+    defence: Annotated[Path, typer.Option(metavar="DIR", help="Folder that fit wrote.")] = Path("defence"),
+    model: Annotated[str | None, typer.Option(help="As given to fit, which is the default.")] = None,
     weights: common.WeightsOption = None,
-    split: Annotated[str, typer.Option("--split", help="Of a dataset: train or test.")] = "test",
+    split: Annotated[str, typer.Option(help="Of a dataset: train or test.")] = "test",
     image: common.ImageOption = None,
-    size: Annotated[int | None, typer.Option("--size", min=1, help="As given to fit, which is the default.")] = None,
-    background: Annotated[
-        str | None, typer.Option("--background", help="As given to fit, which is the default: white or black.")
-    ] = None,
-    chunk: Annotated[int, typer.Option("--chunk", min=1, help="Images per part that is kept.")] = 100,
+    size: Annotated[int | None, typer.Option(min=1, help="As given to fit, which is the default.")] = None,
+    background: Annotated[str | None, typer.Option(help="White or black. Default: as given to fit.")] = None,
+    chunk: common.ChunkOption = 100,
     seed: common.SeedOption = 0,
     device: common.DeviceOption = "cpu",
     data_dir: common.DataOption = None,
@@ -54,33 +53,24 @@ def predict(
     net = common.load_model(model or record["model"], weights, target, classes=len(record["classes"]))
     if _store.digest(net.state_dict().values()) != record["weights"]:
         raise ValueError(f"--weights {weights} are not those that {defence} was fitted with")
+    if ":" in record["defence"]:
+        imported("--defence", record["defence"])  # which registers its kind
     layers = [common.resolve_layer(name, net) for name in record["settings"]["layers"]]
-    fitted = DEFENCES[record["defence"]].load(defence, net, layers)
-    names, x = read(
-        inputs,
-        split,
-        data_dir,
-        fitted.shape,
-        image=image,
-        size=size or record.get("size"),
-        background=background or record.get("background", "white"),
-    )
+    fitted = load(defence, net, layers or None)
+    how = {"size": size or record.get("size"), "background": background or record.get("background", "white")}
+    names, x = read(inputs, split, data_dir, getattr(fitted, "shape", None), image=image, **how)
     common.prepare(out, json)
-    settings = {
-        "defence": _store.sha256(defence / DEFENCE_FILE),
-        "images": _store.digest([x]),
-        "chunk": chunk,
-        "seed": seed,
-        "device": target.type,
-    }
-    journal = Journal(out / f"{_store.fingerprint(settings)[:16]}.jsonl", settings)
+    whose = [_store.sha256(defence / DEFENCE_FILE), record["weights"], seed, target.type]
+    journal = Journal(out / "parts.jsonl")
+    found: list[dict[str, Any]] = []
     with common.progress() as bar:
         for start in bar.track(range(0, len(x), chunk), description="predicting"):
-            if str(start) not in journal:
-                journal.add(str(start), answers(fitted, x[start : start + chunk].to(target), seed))
-    found = (answer for start in range(0, len(x), chunk) for answer in journal[str(start)])
+            part = x[start : start + chunk]
+            if (key := _store.fingerprint([*whose, _store.digest([part])])) not in journal:
+                journal.add(key, answers(fitted, part.to(target), seed))
+            found += journal[key]
+    # A network may know more classes than a training set without names has shown.
     results = [
-        # A network may know more classes than a training set without names has shown.
         {"input": name, "name": dict(enumerate(record["classes"])).get(answer["label"], str(answer["label"]))} | answer
         for name, answer in zip(names, found, strict=True)
     ]
@@ -96,29 +86,16 @@ def predict(
 def answers(defence: Defence, x: Tensor, seed: int) -> list[dict[str, Any]]:
     """Return per image `(B, *S)` its `label`, the `share` of votes for it, its `credibility`, and `foreign`.
 
-    Credibility is None for a kind of defence that has none; its share is the probability it gives.
+    Credibility and foreign are None for a kind of defence that has none; its share is the probability it gives.
     """
-    credibility: Tensor | None = None
-    if isinstance(defence, RAILS):
-        response = defence.respond(x, seed=seed)
-        labels, votes, credibility, foreign = (
-            response.labels,
-            response.votes,
-            response.credibility,
-            response.foreign,
-        )
-    elif isinstance(defence, DkNN):
-        labels, votes = defence.predict(x), defence.predict_proba(x)
-        credibility, foreign = defence.credibility(x), defence.foreign(x)
-    else:
-        votes, foreign = defence(x).exp(), defence.foreign(x)
-        labels = votes.argmax(1)
-    shares = votes.gather(1, labels[:, None])[:, 0]
-    p_values = [None] * len(labels) if credibility is None else [round(p, 6) for p in credibility.tolist()]
-    columns = (labels.tolist(), shares.tolist(), p_values, foreign.tolist())
+    answer = defence.answered(x, seed)
+    shares = answer.probabilities.gather(1, answer.labels[:, None])[:, 0].tolist()
+    n = len(answer.labels)
+    credibility = [None] * n if answer.credibility is None else answer.credibility.tolist()
+    foreign = [None] * n if answer.sense is None else answer.sense.foreign.tolist()
     return [
-        {"label": label, "share": round(share, 6), "credibility": p, "foreign": strange}
-        for label, share, p, strange in zip(*columns, strict=True)
+        {"label": label, "share": round(share, 6), "credibility": p and round(p, 6), "foreign": strange}
+        for label, share, p, strange in zip(answer.labels.tolist(), shares, credibility, foreign, strict=True)
     ]
 
 
@@ -126,42 +103,37 @@ def read(
     inputs: list[str],
     split: str,
     directory: Path | None,
-    shape: tuple[int, ...],
+    shape: tuple[int, ...] | None,
     *,
     image: str | None = None,
-    size: int | None = None,
-    background: str = "white",
+    **how: Any,
 ) -> tuple[list[str], Tensor]:
     """Return a name for each image of all inputs, and the images `(N, *shape)` in [0, 1].
 
-    Grey images become colour for a defence of colour images. A path that exists goes before a dataset's name. `image`,
-    `size` and `background` are those of `data.read`. FileNotFoundError or ValueError names the input that is not
-    there, has no images, or has images of another shape.
+    Grey images become colour for a defence of colour images. A path that exists goes before a dataset's name. `image`
+    and `how` (`size`, `background`) are those of `data.read`. FileNotFoundError or ValueError names the input that is
+    not there, has no images, or has images of another shape.
     """
     names: list[str] = []
     parts: list[Tensor] = []
     for one in inputs:
         path, there = Path(one), common.is_path(one)
-        if files := _files(path) if there else []:
-            x = data.read_images(files, size=size, background=background)
-            names += map(str, files)
+        files = _files(path) if there else []
+        if files:
+            x = data.read_images(files, **how)
+        elif there or one.startswith("hf:"):
+            x = data.read(one, None if path.is_file() else split, image=image, labelled=False, **how).x
+        elif one in data.DATASETS:
+            x = data.load(one, split, directory=directory, image=image, labelled=False, **how).x
         else:
-            if there or one.startswith("hf:"):
-                own = split if path.is_dir() or not there else None
-                x = data.read(one, own, image=image, size=size, background=background, labelled=False).x
-            elif one in data.DATASETS:
-                x = data.load(
-                    one, split, directory=directory, image=image, size=size, background=background, labelled=False
-                ).x
-            else:
-                raise FileNotFoundError(
-                    "INPUT must be an image file, a folder of images, a Parquet file or a folder of them, "
-                    f"hf:OWNER/NAME or {', '.join(data.DATASETS)}; there is no {one!r}"
-                )
-            names += [f"{one}:{i}" for i in range(len(x))]
-        if shape[0] == 3 and x.shape[1] == 1:
+            raise FileNotFoundError(
+                "INPUT must be an image file, a folder of images, a Parquet file or a folder of them, "
+                f"hf:OWNER/NAME or {', '.join(data.DATASETS)}; there is no {one!r}"
+            )
+        names += map(str, files) if files else [f"{one}:{i}" for i in range(len(x))]
+        if shape is not None and shape[0] == 3 and x.shape[1] == 1:
             x = x.expand(-1, 3, -1, -1)
-        if tuple(x.shape[1:]) != shape:
+        if shape is not None and tuple(x.shape[1:]) != shape:
             raise ValueError(f"{one} has images of shape {tuple(x.shape[1:])}, but the defence takes {shape}")
         parts.append(x)
     return names, torch.cat(parts)
@@ -184,8 +156,7 @@ def _record(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"--defence {folder} has no {RECORD}: give the folder that immunonet fit wrote")
     record = _store.read_json(path)
     try:
-        record["settings"]["layers"], record["model"], record["weights"], record["classes"]
-        DEFENCES[record["defence"]]
+        record["settings"]["layers"], record["defence"], record["model"], record["weights"], record["classes"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} was edited: it lacks {error}. Run immunonet fit again") from error
     return dict(record)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,46 +20,32 @@ def train(
     dataset: common.DatasetArgument,
     model: common.ModelOption = None,
     epochs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Default: 5, or for a small dataset as many as make 1,000 steps."),
+        int | None, typer.Option(min=1, help="Default: 5, or for a small dataset as many as make 1,000 steps.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
     lr: Annotated[float, typer.Option(help="The highest learning rate of the schedule.")] = 1e-3,
     patience: Annotated[
-        int | None,
-        typer.Option(min=1, help="Stop after so many epochs without a better one. Default: never."),
+        int | None, typer.Option(min=1, help="Stop after so many epochs without a better one. Default: never.")
     ] = None,
     validation: Annotated[
-        int | None,
-        typer.Option(min=1, help="Images held out from training. Default: 3000, or a tenth of a small dataset."),
+        int | None, typer.Option(min=1, help="Images held out. Default: 3000, or a tenth of a small dataset.")
     ] = None,
     augment: Annotated[bool, typer.Option("--augment", help="Flip and shift the training images.")] = False,
     bfloat16: Annotated[
         bool, typer.Option("--bfloat16", help="Compute in bfloat16: twice as fast where the processor has it.")
     ] = False,
-    start: Annotated[
-        Path | None, typer.Option("--start", metavar="FILE.safetensors", help="Weights to go on from.")
-    ] = None,
+    start: Annotated[Path | None, typer.Option(metavar="FILE.safetensors", help="Weights to go on from.")] = None,
     adversarial: Annotated[
-        str | None,
-        typer.Option("--adversarial", help="Train on attacked images: pgd (Madry et al.) or trades (Zhang et al.)."),
+        str | None, typer.Option(help="Train on attacked images: pgd (Madry et al.) or trades (Zhang et al.).")
     ] = None,
-    eps: Annotated[
-        str | None, typer.Option("--eps", help="Size of the attack in training, such as 0.3. Default: 8/255.")
-    ] = None,
-    attack_step: Annotated[
-        str | None, typer.Option("--attack-step", help="Its step. Default: a quarter of eps.")
-    ] = None,
-    attack_iterations: Annotated[
-        int | None, typer.Option("--attack-iterations", help="Its number of steps. Default: 7.")
-    ] = None,
-    beta: Annotated[float | None, typer.Option("--beta", help="Weight of robustness in trades. Default: 6.")] = None,
-    ramp: Annotated[int | None, typer.Option("--ramp", help="Epochs over which eps rises from 0. Default: 0.")] = None,
-    validation_eps: Annotated[
-        str | None, typer.Option("--validation-eps", help="Size of the attack on validation. Default: eps.")
-    ] = None,
+    eps: Annotated[str | None, typer.Option(help="Size of that attack, such as 0.3. Default: 8/255.")] = None,
+    attack_step: Annotated[str | None, typer.Option(help="Its step. Default: a quarter of eps.")] = None,
+    attack_iterations: Annotated[int | None, typer.Option(help="Its number of steps. Default: 7.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Weight of robustness in trades. Default: 6.")] = None,
+    ramp: Annotated[int | None, typer.Option(help="Epochs over which eps rises from 0. Default: 0.")] = None,
+    validation_eps: Annotated[str | None, typer.Option(help="Size of the attack on validation. Default: eps.")] = None,
     name: Annotated[
-        str | None, typer.Option("--name", help="Name of the files that are written. Default: the dataset's.")
+        str | None, typer.Option(help="Name of the files that are written. Default: the dataset's.")
     ] = None,
     image: common.ImageOption = None,
     label: common.LabelOption = None,
@@ -79,16 +65,9 @@ def train(
     """
     target = common.resolve_device(device)
     hardening = _hardening(
-        adversarial,
-        {
-            "--eps": eps,
-            "--attack-step": attack_step,
-            "--attack-iterations": attack_iterations,
-            "--beta": beta,
-            "--ramp": ramp,
-            "--validation-eps": validation_eps,
-        },
-    )
+        adversarial, eps=eps, attack_step=attack_step, attack_iterations=attack_iterations, beta=beta, ramp=ramp,
+        validation_eps=validation_eps,
+    )  # fmt: skip
     common.prepare(out, json)
     how: dict[str, Any] = {"image": image, "label": label, "size": size, "background": background}
     images = common.resolve_dataset(dataset, "train", data_dir, **how)
@@ -104,69 +83,45 @@ def train(
     path = out / f"{name or Path(dataset).stem}.safetensors"
     checkpoint = path.with_suffix(".checkpoint.safetensors")
     settings: dict[str, Any] = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "lr": lr,
-        "patience": patience,
-        "augment": augment,
-        "bfloat16": bfloat16,
-        "seed": seed,
-    }
+        "epochs": epochs, "batch_size": batch_size, "lr": lr, "patience": patience, "augment": augment,
+        "bfloat16": bfloat16, "seed": seed,
+    }  # fmt: skip
     if checkpoint.exists():
-        common.console.print(f"continuing from {checkpoint}", markup=False, soft_wrap=True)
+        common.note(f"continuing from {checkpoint}")
     with common.progress() as bar:
         task = bar.add_task("training")
-        reported = 0
+        reported: list[zoo.Epoch] = []
 
         def show(step: int, steps: int, history: list[zoo.Epoch]) -> None:
-            nonlocal reported
             bar.update(task, completed=step, total=steps)
-            for row in history[reported:]:
-                robust = row.get("validation_robust_accuracy")
-                bar.console.print(
-                    f"epoch {row['epoch']} of {epochs}: loss {row['loss']:.4f}, "
-                    f"validation accuracy {row['validation_accuracy']:.4f}"
-                    + ("" if robust is None else f", {robust:.4f} under attack")
-                )
-            reported = len(history)
+            for row in history[len(reported) :]:
+                text = f"loss {row['loss']:.4f}, validation accuracy {row['validation_accuracy']:.4f}"
+                if (robust := row.get("validation_robust_accuracy")) is not None:
+                    text += f", {robust:.4f} under attack"
+                common.note(f"epoch {row['epoch']} of {epochs}: {text}")
+                reported.append(row)
 
         history = zoo.train(
-            net,
-            images[training],
-            images[held_out],
-            **settings,
-            adversarial=hardening,
-            checkpoint=checkpoint,
+            net, images[training], images[held_out], **settings, adversarial=hardening, checkpoint=checkpoint,
             on_progress=show,
-        )
+        )  # fmt: skip
     net.half().float()  # what is measured below is what the file will hold
+    settings |= common.told(how) | {"start": start and start.name, "adversarial": hardening and asdict(hardening)}
     results = [
         {
-            "dataset": dataset,
-            "model": network,
-            "split": split,
-            "n": len(part),
-            "accuracy": zoo.accuracy(net, part),
-            **_attacked(net, part, hardening),
-            "settings": settings
-            | {
-                "start": start and start.name,
-                "adversarial": hardening and dataclasses.asdict(hardening),
-            }
-            | common.told(how),
+            "dataset": dataset, "model": network, "split": split, "n": len(part), "accuracy": zoo.accuracy(net, part),
+            **_attacked(net, part, hardening), "settings": settings,
         }
         for split, part in (("validation", images[held_out]), ("test", test))
-    ]
+    ]  # fmt: skip
     zoo.save_weights(net, path, recipe={**envelope(results), "classes": images.classes, "history": history})
     common.write_results(json, results)
     checkpoint.unlink()
     for row in results:
         typer.echo(f"{row['split']} accuracy {row['accuracy']:.4f} on {row['n']} images")
         if hardening is not None:
-            typer.echo(
-                f"{row['split']} accuracy {row['robust_accuracy']:.4f} under attack (eps {hardening.measured_eps:g}) "
-                f"on {row['robust_n']} images"
-            )
+            under = f"{row['robust_accuracy']:.4f} under attack (eps {hardening.measured_eps:g})"
+            typer.echo(f"{row['split']} accuracy {under} on {row['robust_n']} images")
     typer.echo(f"weights: {path}")
 
 
@@ -174,24 +129,22 @@ def _attacked(net: nn.Module, images: data.Images, hardening: zoo.Adversarial | 
     """Return the accuracy under attack, and of how many and which images; nothing of plain training."""
     if hardening is None:
         return {}
-    most = 1000
-    accuracy = zoo.robust_accuracy(net, images, eps=hardening.measured_eps, most=most)
-    n = min(most, len(images))
+    n = min(1000, len(images))
+    accuracy = zoo.robust_accuracy(net, images, eps=hardening.measured_eps, most=n)
     return {"robust_accuracy": accuracy, "robust_n": n, "robust_slice": {"sample": [n, len(images)], "seed": 0}}
 
 
-def _hardening(adversarial: str | None, options: dict[str, Any]) -> zoo.Adversarial | None:
-    """Return the settings of adversarial training from its options; ValueError names those given without it."""
-    given = {option: value for option, value in options.items() if value is not None}
+def _hardening(adversarial: str | None, **settings: Any) -> zoo.Adversarial | None:
+    """Return the settings of adversarial training; ValueError names the options that are given without it."""
+    given = {key: value for key, value in settings.items() if value is not None}
+    options = {key: f"--{key.replace('_', '-')}" for key in given}
     if adversarial is None:
         if given:
-            raise ValueError(f"{' and '.join(given)} need --adversarial pgd or trades")
+            raise ValueError(f"{' and '.join(options.values())} need --adversarial pgd or trades")
         return None
     _check.choice("--adversarial", adversarial, LOSSES)
     fields: dict[str, Any] = {
-        option.removeprefix("--").removeprefix("attack-").replace("-", "_"): (
-            _check.fraction(option, value) if isinstance(value, str) else value
-        )
-        for option, value in given.items()
+        key.removeprefix("attack_"): _check.fraction(options[key], value) if isinstance(value, str) else value
+        for key, value in given.items()
     }
     return zoo.Adversarial(loss=adversarial, **fields)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from immunonet import _check, _store, incoming, models
 from immunonet.features.names import Layer, as_layers, layer_names
+from immunonet.response import Trace
 
 # The format of what `save` writes; 1 named a defence by its class, and its file of tensors after the repertoire.
 FORMAT = 2
@@ -81,6 +82,8 @@ class Defence(models.Asking, abc.ABC):
     randomised: bool = False
     classes: int = 0
     """Number of classes; 0 where it is not known before an answer."""
+    optimizes: bool | None = None
+    """Whether an answer is the outcome of a search (RobustBench's `optimization_loop`); None: not told."""
     words: ClassVar[Mapping[str, dict[str, Any]]] = {}
     """Bare words that a description of this kind may hold, each short for settings, such as a preset's."""
 
@@ -142,6 +145,18 @@ class Defence(models.Asking, abc.ABC):
         """Return whether `(B,)` inputs are farther from what is known than all but few calibration examples."""
         return self._sensed(x).foreign
 
+    def credibility(self, x: Any) -> Tensor | None:
+        """Return how well what is known supports the labels of inputs `(B, *S)`: `(B,)` in (0, 1], or None."""
+        return self.answered(x).credibility
+
+    def learning_curves(self, x: Any, seed: int | None = None) -> Sequence[Trace]:
+        """Return how the answers to inputs `(B, *S)` evolve, a trace per layer; none of a kind whose do not."""
+        return ()
+
+    def memory_cells(self, x: Any, seed: int | None = None, *, most: int) -> tuple[Tensor, Tensor] | None:
+        """Return what answers to inputs leave to learn from, `(B, M, *S)`, M at most `most`, with labels `(B, M)`."""
+        return None
+
     def draws(self, x: Any, seeds: Sequence[int]) -> Tensor:
         """Return labels `(R, B)` int64 of inputs `(B, *S)` under R seeds: the rows are those of `predict(x, seed)`."""
         return torch.stack([self.predict(x, seed) for seed in self._seeds(seeds)])
@@ -149,6 +164,11 @@ class Defence(models.Asking, abc.ABC):
     def settings(self) -> dict[str, Any]:
         """Return all keyword arguments that the constructor took, as JSON; `made` reads them."""
         return {"bounds": self.bounds.pairs()}
+
+    def setting(self, name: str) -> Any:
+        """Return the value of a setting; ValueError where none holds for all of the defence."""
+        _check.choice("setting", name, tuple(self.settings()))
+        return self.settings()[name]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what was fitted, by name; `restore` takes it."""
@@ -169,13 +189,17 @@ class Defence(models.Asking, abc.ABC):
     @classmethod
     def options(cls) -> list[str]:
         """Return the names of the settings."""
-        given = inspect.signature(cls).parameters.values()
-        return [p.name for p in given if p.kind is p.KEYWORD_ONLY]
+        return [p.name for p in _parameters(cls).values() if p.kind is p.KEYWORD_ONLY]
 
     @classmethod
     def takes_layers(cls) -> bool:
         """Return whether this kind looks at layers of the model."""
-        return "layers" in inspect.signature(cls).parameters
+        return "layers" in _parameters(cls)
+
+    @classmethod
+    def can(cls, verb: str) -> bool:
+        """Return whether this kind has a method, such as `fit`, of its own."""
+        return getattr(cls, verb) is not getattr(Defence, verb)
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> None:
@@ -183,17 +207,64 @@ class Defence(models.Asking, abc.ABC):
         known = cls.options()
         for name in settings:
             if name not in known:
-                raise ValueError(f"{cls.kind} has no setting {name!r}{nearest(name, known)}")
+                raise ValueError(f"{cls.kind} has no setting {name!r}{_check.nearest(name, known)}")
+
+    @classmethod
+    def candidates(
+        cls, examples: int, choices: Mapping[str, Sequence[Any]] | None = None
+    ) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """Return what to choose from with so many `examples` where it is tuned: settings to fit with, and for each the
+        settings that a fitted one may change. `choices`: values of a setting in place of the kind's own. Empty for a
+        kind that is not tuned.
+        """
+        return []
+
+    def challengers(self) -> list[nn.Module]:
+        """Return the surrogates that a tuned one must withstand."""
+        return list(self.surrogates().values())
+
+    @classmethod
+    def defaults(cls, examples: int) -> dict[str, Any]:
+        """Return settings whose default depends on the number of `examples`."""
+        return {}
+
+    def check_examples(self, y: Tensor, classes: int) -> None:
+        """Raise ValueError where examples labelled `y` `(N,)` are too few to fit this defence, for so many classes."""
+
+    @property
+    def effort(self) -> float:
+        """Roughly what an answer takes, in units of one by nearest neighbours alone."""
+        return 1.0
+
+    def predict_each(self, x: Any, variants: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Return labels `(len(variants), B)` int64 of inputs `(B, *S)` with some settings changed, by each variant."""
+        return torch.stack([self.with_settings(**variant).predict(x) for variant in variants])
 
     def with_settings(self, **changes: Any) -> Self:
         """Return a twin with some settings changed, checked as by the constructor; what is fitted is shared."""
         twin = self.made(self.model, self._layers, self.settings() | changes)
-        twin._adopt(self)
+        twin.adopt(self)
         return twin
+
+    def fitted_by(self) -> dict[str, Any]:
+        """Return the settings that what is fitted depends on: with others alike it may be adopted."""
+        return self.settings()
+
+    def adopt(self, other: Self) -> None:
+        """Share what `other`, fitted by the same settings, was fitted to."""
+        self.classes = other.classes
+        self.restore(other.tensors())
+
+    def calibrate(self, x: Tensor, y: Tensor) -> None:
+        """Calibrate what is sensed on other examples `x` `(n, *S)`, `y` `(n,)`; the rest of what is fitted stays."""
 
     def surrogates(self) -> Mapping[str, nn.Module]:
         """Return differentiable stand-ins for attacks that know the defence, by name, the strongest first."""
         return {}
+
+    def stealthy(self, surrogate: nn.Module) -> nn.Module | None:
+        """Return a surrogate under the condition that inputs do not look foreign; None if nothing is sensed."""
+        return None
 
     def light(self) -> Defence:
         """Return a cheaper twin for attacks that only ask; what they find is tested on the defence itself."""
@@ -297,10 +368,6 @@ class Defence(models.Asking, abc.ABC):
             raise ValueError(f"{type(self).__name__} senses nothing: its answers have no sense")
         return found
 
-    def _adopt(self, other: Self) -> None:
-        """Share what `other` was fitted to."""
-        self.classes = other.classes
-
     @staticmethod
     def _seeds(seeds: Sequence[int]) -> list[int]:
         found = [_check.integer("seeds", seed, least=0, most=2**63 - 1) for seed in seeds]
@@ -317,6 +384,9 @@ class Undefended(Defence):
     def answer(self, x: Any, seed: int | None = None) -> Answer:
         """Return the network's own answer to inputs `x` `(B, *S)`, differentiable in them."""
         return Answer.of(models.logits(self.model, x))
+
+    def sense(self, x: Any) -> None:
+        """Return None: a network senses nothing."""
 
 
 class Made(Mapping[str, Any]):
@@ -350,8 +420,7 @@ def register(found: type[Defence]) -> type[Defence]:
 
 def kind_of(name: str) -> type[Defence]:
     """Return the kind of defence of that name; ValueError names the nearest ones."""
-    if name not in REGISTRY:
-        raise ValueError(f"there is no defence {name!r}{nearest(name, list(REGISTRY))}")
+    _check.among(name, REGISTRY, "defence")
     return REGISTRY[name]
 
 
@@ -360,11 +429,9 @@ def load(folder: str | Path, model: nn.Module, layers: Layer | Sequence[Layer] |
     return Defence.load(folder, model, layers, **how)
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Return the end of a sentence that names what of `known` is nearest to `name`, or all of it if it is short."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    shown = close or sorted(known)
-    return f"; nearest: {', '.join(shown)}" if close else f"; there are {', '.join(shown) or 'none'}"
+@functools.cache
+def _parameters(kind: type[Defence]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(kind).parameters
 
 
 def _kind_of(path: Path, record: Any) -> type[Defence]:
@@ -375,5 +442,7 @@ def _kind_of(path: Path, record: Any) -> type[Defence]:
         raise ValueError(f"{path} has format {record['format']}; this version reads formats 1 and {FORMAT}")
     kind = record["kind"] if "kind" in record else _KINDS_1.get(record["defence"], record["defence"])
     if kind not in REGISTRY:
-        raise ValueError(f"{path} holds a defence of kind {kind!r}{nearest(str(kind), list(REGISTRY))}; register it")
+        raise ValueError(
+            f"{path} holds a defence of kind {kind!r}{_check.nearest(str(kind), list(REGISTRY))}; register it"
+        )
     return REGISTRY[kind]

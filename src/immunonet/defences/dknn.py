@@ -15,6 +15,12 @@ from immunonet.defences.neighbours import SENSED, NeighbourDefence
 from immunonet.features.names import Layer
 from immunonet.immune.consensus import decided, lots, shared, winner
 
+# What a tuned one chooses from; of equals the fewest neighbours, then the first metric.
+NEIGHBOURS = (1, 3, 5, 10, 20, 50, 75, 200)
+CHOSEN_METRICS = ("cosine", "euclidean")
+# Those whose soft counts are attacked when the number is chosen.
+COUNTED = (5, 20, 75, 200)
+
 
 @dataclass(frozen=True)
 class _Near:
@@ -91,9 +97,33 @@ class DkNN(NeighbourDefence):
             shares=counts / n,
         )
 
-    def predict_each(self, x: Any, neighbours: Sequence[int]) -> Tensor:
-        """Return labels `(len(neighbours), B)` int64 of inputs `(B, *S)` by so many nearest, at most the DkNN's own."""
-        counts = [_check.integer("neighbours", k, most=self.neighbours) for k in neighbours]
+    @classmethod
+    def candidates(
+        cls, examples: int, choices: Mapping[str, Sequence[Any]] | None = None
+    ) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """Return for each metric the numbers of neighbours that a repertoire of so many examples has."""
+        given = choices or {}
+        counts = sorted(k for k in given.get("neighbours", NEIGHBOURS) if k <= examples)
+        metrics = given.get("metric", CHOSEN_METRICS)
+        return [({"metric": m, "neighbours": counts[-1]}, [{"neighbours": k} for k in counts]) for m in metrics]
+
+    def challengers(self) -> list[nn.Module]:
+        """Return votes of few to many neighbours: who knows DkNN fits the attack to its number."""
+        few = min(20, int(torch.bincount(self.repertoire.y, minlength=self.classes).min()))
+        counts = [attacks.SoftCount(self, neighbours=k) for k in COUNTED if k <= self.neighbours]
+        return [attacks.ASK(self), attacks.SoftNeighbours(self, neighbours=few), *counts]
+
+    @classmethod
+    def defaults(cls, examples: int) -> dict[str, Any]:
+        """Return 75 neighbours, or as many as there are examples."""
+        return {"neighbours": min(75, examples)}
+
+    def predict_each(self, x: Any, variants: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Return labels `(len(variants), B)` int64 of inputs `(B, *S)`; a variant may change `neighbours`, downwards.
+
+        The neighbours are looked for once.
+        """
+        counts = [_check.integer("neighbours", variant["neighbours"], most=self.neighbours) for variant in variants]
         nearest = self._nearest(self._inputs(x))
         return torch.cat([torch.stack([self._label(part, k)[0] for k in counts]) for part in nearest], dim=1)
 
@@ -109,6 +139,10 @@ class DkNN(NeighbourDefence):
     def counted(self) -> int:
         """How many neighbours over all classes vote."""
         return self.neighbours
+
+    def stealthy(self, surrogate: nn.Module) -> nn.Module:
+        """Return a surrogate under the condition that inputs do not look foreign."""
+        return attacks.Stealthy(surrogate, self)
 
     def sensed(self, layer: int) -> int:
         """Return how many neighbours over all classes sensing looks at: those that vote."""

@@ -112,9 +112,7 @@ class NeighbourDefence(Defence):
             fraction = _check.number("calibration", calibration, least=0, most=1, above=True)
             keep, held = hold_out(y, fraction, seed=0)
             x, y, x_cal, y_cal = x[keep], y[keep], x[held], y[held]
-        check_classes(y, classes, self._least_per_class())
-        if len(y) < self._least_in_all():
-            raise ValueError(f"neighbours={self._least_in_all()} is more than the {len(y)} examples of the repertoire")
+        self.check_examples(y, classes)
         try:
             self._remember(x, y, classes, feature_file, on_progress)
             self.calibration = self._calibrate(x_cal, y_cal)
@@ -191,7 +189,9 @@ class NeighbourDefence(Defence):
         self._remember(x, tensors["y"], classes, feature_file, on_progress)
         again = "load the weights that the defence was fitted with"
         for i, (name, found) in enumerate(zip(self.layers, self.features(x[:PROBES]), strict=True)):
-            if not _alike(found, tensors[f"probe.{i}"]):
+            probe = tensors[f"probe.{i}"]
+            # Format 1 kept features as they are before the metric.
+            if not _alike(found, probe) and not _alike(found, self.feature_maps[i].finished(probe.clone())):
                 raise ValueError(f"model gives other features at layer {name!r} than when this was saved: {again}")
         heard = self._known(x[:PROBES])
         if heard is not None and not torch.allclose(heard, tensors["probe.known"], atol=1e-3):
@@ -266,22 +266,36 @@ class NeighbourDefence(Defence):
         For checked inputs `(B, *S)`, at most `SENSED`.
         """
 
+    def check_examples(self, y: Tensor, classes: int) -> None:
+        """Raise ValueError where a class, or all, of the labels `y` `(N,)` has fewer examples than are looked at."""
+        check_classes(y, classes, self._least_per_class())
+        if len(y) < self._least_in_all():
+            raise ValueError(f"neighbours={self._least_in_all()} is more than the {len(y)} examples of the repertoire")
+
     def _calibrate(self, x: Tensor, y: Tensor) -> Calibration:
         found = [self._neighbourhood_of(part) for part in x.split(SENSED)]
         scores, far = (torch.cat(column) for column in zip(*found, strict=True))
         return Calibration.of(scores.gather(1, y[:, None])[:, 0], far)
 
-    def calibrated(self, x: Any, y: Any) -> Self:
-        """Return a twin calibrated on other examples `x` `(n, *S)`, `y` `(n,)`; all else that is fitted is shared."""
-        twin = self.with_settings()
+    def calibrate(self, x: Tensor, y: Tensor) -> None:
+        """Calibrate what is sensed on other examples `x` `(n, *S)`, `y` `(n,)`; the repertoire stays."""
         with torch.no_grad():
-            x = twin._inputs(x)
+            x = self._inputs(x)
             y = incoming.labels("y", y, n=len(x), classes=self.classes, own=True).to(self.device)
-            twin.calibration = twin._calibrate(x, y)
-        return twin
+            self.calibration = self._calibrate(x, y)
 
-    def _adopt(self, other: Self) -> None:
-        super()._adopt(other)
+    def fitted_by(self) -> dict[str, Any]:
+        """Return the settings that what is fitted depends on: with others alike it may be adopted."""
+        return {"bounds": self.bounds.pairs(), "metric": self.metric, "space": self.space}
+
+    def adopt(self, other: Self) -> None:
+        """Share what `other` was fitted to; ValueError where these settings need another fit, or more examples."""
+        self.classes = other.classes
+        if other.feature_maps:
+            for name in ("metric", "space"):
+                if (new := getattr(self, name)) != (old := getattr(other, name)):
+                    raise ValueError(f"{name} must stay {old!r}, which this was fitted with, got {new!r}: fit another")
+            self.check_examples(other.repertoire.y, other.classes)
         self.memory_budget = other.memory_budget
         for name in ("repertoire", "calibration", "indices"):
             if name in other._modules:

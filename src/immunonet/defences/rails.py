@@ -76,11 +76,11 @@ class RAILS(NeighbourDefence):
 
     kind, title = "rails", "RAILS"
     randomised = True
+    optimizes = True
     words: ClassVar[Mapping[str, dict[str, Any]]] = {
         "paper": {"preset": "paper"},
         "authors": {"preset": "authors-mnist"},
         "authors-cifar10": {"preset": "authors-cifar10"},
-        "hidden": {"hidden": True},
     }
 
     def __init__(
@@ -118,6 +118,17 @@ class RAILS(NeighbourDefence):
         """
         return _join([found for found, _ in self._answers(x, seed, batch_size, keep_cells=True, trace=trace)])
 
+    def learning_curves(self, x: Any, seed: int | None = None) -> tuple[Trace, ...]:
+        """Return the learning curve of every layer for antigens `x` `(B, *S)`."""
+        return self.respond(x, seed, trace=True).trace or ()
+
+    def memory_cells(self, x: Any, seed: int | None = None, *, most: int) -> tuple[Tensor, Tensor]:
+        """Return the fittest memory cells of antigens `(B, *S)`, which must be inputs, and their labels `(B, M)`."""
+        if self.space is not None:
+            raise ValueError(f"space must be None where memory cells are learned from, got {self.space!r}")
+        memory = self.respond(x, seed).memory
+        return memory.x[:, :most], memory.label[:, :most]
+
     def answer(self, x: Any, seed: int | None = None, batch_size: int | None = None) -> Answer:
         """Return the answer to inputs `(B, *S)`: for n plasma cells and votes v, log((n v + 1) / (n + C)).
 
@@ -138,6 +149,8 @@ class RAILS(NeighbourDefence):
 
         What does not depend on a seed is done once for all of them: flocking, and bringing clones near.
         """
+        if type(self).answer is not RAILS.answer or type(self).predict is not RAILS.predict:
+            return super().draws(x, seeds)
         seeds = self._seeds(seeds)
         return torch.cat(
             [
@@ -181,6 +194,10 @@ class RAILS(NeighbourDefence):
             part: self.with_settings(maturation=[dataclasses.replace(m, **change) for m in self.maturations])
             for part, change in changes.items()
         }
+
+    def stealthy(self, surrogate: nn.Module) -> nn.Module:
+        """Return a surrogate under the condition that inputs do not look foreign."""
+        return attacks.Stealthy(surrogate, self)
 
     def sensed(self, layer: int) -> int:
         """Return K, how many neighbours over all classes sensing looks at in a layer."""
@@ -320,6 +337,7 @@ class RAILS(NeighbourDefence):
             f"layers={list(self.layers)}",
             "maturation=" + (own[0] if len(set(own)) == 1 else f"[{', '.join(own)}]"),
             *([f"space={self.space!r}"] if self.space is not None else []),
+            *([f"metric={self.metric!r}"] if self.metric != "euclidean" else []),
             *([f"voice={self.voice:g}"] if self.voice else []),
             f"seed={self.seed}",
             self._fitted_on(),
@@ -343,6 +361,20 @@ class RAILS(NeighbourDefence):
             "voice": self.voice,
         }
 
+    def setting(self, name: str) -> Any:
+        """Return the value of a setting, one of `Maturation` among them; ValueError if it differs between layers."""
+        if not hasattr(self.maturations[0], name):
+            return super().setting(name)
+        first, *others = values = [getattr(maturation, name) for maturation in self.maturations]
+        if any(other != first for other in others):
+            raise ValueError(f"{name} differs between layers, got {values}")
+        return first
+
+    @property
+    def effort(self) -> float:
+        """Roughly what an answer takes: its cells in all generations, by the thousand."""
+        return 1 + sum(m.population * (m.generations + 1) for m in self.maturations) / 1000
+
     @classmethod
     def options(cls) -> list[str]:
         """Return the names of the settings: the constructor's, those of `Maturation`, its preset, and `hidden`."""
@@ -365,9 +397,10 @@ class RAILS(NeighbourDefence):
             own["maturation"] = preset(matured.pop("preset", "default"), **matured)
         elif own.get("maturation") is not None:
             given = own["maturation"]
-            several = given if isinstance(given, Sequence) else [given] * len(layers)
-            own["maturation"] = [m if isinstance(m, Maturation) else Maturation(**m) for m in several]
-        if own.pop("hidden", False):
+            several = given if isinstance(given, list | tuple) else [given] * len(layers)
+            # What is neither is refused by the constructor.
+            own["maturation"] = [Maturation(**m) if isinstance(m, Mapping) else m for m in several]
+        if _check.boolean("hidden", own.pop("hidden", False)):
             own |= _hidden(layers, own)
         return cls(model, list(layers), **own)
 

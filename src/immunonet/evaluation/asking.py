@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from immunonet import incoming, models
-from immunonet.attacks import SoftClones, SoftNeighbours
-from immunonet.defences.neighbours import NeighbourDefence
-from immunonet.defences.rails import RAILS
+from immunonet.defences.base import Defence, Sense
 
 # The label that stands for no usable answer: it is never right.
 NO_ANSWER = -1
@@ -23,26 +21,14 @@ NO_ANSWER = -1
 _TRIES = 8
 
 
-class LogProbabilities(models.Asking):
-    """A network's logits as log-probabilities: the undefended network, asked like a defence."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return log-probabilities `(B, C)` of inputs `(B, *S)`."""
-        return models.logits(self.network, x).log_softmax(1)
-
-
 class Subject(models.Asking):
     """A defence under evaluation: asked in eval mode, under seeds, and in a way that survives bad answers.
 
     `defence` maps inputs `(B, *S)` to log-probabilities `(B, classes)`; its `predict`, if any, gives the labels. A
-    `seed` argument of either is used; torch's global generator is seeded for every call and left as found.
-    Called as a model it gives log-probabilities on the input's device: with fresh randomness at every call, or always
-    that of the seed `fixed`. An input that makes the defence raise an error or answer NaN has no answer, which
-    counts as wrong (label -1, even log-probabilities); `faults` counts them by what happened.
+    `seed` argument of either is used; torch's global generator is seeded for every call and left as found. Called as a
+    model it gives log-probabilities on the input's device: with fresh randomness at every call, or always that of the
+    seed `fixed`. An input that makes the defence raise an error or answer NaN has no answer, which counts as wrong
+    (label -1, even log-probabilities); `faults` counts them by what happened.
     """
 
     def __init__(self, defence: Callable[..., Tensor], *, classes: int, fixed: int | None = None) -> None:
@@ -50,7 +36,7 @@ class Subject(models.Asking):
         self.defence, self.classes, self.fixed = defence, classes, fixed
         self.seeded = is_randomised(defence)
         self.faults: Counter[str] = Counter()
-        self._calls = 0
+        self._calls, self._senses = 0, False
 
     def check(self, x: Tensor) -> None:
         """Raise ValueError or TypeError unless one of the first inputs is answered with log-probabilities."""
@@ -59,28 +45,27 @@ class Subject(models.Asking):
             part = x[i : i + 2]
             try:
                 with torch.no_grad(), self._asked(0):
-                    found: Any = models.call(self.defence, part)
+                    answer: Any = models.call(self.defence, part)
                     labels = self._predicted(part, 0)
+                    self._senses = isinstance(self.defence, Defence) and self.defence.sense(part) is not None
             except Exception as error:
                 problem = ValueError(f"defence fails on inputs of shape {tuple(part.shape)}: {error}")
                 continue
-            found = models.tensor_of(found, "defence")
-            _check_labels(labels, len(part), self.classes)
+            found = models.tensor_of(answer, "defence")
+            if labels is not None:
+                _check_labels(labels, len(part), self.classes)
             if tuple(found.shape) != (len(part), self.classes) or not found.is_floating_point():
                 raise ValueError(
                     f"defence must return log-probabilities ({len(part)}, {self.classes}) like base, "
                     f"got {tuple(found.shape)} of {found.dtype}"
                 )
-            total = found.double().exp().sum(1)
+            finite, total = "defence must return finite log-probabilities, got", found.double().exp().sum(1)
             if not bool(torch.isfinite(found).all()):
-                problem = ValueError(f"defence must return finite log-probabilities, got {found.tolist()}")
-            elif (total - 1).abs().max() > (1e-3 if found.dtype in (torch.float32, torch.float64) else 2e-2):
-                raise ValueError(
-                    f"defence must return finite log-probabilities, got sums {total.tolist()}: "
-                    "end a network with log_softmax"
-                )
-            else:
-                return
+                problem = ValueError(f"{finite} {found.tolist()}")
+                continue
+            if (total - 1).abs().max() > (1e-3 if found.dtype in (torch.float32, torch.float64) else 2e-2):
+                raise ValueError(f"{finite} sums {total.tolist()}: end a network with log_softmax")
+            return
         if problem is not None:
             raise problem
 
@@ -95,12 +80,13 @@ class Subject(models.Asking):
         seed = 2**20 + self._calls if self.fixed is None else self.fixed
 
         def ask(part: Tensor) -> Tensor:
-            with self._asked(seed):
-                found = self._log_probabilities(part, seed)
+            found = self._log_probabilities(part, seed)
             bad = self._not_finite(found)
             return torch.where(bad[:, None], torch.zeros_like(found).log_softmax(1), found) if bad.any() else found
 
-        return self._safely(x, ask, lambda part: (part.flatten(1)[:, :1] * 0).expand(-1, self.classes).log_softmax(1))
+        return self._safely(
+            x, seed, ask, lambda part: (part.flatten(1)[:, :1] * 0).expand(-1, self.classes).log_softmax(1)
+        )
 
     def rewind(self) -> None:
         """Begin the fresh randomness of calls anew, so that what follows can be repeated."""
@@ -110,33 +96,46 @@ class Subject(models.Asking):
     def labels(self, x: Tensor, seeds: Sequence[int] = ()) -> tuple[Tensor, float]:
         """Return labels `(R, B)` int64 on the CPU, one run per seed or one in all, and the seconds of the first run.
 
-        What further draws of RAILS have in common is done once, so that they take less.
+        What further draws have in common is done once, so that they take less.
         """
         begun = time.perf_counter()
         first = self._run(x, seeds[0] if seeds else 0)
         seconds = time.perf_counter() - begun
         return torch.stack([first, *self._further(x, seeds[1:])]), seconds
 
-    def _further(self, x: Tensor, seeds: Sequence[int]) -> Sequence[Tensor]:
+    @torch.no_grad()
+    def sense(self, x: Tensor) -> Sense | None:
+        """Return how foreign inputs `(B, *S)` look, None where `check` found that the defence senses nothing.
+
+        One without an answer looks familiar.
+        """
         defence = self.defence
-        if not shares_draws(defence) or not seeds:
-            return [self._run(x, seed) for seed in seeds]
+        if not self._senses or not isinstance(defence, Defence):
+            return None
 
         def ask(part: Tensor) -> Tensor:
-            with self._asked(seeds[0]):
-                return defence.draws(part, seeds).T.cpu()
+            sense = defence.sense(part)
+            assert sense is not None
+            return torch.stack([sense.distance, sense.p_value, sense.foreign.float()], dim=1)
 
-        return self._safely(x, ask, lambda part: torch.full((len(part), len(seeds)), NO_ANSWER)).unbind(1)
+        distance, p_value, foreign = self._safely(x, 0, ask, lambda part: part.new_tensor([[0.0, 1.0, 0.0]])).unbind(1)
+        return Sense(distance=distance, p_value=p_value, foreign=foreign.bool())
+
+    def _further(self, x: Tensor, seeds: Sequence[int]) -> Sequence[Tensor]:
+        defence = self.defence
+        if not (seeds and isinstance(defence, Defence) and type(defence).draws is not Defence.draws):
+            return [self._run(x, seed) for seed in seeds]
+        silent = torch.full((1, len(seeds)), NO_ANSWER)
+        return self._safely(x, seeds[0], lambda part: defence.draws(part, seeds).T.cpu(), lambda part: silent).unbind(1)
 
     def _run(self, x: Tensor, seed: int) -> Tensor:
         def ask(part: Tensor) -> Tensor:
-            with self._asked(seed):
-                if (labels := self._predicted(part, seed)) is not None:
-                    return _check_labels(labels, len(part), self.classes)
-                found = self._log_probabilities(part, seed)
+            if (labels := self._predicted(part, seed)) is not None:
+                return _check_labels(labels, len(part), self.classes)
+            found = self._log_probabilities(part, seed)
             return found.argmax(1).masked_fill(self._not_finite(found), NO_ANSWER).cpu()
 
-        return self._safely(x, ask, lambda part: torch.full((len(part),), NO_ANSWER))
+        return self._safely(x, seed, ask, lambda part: torch.full((len(part),), NO_ANSWER))
 
     def _log_probabilities(self, x: Tensor, seed: int) -> Tensor:
         keywords: dict[str, Any] = {"seed": seed} if models.takes_seed(self.defence) else {}
@@ -148,14 +147,17 @@ class Subject(models.Asking):
         keywords = {"seed": seed} if models.takes_seed(predict) else {}
         return None if predict is None else predict(models.own(self.defence, x), **keywords)
 
-    def _safely(self, x: Tensor, ask: Callable[[Tensor], Tensor], nothing: Callable[[Tensor], Tensor]) -> Tensor:
-        """Ask; where that raises an error, ask in halves, down to the inputs that have no answer."""
+    def _safely(
+        self, x: Tensor, seed: int, ask: Callable[[Tensor], Tensor], nothing: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Ask under a seed; where that raises an error, ask in halves, down to the inputs that have no answer."""
         try:
-            return ask(x)
+            with self._asked(seed):
+                return ask(x)
         except Exception as error:
             if len(x) > 1:
                 half = len(x) // 2
-                return torch.cat([self._safely(part, ask, nothing) for part in (x[:half], x[half:])])
+                return torch.cat([self._safely(part, seed, ask, nothing) for part in (x[:half], x[half:])])
             self.faults[f"{type(error).__name__}: {error}"[:200]] += 1
             return nothing(x)
 
@@ -172,71 +174,32 @@ class Subject(models.Asking):
             yield
 
 
-def light_twin(rails: RAILS, *, population: int = 200, generations: int = 3) -> RAILS:
-    """Return RAILS with smaller populations and fewer generations on the same fitted repertoire, not copied."""
-    light = [
-        dataclasses.replace(m, population=min(m.population, population), generations=min(m.generations, generations))
-        for m in rails.maturations
-    ]
-    return rails.with_settings(maturation=light)
-
-
 def is_randomised(defence: object) -> bool:
     """Return whether the answers of `defence` depend on a seed: what it says itself, or whether it takes one."""
     takes = models.takes_seed(defence) or models.takes_seed(getattr(defence, "predict", None))
     return bool(getattr(defence, "randomised", takes))
 
 
-def shares_draws(defence: object) -> TypeGuard[RAILS]:
-    """Return whether `defence` is RAILS, whose draws have much in common, and answers by its own `predict`."""
-    return isinstance(defence, RAILS) and type(defence).predict is RAILS.predict
-
-
-@torch.no_grad()
-def answers(model: nn.Module, x: Tensor, seeds: Sequence[int] = ()) -> tuple[Tensor, float]:
-    """Return labels `(R, B)` on the CPU, one run per seed or one in all, and the seconds of the first run.
-
-    They come from `model.predict`, or else are the largest of what it returns in eval mode.
-    """
-    begun = time.perf_counter()
-    with models.evaluating(model):
-        if seeds:
-            first = model.predict(x, seed=seeds[0])  # type: ignore[operator]
-        else:
-            first = model.predict(x) if hasattr(model, "predict") else models.logits(model, x).argmax(1)  # type: ignore[operator]
-        seconds = time.perf_counter() - begun
-        if shares_draws(model) and seeds[1:]:
-            further = list(model.draws(x, seeds[1:]))
-        else:
-            further = [model.predict(x, seed=seed) for seed in seeds[1:]]  # type: ignore[operator]
-    return torch.stack([first, *further]).cpu(), seconds
-
-
 def describe(defence: object) -> dict[str, Any]:
     """Return a defence's hyper-parameters, `layers` among them, for the settings of a row."""
-    if not isinstance(defence, NeighbourDefence):
-        return {"layers": []}
-    return {"layers": list(defence.layers)} | defence.settings()
+    return {"layers": list(defence.layers)} | defence.settings() if isinstance(defence, Defence) else {"layers": []}
 
 
-def describe_attack(attack: Any) -> dict[str, Any]:
-    """Return an attack's hyper-parameters for the settings of a row."""
-    return {} if attack is None else {"attack": vars(attack) | {"bounds": attack.bounds.pairs()}}
+def told_of(target: object) -> dict[str, Any]:
+    """Return the names, and what numbers there are, of the model that an attack runs on."""
+    known = vars(target).items() if isinstance(target, nn.Module) else ()
+    plain = {k: v for k, v in known if not k.startswith("_") and k != "training" and _plain(v)}
+    return {"model": type(target).__name__} | plain
 
 
-def describe_surrogate(target: object) -> dict[str, Any]:
-    """Return the hyper-parameters of a soft vote for the settings of a row; none of another model."""
-    if isinstance(target, SoftClones):
-        return {"surrogate": {"sharpness": target.sharpness}}
-    if not isinstance(target, SoftNeighbours):
-        return {}
-    return {"surrogate": {"neighbours": target.neighbours, "temperatures": target.temperatures}}
+def _plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_plain(part) for part in value)
+    return value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _check_labels(labels: Any, n: int, classes: int) -> Tensor:
-    """Return the labels `(n,)` int64 on the CPU that `predict` gave; -1 is no answer. None passes."""
-    if labels is None:
-        return torch.empty(0, dtype=torch.long)
+    """Return the labels `(n,)` int64 on the CPU that `predict` gave; -1 is no answer."""
     found = incoming.tensor("what defence.predict returns", labels)
     if found.is_floating_point() or found.dtype == torch.bool or tuple(found.shape) != (n,):
         raise TypeError(

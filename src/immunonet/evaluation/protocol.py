@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import _check, _store, incoming, models
-from immunonet.attacks import NORMS
+from immunonet._identity import identity
+from immunonet.attacks._base import Attack
+from immunonet.attacks.norms import NORMS
+from immunonet.defences.base import Defence, Undefended
 from immunonet.evaluation import sanity
 from immunonet.evaluation.asking import Subject, describe
-from immunonet.evaluation.cost import measure
-from immunonet.evaluation.identity import identity
-from immunonet.evaluation.outcome import Claim, Evaluation, outcome
+from immunonet.evaluation.bench import Bench, Value, Workers
+from immunonet.evaluation.campaign import Campaign, Claim, Scene
+from immunonet.evaluation.draws import Draws
+from immunonet.evaluation.outcome import Evaluation, outcome
 from immunonet.evaluation.records import VERSION
-from immunonet.evaluation.runner import Runner, Trial
-from immunonet.evaluation.runner import describe as describe_planned
-from immunonet.evaluation.suite import PROTOCOLS, Budget, Planned, afford, seconds_per_call, suite
-from immunonet.evaluation.verdict import completed, standing, worst_case
+from immunonet.evaluation.suite import PROTOCOLS, Suite, Threat, afford, seconds_per_call
 
-_PROBED = 8
 # How far probabilities may move before a defence counts as another one.
 _STEADY = 0.05
 # Images on which an attack is compared with itself at twice the steps.
@@ -52,45 +52,46 @@ def evaluate(
     base_name: str = "base",
     settings: dict[str, Any] | None = None,
     folder: str | Path | None = None,
+    attacks: Sequence[Attack] = (),
+    workers: Workers | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Attack a defence by all that is known to work, and return its worst case and whether the attacks were sound.
 
-    Attacks transfer from `base` (and `transfer`); know the defence, through surrogates of RAILS and DkNN, through BPDA,
-    or through its own gradient; and only ask (noise, Square, HopSkipJump, on a light twin of RAILS). The candidates are
-    tested on the defence itself. Of a randomised one, an image's few worst candidates are compared on some draws (10
-    in "quick", else 20), and the worst case comes from as many others; rows of single attacks take fewer, except in
-    "full". Attacks that only ask pass over images that are broken in all draws for selection already. "quick" is a
-    first measurement; "standard" and "full" spend more, and add targeted attacks, EOT and ablations of RAILS.
+    Attacks transfer from `base` (and `transfer`); know the defence, through its surrogates, BPDA, or its own gradient;
+    and only ask (noise, Square, HopSkipJump, on its light twin). The candidates are tested on the defence itself. Of a
+    randomised one, an image's few worst candidates are compared on some draws (10 in "quick", else 20), and the worst
+    case comes from as many others; rows of single attacks take fewer, except in "full". Attacks that only ask pass over
+    images that are broken in all draws for selection already. "quick" is a first measurement; "standard" and "full"
+    spend more, and add targeted attacks, EOT and ablations.
 
     Args:
         defence: maps inputs `(B, *S)` to log-probabilities `(B, C)`, a module or any callable; its `predict`, if any,
-            gives the labels, a `seed` argument of `predict` or of itself its randomness, and its `bounds`, if
-            any, the valid range of inputs, [0, 1] otherwise.
+            gives the labels, a `seed` argument of `predict` or of itself its randomness, and its `bounds`, if any, the
+            valid range of inputs, [0, 1] otherwise.
         x: inputs `(n, *S)` within the bounds. y: labels `(n,)`.
         base: the undefended network, inputs to logits `(B, C)`.
         eps: size of the perturbation, >= 0 and at most what the bounds have room for, in units of the input.
-        norm: "linf" or "l2".
-        protocol: "quick", "standard" or "full".
+        norm: "linf" or "l2". protocol: "quick", "standard" or "full".
         minutes: what the evaluation may take. A few answers are timed, and the plan is cut beforehand to fit; None: all
             images.
         black_box: so many images, a random sample, are those of attacks that only ask; None: the protocol's number.
-        seed: same seed, same result.
-        transfer: further networks like `base`, trained independently.
+        seed: same seed, same result. transfer: further networks like `base`, trained independently.
         dataset, name, base_name: names for the rows; None: the defence's own.
         settings: more of them for the rows (JSON), among them what results depend on and no other argument tells.
         folder: finished attacks are kept there, and the same call continues from them; None: nothing is kept. What is
             kept is keyed by the images, the attacks, and all that can be read of networks and defence (weights,
             settings, repertoire, code); a defence that answers otherwise all the same is a ValueError.
+        attacks: further attacks, untargeted, within eps of the same norm; those that only ask are made on the defence's
+            light twin, others on its first surrogate, or if it has none by its own gradient, or by BPDA.
+        workers: who does the parts of the work (see `evaluation.cluster`); None: this process.
         on_progress: hears of the plan and of every attack.
 
     Raises:
         ValueError or TypeError that names the argument; also for a defence whose answers are not log-probabilities, or
-        that answers none of the first images. OSError where the folder cannot be written to; what was
-        finished before is kept.
+        that answers none of the first images. OSError where the folder cannot be written to; what is there is kept.
     """
-    transfer = tuple(transfer)
-    budget = PROTOCOLS[_check.choice("protocol", protocol, tuple(PROTOCOLS))]
+    networks, budget = (base, *transfer), PROTOCOLS[_check.choice("protocol", protocol, tuple(PROTOCOLS))]
     if minutes is not None:
         minutes = _check.number("minutes", minutes, least=0, above=True)
     if black_box is not None:
@@ -99,10 +100,11 @@ def evaluate(
     norm = _check.choice("norm", norm, tuple(NORMS))
     if not callable(defence):
         raise TypeError(f"defence must be a module or a function of inputs, got {type(defence).__name__}")
-    for network in (base, *transfer):
+    for network in networks:
         if not isinstance(network, nn.Module):
             raise TypeError(f"base and transfer must be torch.nn.Modules, got {type(network).__name__}")
-    bounds = _bounds(defence)
+    own = getattr(defence, "bounds", None)
+    bounds = incoming.bounds("defence.bounds", (0.0, 1.0) if own is None else own)
     device = next((parameter.device for parameter in base.parameters()), torch.device("cpu"))
     x = incoming.inputs("x", x, bounds=bounds, own=True).to(device)
     y = incoming.labels("y", y, n=len(x), own=True).to(device)
@@ -111,154 +113,105 @@ def evaluate(
     # Where only some images are attacked they are a random sample, whatever order they were given in.
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x, y = x[order.to(device)], y[order.to(device)]
-    reach = sanity.reach_of(bounds, x, norm)
-    eps = _check.number("eps", eps, least=0, most=reach)
+    low, high = bounds.tensors(x, x.shape[1:])
+    reach = NORMS[norm].reach((high - low).double().expand(x.shape[1:]))
+    threat = Threat(eps=_check.number("eps", eps, least=0, most=reach), norm=norm, bounds=bounds, seed=seed)
     with torch.no_grad():
         classes = models.logits(base, x[:1]).shape[1]
     incoming.labels("y", y, n=len(x), classes=classes)
     subject = Subject(defence, classes=classes)
     subject.check(x)
-    varies = subject.varies(x[:_PROBED])
+    varies = subject.varies(x[: sanity.PROBED])
     randomised = subject.seeded or varies
-    selection, counted = (tuple(range(i, i + budget.seeds)) if randomised else () for i in (seed, seed + budget.seeds))
-    few = min(budget.row_seeds, budget.seeds)
-    select, report = (slice(0, few), slice(few, None)) if randomised else (slice(0, 1), slice(0, 1))
-    wanted = suite(
-        subject, base, transfer, x,
-        eps=eps, norm=norm, bounds=bounds, budget=budget, seed=seed, randomised=randomised,
-    )  # fmt: skip
+    draws = Draws.of(seed, budget.seeds, budget.row_seeds) if randomised else Draws()
+    plan = {a.name: a for a in Suite(subject, networks, x, threat, budget, randomised).attacks(attacks)}
     claim = Claim(
-        name=name or _name(defence), base_name=base_name, dataset=dataset, protocol=protocol, seed=seed,
-        eps=eps, norm=norm, bounds=bounds, told=copy.deepcopy(settings or {}), order=tuple(order.tolist()),
+        name=name or _name(defence), base_name=base_name, dataset=dataset, protocol=protocol, threat=threat,
+        told=copy.deepcopy(settings or {}), order=tuple(order.tolist()),
     )  # fmt: skip
     known = {
-        "name": claim.name,
-        "dataset": dataset,
-        "told": claim.told,
-        "protocol": protocol,
-        "seed": seed,
-        "budget": dataclasses.asdict(budget),
-        "minutes": minutes,
-        "version": VERSION,
+        "name": claim.name, "dataset": dataset, "told": claim.told, "protocol": protocol, "seed": seed,
+        "budget": dataclasses.asdict(budget), "minutes": minutes, "version": VERSION,
         "images": _store.digest([x, y]),
-        "networks": [identity(network) for network in (base, *transfer)],
+        "networks": [identity(network) for network in networks],
         "defence": {"type": type(defence).__name__, "identity": identity(defence)} | describe(defence),
-        "attacks": {attack.name: describe_planned(attack) for attack in wanted},
-    }
-    path = None if folder is None else Path(folder)
-    seeds = (*selection[:few], *counted[:few])
-    runner = Runner(subject, base, x, y, seeds=seeds, settings=known, folder=path, told=on_progress)
-    _same_answers(runner, x[:_PROBED])
-    planned, plan = _afford(wanted, runner, budget, minutes)
-    trials = _attack(runner, planned, select, selection)
-    found = worst_case(runner, trials, select, finalists=budget.finalists, selection=selection, report=counted)
-    strongest = _strongest(trials, select)
-    checks, curves = sanity.checks(runner, planned, wanted, trials, strongest, budget, select, report, reach)
-    flags = sanity.flags(
-        runner, planned, trials, x[:_PROBED], randomised=randomised, repeatable=subject.seeded or not varies
-    )
-    costs = runner.once("cost", lambda: measure(subject, base, x, seeds))
-
-    return outcome(
-        claim, runner, trials, found, checks=checks, flags=flags, select=select, report=report,
-        ablations=budget.ablations, record={"randomized": randomised, "plan": plan, "curves": curves, "cost": costs},
-    )  # fmt: skip
+        "attacks": {name: attack.told() for name, attack in plan.items()},
+        "own": [identity(type(attack), attack) for attack in attacks],
+    }  # fmt: skip
+    undefended = Subject(Undefended(base), classes=classes)
+    scene = Scene(subject=subject, base=undefended, x=x, y=y, plan=plan, seeds=draws.seeds)
+    bench = Bench(scene, None if folder is None else Path(folder), workers=workers)
+    campaign = Campaign(claim, bench, known, budget, draws, on_progress)
+    _same_answers(campaign)
+    cut = _afford(campaign, minutes)
+    campaign.run(_PAIRED)
+    worst_case = campaign.worst_case()
+    checks, curves = sanity.checks(campaign, reach)
+    flags = sanity.flags(campaign, randomised=randomised, repeatable=subject.seeded or not varies)
+    return outcome(campaign, worst_case, checks, flags, {"randomized": randomised, "plan": cut, "curves": curves})
 
 
-def _same_answers(runner: Runner, x: Tensor) -> None:
+def _same_answers(campaign: Campaign) -> None:
     """Keep the defence's answers to a few inputs, or raise ValueError where others are kept: it changed unseen."""
-    if runner.journal is None:
+    folder = campaign.bench.folder
+    if folder is None:
         return
-
-    def ask() -> Tensor:
-        runner.subject.rewind()
-        with torch.no_grad():
-            answer: Tensor = runner.subject(x).exp().cpu()
-        return answer
-
-    found = ask()
-    if not torch.allclose(found, ask(), atol=_STEADY):
+    answers = torch.tensor(_answers(campaign.scene))
+    if not torch.allclose(answers, torch.tensor(_answers(campaign.scene)), atol=_STEADY):
         raise ValueError(
             "folder must be left out: the defence answers at random even under one seed of torch, so that what is kept "
             "there could not be told from the results of another one. Give it an argument `seed`"
         )
-    kept = torch.tensor(runner.once("answers to a few inputs", found.tolist), dtype=found.dtype)
-    moved = (kept - found).abs().amax(1) > _STEADY
+    kept = torch.tensor(campaign.once("answers to a few inputs", _answers), dtype=answers.dtype)
+    moved = int(((kept - answers).abs().amax(1) > _STEADY).sum())
     # A sum in another order may tip a tie.
-    if int(moved.sum()) > max(1, len(x) // 8):
+    if moved > max(1, len(answers) // 8):
         raise ValueError(
-            f"{runner.journal.path} holds results of a defence that answered {int(moved.sum())} of {len(x)} inputs "
-            "otherwise, though nothing else about it looks changed: give another folder, or remove that file"
+            f"{folder} holds results of a defence that answered {moved} of {len(answers)} inputs otherwise, though "
+            "nothing else about it looks changed: give another folder, or remove that one"
         )
 
 
-def _afford(
-    planned: list[Planned], runner: Runner, budget: Budget, minutes: float | None
-) -> tuple[list[Planned], dict[str, Any]]:
-    """Time a few answers, tell what everything will take, and cut the plan where that is more than allowed."""
-
-    def estimate() -> dict[str, Any]:
-        x = runner.x[:_PROBED]
-        runner.subject.labels(x[:1], runner.seeds[:1])  # the first call may compile or fill caches
-        begun = time.perf_counter()
-        alone = runner.subject.labels(x, runner.seeds)[1] / len(x)
-        asking = (time.perf_counter() - begun) / len(x)
-        timed: dict[int, float] = {}
-        seconds = {}
-        # Draws for the finalists, for what has fallen, and for the worst case.
-        finals = (budget.finalists + 2) * budget.seeds / len(runner.seeds) * asking if runner.seeds else 0.0
-        for attack in planned:
-            one = finals if attack.method is None else 0.0
-            if attack.target is not None:
-                if id(attack.target) not in timed:
-                    timed[id(attack.target)] = seconds_per_call(attack.target, x, gradient=attack.kind != "black box")
-                one = timed[id(attack.target)]
-            seconds[attack.name] = one * attack.calls()
-        cut = planned if minutes is None else afford(planned, seconds, asking, 60 * minutes / _SLACK)
-        return {
-            "minutes": minutes,
-            "seconds_per_answer": alone,
-            "attacks": {
-                a.name: {"n": a.n, "calls": a.calls(), "seconds": a.n * (seconds[a.name] + asking)} for a in cut
-            },
-        }
-
-    plan = runner.once("plan", estimate)
-    expected = _SLACK * sum(attack["seconds"] for attack in plan["attacks"].values()) / 60
-    runner.told(f"plan for {runner.settings['name']}: about {expected:.1f} minutes")
-    for name, attack in plan["attacks"].items():
-        runner.told(f"  {name}: {attack['n']} images, {attack['calls']} calls each, about {attack['seconds']:.0f} s")
-    return [dataclasses.replace(a, n=plan["attacks"][a.name]["n"]) for a in planned], plan
+@torch.no_grad()
+def _answers(scene: Scene) -> Value:
+    scene.subject.rewind()
+    return scene.subject(scene.x[: sanity.PROBED]).exp().tolist()
 
 
-def _attack(runner: Runner, planned: Sequence[Planned], select: slice, selection: Sequence[int]) -> list[Trial]:
-    """Run all attacks: with gradients first, the strongest of them once more with twice the steps, then the others."""
-    trials = [runner.run(attack) for attack in planned if not attack.standing]
-    strongest = _strongest(trials, select)
-    if strongest is not None:
-        twice = strongest.attack.with_method(iterations=2 * strongest.attack.method.iterations)
-        most = min(strongest.n, _PAIRED)
-        trials.append(runner.run(dataclasses.replace(twice, name=strongest.attack.name + sanity.DOUBLED, n=most)))
-    alive = standing(runner, trials, select, selection)
-    asked = [runner.run(attack, alive) for attack in planned if attack.standing]
-    return [*trials, *(completed(trial, trials, select) for trial in asked)]
+def _afford(campaign: Campaign, minutes: float | None) -> dict[str, Any]:
+    """Return the plan, after timing a few answers, and cut the campaign to it where it takes more than is allowed."""
+    timed = campaign.once("plan", _timed)
+    budget, draws, asking, calls = campaign.budget, campaign.draws, timed["asking"], timed["calls"]
+    # Draws for the finalists, for what has fallen, and for the worst case.
+    finals = (budget.finalists + 2) * budget.seeds / len(draws.seeds) * asking if draws.seeds else 0.0
+    seconds = {a.name: a.calls() * calls[a.name] if a.name in calls else finals for a in campaign.wanted}
+    if minutes is not None:
+        campaign.plan = afford(campaign.wanted, seconds, asking, 60 * minutes / _SLACK)
+    attacks = {
+        a.name: {"n": a.n, "calls": a.calls(), "seconds": a.n * (seconds[a.name] + asking)} for a in campaign.plan
+    }
+    expected = _SLACK * sum(attack["seconds"] for attack in attacks.values()) / 60
+    campaign.say(f"plan for {campaign.claim.name}: about {expected:.1f} minutes")
+    for name, attack in attacks.items():
+        campaign.say(f"  {name}: {attack['n']} images, {attack['calls']} calls each, about {attack['seconds']:.0f} s")
+    return {"minutes": minutes, "seconds_per_answer": timed["alone"], "attacks": attacks}
 
 
-def _strongest(trials: Sequence[Trial], select: slice) -> Trial | None:
-    """Return the iterative attack that left the fewest right; None where there is none."""
-    gradient = [trial for trial in trials if not trial.attack.standing and sanity.DOUBLED not in trial.attack.name]
-    found = [trial for trial in gradient if hasattr(trial.attack.method, "iterations")]
-    return min(found, key=lambda trial: float(trial.correct[select].double().mean()), default=None)
-
-
-def _bounds(defence: Any) -> _check.Bounds:
-    """Return the valid range of a defence's inputs: its own `bounds`, whatever form they have, or [0, 1]."""
-    found = getattr(defence, "bounds", None)
-    if isinstance(found, _check.Bounds):
-        return found
-    return incoming.bounds("defence.bounds", (0.0, 1.0) if found is None else found)
+def _timed(scene: Scene) -> Value:
+    """Return seconds per image: of one answer, of those to a candidate, and of a call of every attack's target."""
+    x = scene.x[: sanity.PROBED]
+    scene.subject.labels(x[:1], scene.seeds[:1])  # the first call may compile or fill caches
+    begun = time.perf_counter()
+    alone = scene.subject.labels(x, scene.seeds)[1] / len(x)
+    asking = (time.perf_counter() - begun) / len(x)
+    each: dict[int, float] = {}
+    for attack in scene.plan.values():
+        if attack.target is not None and id(attack.target) not in each:
+            each[id(attack.target)] = seconds_per_call(attack.target, x, gradient=not attack.asks)
+    calls = {name: each[id(a.target)] for name, a in scene.plan.items() if a.target is not None}
+    return {"alone": alone, "asking": asking, "calls": calls}
 
 
 def _name(defence: Any) -> str:
-    found = getattr(defence, "__name__", None) or type(defence).__name__
-    return str(found).strip("<>").lower()
+    named = getattr(defence, "__name__", None) or type(defence).__name__
+    return defence.kind if isinstance(defence, Defence) else str(named).strip("<>").lower()

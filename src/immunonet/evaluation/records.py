@@ -15,8 +15,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from immunonet import _check
-from immunonet.evaluation import statistics
+from immunonet import _check, statistics
+from immunonet._version import __version__
 
 VERSION = 2
 """Of what is kept between runs: raised whenever an attack, or how it is counted, gives other numbers than before."""
@@ -26,12 +26,11 @@ VERSION = 2
 class Row:
     """How one defence did under one attack; its fields are the keys of the JSON.
 
-    `dataset`, `defence` ("cnn", "dknn", "rails", ...), `attack` ("none", "pgd", ...) are names; `knows` is what
-    the attacker differentiates or queries, "base" or "defence" ("base" without an attack). `eps` in units of
-    the input, `norm` "linf" or "l2". `n` images, of which `correct` were right, a mean over `seeds` where the
-    defence is randomised (`seeds` is empty where it is not); `accuracy` is `correct / n`, `ci95` its 95 %
-    interval. `seconds_per_image`: wall time of one answer. `settings`: every hyper-parameter. `foreign`: the share that
-    looked foreign, None for a defence that flags nothing.
+    `dataset`, `defence` ("cnn", "dknn", "rails", ...), `attack` ("none", "pgd", ...) are names; `knows` is what the
+    attacker differentiates or queries, "base" (also without an attack) or "defence". `eps` in units of the input,
+    `norm` "linf" or "l2". `n` images, of which `correct` were right, a mean over `seeds` of a randomised defence (else
+    empty); `accuracy` is `correct / n`, `ci95` its 95 % interval. `seconds_per_image`: wall time of one answer.
+    `settings`: every hyper-parameter. `foreign`: the share that looked foreign, None for a defence that flags nothing.
     """
 
     dataset: str
@@ -56,8 +55,7 @@ class Row:
         A defence without randomness has one run and no seeds. The interval is `statistics.interval`.
         ValueError for another shape or number of seeds.
         """
-        ci95 = statistics.interval(correct)
-        runs, n = correct.shape
+        ci95, (runs, n) = statistics.interval(correct), correct.shape
         if len(seeds or (0,)) != runs:
             raise ValueError(f"seeds must name the {runs} runs of correct, got {list(seeds)}")
         mean = float(correct.double().sum()) / runs
@@ -97,19 +95,13 @@ class Flag:
 
 def environment() -> dict[str, Any]:
     """Return what results depend on beside the command: versions, processor, threads, commit if it is known."""
-    import immunonet
-
     found: dict[str, Any] = {
-        "immunonet": immunonet.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
-    }
+        "immunonet": __version__, "python": platform.python_version(), "torch": torch.__version__,
+        "platform": platform.platform(), "cpu": _cpu(), "threads": torch.get_num_threads(),
+    }  # fmt: skip
     if torch.cuda.is_available():
         found["cuda"] = torch.cuda.get_device_name()
-    root = Path(immunonet.__file__).parents[2]
+    root = Path(__file__).parents[3]
     if (root / ".git").exists():
         git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         answer = subprocess.run(git, capture_output=True, text=True, check=False)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import _check, attacks, models
-from immunonet.attacks import NORMS, Noise
-from immunonet.defences.dknn import DkNN
-from immunonet.defences.neighbours import NeighbourDefence
-from immunonet.defences.rails import RAILS
-from immunonet.evaluation.asking import LogProbabilities, Subject, light_twin
+from immunonet.attacks._base import Attack
+from immunonet.attacks.norms import NORMS
+from immunonet.defences.base import Defence, Undefended
+from immunonet.evaluation.asking import Subject, told_of
 
 Model = Callable[[Tensor], Tensor]
 
@@ -69,8 +69,8 @@ PROTOCOLS: Mapping[str, Budget] = {
 }  # fmt: skip
 
 
-class Found(NamedTuple):
-    """Candidates `(B, *S)`, loss curves `(steps, B)`, and how many candidates left the ball or the bounds.
+class Candidates(NamedTuple):
+    """What an attack found: points `(B, *S)`, loss curves `(steps, B)`, and how many left the ball or the bounds.
 
     Those are replaced by the inputs.
     """
@@ -82,169 +82,226 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """An attack to be run: its name, what the attacker differentiates or queries (`knows`), how, on what, and where.
+    """An attack to be run: its name, its `roles`, how (`method`), on what (`target`), and on how many images.
 
-    `method` None leaves inputs as they are; what breaks the bounds, or the ball of a method that has one (its `eps` is
-    not None), is replaced. `n`: it takes the first so many images; with `standing` only those of them on which the
-    defence has not failed in every selection draw already. `kind`: "none", "transfer", "adaptive" or "black box".
+    `method` None leaves inputs as they are; what breaks the bounds, or the ball of a method that has one, is replaced.
+    `n`: it takes the first so many images; one that only asks passes over those of them on which the defence has failed
+    in every draw that chooses. Roles are "transfer" (made without knowing the defence), "adaptive", or "asks"; and
+    "base" (it knows the undefended network alone), "direct" (on the defence's own gradient), "surrogate", "eot",
+    "joint" (it also avoids looking foreign), "targeted", "known seed", "doubled" (twice the steps of another).
     """
 
     name: str
-    knows: str
-    kind: str
+    roles: frozenset[str] = frozenset()
     n: int
-    method: Any = None
+    method: Attack | None = None
     target: Model | None = None
 
     @property
-    def standing(self) -> bool:
-        """Whether images that are broken already are passed over."""
-        return self.kind == "black box"
+    def knows(self) -> str:
+        """What the attacker differentiates or queries, "base" or "defence"."""
+        return "base" if self.method is None or "base" in self.roles else "defence"
 
-    def __call__(self, x: Tensor, y: Tensor) -> Found:
+    @property
+    def kind(self) -> str:
+        """What it is called in a record: "none", "transfer", "adaptive" or "black box"."""
+        kinds = {"transfer": "transfer", "adaptive": "adaptive", "asks": "black box"}
+        return next((kinds[role] for role in kinds if role in self.roles), "none")
+
+    @property
+    def asks(self) -> bool:
+        """Whether it only asks, so that images that are broken already are passed over."""
+        return "asks" in self.roles
+
+    @property
+    def iterative(self) -> bool:
+        """Whether it takes steps along a gradient, of which there may be twice as many."""
+        return self.method is not None and not self.asks and self.method.doubled() is not None
+
+    def __call__(self, x: Tensor, y: Tensor) -> Candidates:
         """Attack inputs `x` `(B, *S)` with labels `y` `(B,)`; the same call gives the same result."""
-        if self.method is None:
-            return Found(x, x.new_zeros(1, len(x)), 0)
+        if self.method is None or self.target is None:
+            return Candidates(x, x.new_zeros(1, len(x)), 0)
         for module in self.target.modules() if isinstance(self.target, nn.Module) else ():
             if isinstance(module, Subject):
                 module.rewind()
-        result = self.method(self.target, x, y)
-        found = result.adversarials.detach()
-        low, high = self.method.bounds.tensors(x, x.shape[1:])
-        wrong = ((found < low - 1e-6) | (found > high + 1e-6) | ~torch.isfinite(found)).flatten(1).any(1)
-        if self.method.eps is not None:
-            wrong |= ~(NORMS[self.method.norm].size(found - x) <= self.method.eps * (1 + 1e-4) + 1e-6)
-        kept = torch.where(wrong.reshape(-1, *(1,) * (x.ndim - 1)), x, found)
-        return Found(kept, result.losses, int(wrong.sum()))
+        method, result = self.method, self.method(self.target, x, y)
+        points = result.adversarials.detach()
+        low, high = method.bounds.tensors(x, x.shape[1:])
+        wrong = ((points < low - 1e-6) | (points > high + 1e-6) | ~torch.isfinite(points)).flatten(1).any(1)
+        if method.eps is not None:
+            wrong |= ~(NORMS[method.norm].size(points - x) <= method.eps * (1 + 1e-4) + 1e-6)
+        kept = torch.where(wrong.reshape(-1, *(1,) * (x.ndim - 1)), x, points)
+        return Candidates(kept, result.losses, int(wrong.sum()))
 
-    def with_method(self, **changes: Any) -> Planned:
-        """Return the same attack with other settings of its method."""
-        return (
-            self
-            if self.method is None
-            else dataclasses.replace(self, method=dataclasses.replace(self.method, **changes))
-        )
+    def by(self, method: Attack | None) -> Planned:
+        """Return the same attack by other settings of its method."""
+        return dataclasses.replace(self, method=method)
 
     def calls(self) -> int:
         """Return how often the target is asked per image, at most."""
-        settings = {} if self.method is None else vars(self.method)
-        if "queries" in settings:
-            return (1 + int(settings["queries"])) * int(settings.get("draws", 1))  # first about the input itself
-        if isinstance(self.method, attacks.HopSkipJump):
-            return self.method.calls()
-        if isinstance(self.method, Noise):
-            return int(self.method.points)
-        # A targeted loss asks for the likeliest labels before each of its ascents.
-        targeted = settings.get("loss") == "targeted-dlr"
-        steps = int(settings.get("iterations", bool(settings))) + bool(settings) + targeted
-        return steps * int(settings.get("restarts", 1)) * (int(settings["targets"]) if targeted else 1)
+        return 0 if self.method is None else self.method.calls()
+
+    def told(self) -> dict[str, Any]:
+        """Return what a record says of it: method, settings, target, and its budget per image."""
+        if self.method is None:
+            return {}
+        return {"attack": self.method.describe(), "target": told_of(self.target), "calls": self.calls()}
 
 
-def suite(
-    subject: Subject,
-    base: nn.Module,
-    transfer: Sequence[nn.Module],
-    x: Tensor,
-    *,
-    eps: float,
-    norm: str,
-    bounds: _check.Bounds,
-    budget: Budget,
-    seed: int,
-    randomised: bool,
-) -> list[Planned]:
-    """Return the attacks for a defence, the clean images first and those that only ask last.
+@dataclass(frozen=True, kw_only=True)
+class Threat:
+    """What an attacker may do: a perturbation of size `eps` in `norm`, within `bounds`; `seed`: of the attacks."""
 
-    From `base`, and by momentum from the networks `transfer`; for RAILS and DkNN through surrogates that know their
-    layers and repertoire; through BPDA where the defence has no gradient, and on the defence itself where it
-    has one; then noise, Square and HopSkipJump on the defence, or on a light twin of RAILS.
+    eps: float
+    norm: str
+    bounds: _check.Bounds
+    seed: int
+
+
+class Suite:
+    """Puts together the attacks on a defence: on images `x` `(n, *S)`, from `nets`, the base first.
+
+    `subject`: the defence as it is asked; `randomised`: whether its answers are random.
     """
-    n, classes, defence = len(x), subject.classes, subject.defence
-    common: dict[str, Any] = {"eps": eps, "norm": norm, "bounds": bounds}
-    pgd = attacks.PGD(step=eps / 4, iterations=20, random_start=False, **common)
-    momentum = dataclasses.replace(pgd, momentum=1.0)
-    losses = ["ce", *(["dlr"] if classes > 2 else []), *(["targeted-dlr"] if budget.targets and classes > 3 else [])]
-    strong: dict[str, Any] = common | {"iterations": budget.iterations, "restarts": budget.restarts, "seed": seed}
-    targets = {"targeted-dlr": {"targets": min(budget.targets, classes - 1)}}
-    apgds = {loss: attacks.APGD(loss=loss, **strong | targets.get(loss, {})) for loss in losses}
-    found = [Planned(name="none", knows="base", kind="none", n=n)]
 
-    def add(name: str, kind: str, method: Any, target: Model, knows: str = "defence", most: int = n) -> None:
-        found.append(Planned(name=name, knows=knows, kind=kind, n=min(n, most), method=method, target=target))
+    def __init__(
+        self, subject: Subject, nets: Sequence[nn.Module], x: Tensor, threat: Threat, budget: Budget, randomised: bool
+    ) -> None:
+        self.subject, self.budget, self.randomised, self.x, self.seed = subject, budget, randomised, x, threat.seed
+        self.base, *self.others = nets
+        self.common: dict[str, Any] = {"eps": threat.eps, "norm": threat.norm, "bounds": threat.bounds}
+        self.pgd = attacks.PGD(step=threat.eps / 4, iterations=20, random_start=False, **self.common)
+        self.light, defence = subject, subject.defence
+        if isinstance(defence, Defence) and (light := defence.light()) is not defence:
+            self.light = Subject(light, classes=subject.classes)
 
-    add("fgsm", "transfer", attacks.FGSM(**common), base, "base")
-    add("pgd", "transfer", pgd, base, "base")
-    add("pgd-momentum", "transfer", momentum, base, "base")
-    for loss in losses:
-        add(f"apgd-{loss}", "transfer", apgds[loss], base, "base")
-    for i, network in enumerate(transfer, 1):
-        add(f"transfer-{i}", "transfer", momentum, network, "base")
+    def attacks(self, others: Sequence[Attack] = ()) -> list[Planned]:
+        """Return the attacks, the clean images first and those that only ask last; `others`: a caller's own."""
+        clean = Planned(name="none", n=len(self.x))
+        gradient = [clean, *self._transferred(), *self._knowing(), *self._direct()]
+        own = [self._own(attack, i) for i, attack in enumerate(others, 1)]
+        return [*gradient, *(a for a in own if not a.asks), *self._asking(), *(a for a in own if a.asks)]
 
-    undefended = isinstance(defence, LogProbabilities) and defence.network is base
-    light = Subject(light_twin(defence), classes=classes) if isinstance(defence, RAILS) else subject
-    if isinstance(defence, NeighbourDefence):
-        soft = attacks.SoftNeighbours(defence)
-        near: nn.Module = soft
-        add("soft-knn", "adaptive", pgd, soft)
+    def _own(self, attack: Attack, place: int) -> Planned:
+        """Return the plan of a caller's own attack: on the defence, or where it needs a gradient, on what has one."""
+        argument, allowed, norm = f"attacks[{place - 1}]", self.common["eps"], self.common["norm"]
+        if not isinstance(attack, Attack):
+            raise TypeError(f"{argument} must be an immunonet.attacks.Attack, got {type(attack).__name__}")
+        if attack.norm != norm or attack.eps is None or attack.eps > allowed:
+            found = f"got eps={attack.eps} in {attack.norm}"
+            raise ValueError(f"{argument} must stay within eps={allowed:g} in {norm}, {found}")
+        if attack.targeted:
+            raise ValueError(f"{argument} must not be targeted: the labels that it gets are those to lead away from")
+        name, defence = f"{type(attack).__name__.lower()}-{place}", self.subject.defence
+        attack = dataclasses.replace(attack, bounds=self.common["bounds"])
+        if attack.needs != "gradient":
+            return self._plan(name, attack, self.light, "asks", most=self.budget.black_box)
+        target: Model | None = next(iter(defence.surrogates().values()), None) if isinstance(defence, Defence) else None
+        if target is None:
+            direct = has_gradient(self.subject, self.x[:8])
+            target = self.subject if direct else attacks.Bpda(self.light, backward=self.base)
+        at_once = getattr(target, "batch_size", attack.batch_size)
+        return self._plan(
+            name, dataclasses.replace(attack, batch_size=min(attack.batch_size, at_once)), target, "adaptive"
+        )
+
+    def _plan(self, name: str, method: Any, target: Model, *roles: str, most: int | None = None) -> Planned:
+        n = len(self.x) if most is None else min(most, len(self.x))
+        return Planned(name=name, roles=frozenset(roles), n=n, method=method, target=target)
+
+    def _apgds(self, name: str, target: Model, *roles: str) -> Iterator[Planned]:
+        classes, budget = self.subject.classes, self.budget
+        losses = [
+            "ce",
+            *(["dlr"] if classes > 2 else []),
+            *(["targeted-dlr"] if budget.targets and classes > 3 else []),
+        ]
+        strong = self.common | {"iterations": budget.iterations, "restarts": budget.restarts, "seed": self.seed}
         for loss in losses:
-            add(f"apgd-{loss}-soft-knn", "adaptive", apgds[loss], soft)
-        add("ask", "adaptive", pgd, attacks.ASK(defence))
-        add("adv-knn", "adaptive", pgd, attacks.AdvKnn(defence))
-        if isinstance(defence, DkNN):
-            near = attacks.SoftCount(defence)
-            add("soft-count", "adaptive", pgd, near)
-            for loss in losses:
-                add(f"apgd-{loss}-soft-count", "adaptive", apgds[loss], near)
-        if isinstance(defence, RAILS):
-            clones = near = attacks.SoftClones(defence)
-            add("soft-clones", "adaptive", pgd, clones)
-            for loss in losses:
-                add(f"apgd-{loss}-soft-clones", "adaptive", apgds[loss], clones)
-            unrolled = attacks.Unrolled(defence)
-            at_once = unrolled.batch_size
-            add("unrolled", "adaptive", dataclasses.replace(apgds["ce"], batch_size=at_once), unrolled)
-            for draws in budget.draws:
-                averaged, method = attacks.Eot(unrolled, draws=draws), dataclasses.replace(pgd, batch_size=at_once)
-                add(f"unrolled-eot-{draws}", "adaptive", method, averaged, most=budget.checks)
-        add("stealthy", "adaptive", pgd, attacks.Stealthy(near, defence))
-        add("bpda-soft-knn", "adaptive", pgd, attacks.Bpda(light, backward=soft))
-    if not undefended and has_gradient(subject, x[:8]):
-        direct = attacks.Eot(subject, draws=max(budget.draws, default=2)) if randomised else subject
-        add("direct-pgd", "adaptive", pgd, direct)
-        for loss in losses:
-            add(f"direct-apgd-{loss}", "adaptive", apgds[loss], direct)
-    elif not undefended:
-        add("bpda", "adaptive", pgd, attacks.Bpda(light, backward=base))
-        for draws in budget.draws if randomised else ():
-            averaged_twin = attacks.Bpda(attacks.Eot(light, draws=draws), backward=base)
-            add(f"bpda-eot-{draws}", "adaptive", pgd, averaged_twin, most=budget.checks)
+            targeted = {"targets": min(budget.targets, classes - 1)} if loss == "targeted-dlr" else {}
+            method = attacks.APGD(loss=loss, **strong | targeted)
+            yield self._plan(name.format(loss), method, target, *roles, *(["targeted"] if targeted else []))
 
-    few, knows = budget.black_box, "base" if undefended else "defence"
-    add("noise", "black box", Noise(points=budget.noise, seed=seed, **common), light, knows, few)
-    square = attacks.Square(queries=budget.queries, seed=seed, **common)
-    if randomised:
-        averaged_square = dataclasses.replace(square, early_stop=False, draws=budget.averaged)
-        add("square", "black box", averaged_square, light, knows, few)
-        # One noise for all queries: what an attacker sees who pairs queries in a batch, or knows the seed.
-        known = Subject(light.defence, classes=classes, fixed=seed)
-        add("square-known-seed", "black box", dataclasses.replace(square, early_stop=False), known, knows, few)
-    else:
-        add("square", "black box", square, light, knows, few)
-    decide = attacks.HopSkipJump(iterations=budget.decisions, evaluations=budget.evaluations, seed=seed, **common)
-    add("hop-skip-jump", "black box", decide, light, knows, few)
-    return found
+    def _transferred(self) -> Iterator[Planned]:
+        """Attacks on the undefended network, and by momentum from others."""
+        momentum, of_base = dataclasses.replace(self.pgd, momentum=1.0), ("transfer", "base")
+        yield self._plan("fgsm", attacks.FGSM(**self.common), self.base, *of_base)
+        yield self._plan("pgd", self.pgd, self.base, *of_base)
+        yield self._plan("pgd-momentum", momentum, self.base, *of_base)
+        yield from self._apgds("apgd-{}", self.base, *of_base)
+        for i, network in enumerate(self.others, 1):
+            yield self._plan(f"transfer-{i}", momentum, network, *of_base)
+
+    def _knowing(self) -> Iterator[Planned]:
+        """Attacks through the defence's surrogates, the weakest first: of thorough ones every loss is climbed."""
+        defence, roles = self.subject.defence, ("adaptive", "surrogate")
+        if not isinstance(defence, Defence):
+            return
+        surrogates = defence.surrogates()
+        for name, target in reversed(list(surrogates.items())):
+            if (at_once := getattr(target, "batch_size", None)) is not None:  # it is large: one attack, and EOT
+                first = next(self._apgds(name, target, *roles))
+                assert first.method is not None
+                yield first.by(dataclasses.replace(first.method, batch_size=at_once))
+                method = dataclasses.replace(self.pgd, batch_size=at_once)
+                for draws in self.budget.draws if models.takes_seed(target) else ():
+                    averaged = attacks.Eot(target, draws=draws)
+                    yield self._plan(f"{name}-eot-{draws}", method, averaged, *roles, "eot", most=self.budget.checks)
+                continue
+            yield self._plan(name, self.pgd, target, *roles)
+            if getattr(target, "thorough", False):
+                yield from self._apgds(f"apgd-{{}}-{name}", target, *roles)
+        if small := [name for name, target in surrogates.items() if not hasattr(target, "batch_size")]:
+            if (joint := defence.stealthy(surrogates[small[0]])) is not None:
+                yield self._plan("stealthy", self.pgd, joint, "adaptive", "joint")
+            bpda = attacks.Bpda(self.light, backward=surrogates[small[-1]])
+            yield self._plan(f"bpda-{small[-1]}", self.pgd, bpda, "adaptive")
+
+    def _direct(self) -> Iterator[Planned]:
+        """Attacks on the defence itself where it has a gradient, else with the gradient of the network (BPDA)."""
+        if self._undefended():
+            return
+        draws = self.budget.draws
+        if has_gradient(self.subject, self.x[:8]):
+            target = attacks.Eot(self.subject, draws=max(draws, default=2)) if self.randomised else self.subject
+            yield self._plan("direct-pgd", self.pgd, target, "adaptive", "direct")
+            yield from self._apgds("direct-apgd-{}", target, "adaptive", "direct")
+            return
+        yield self._plan("bpda", self.pgd, attacks.Bpda(self.light, backward=self.base), "adaptive")
+        for count in draws if self.randomised else ():
+            averaged = attacks.Bpda(attacks.Eot(self.light, draws=count), backward=self.base)
+            yield self._plan(f"bpda-eot-{count}", self.pgd, averaged, "adaptive", "eot", most=self.budget.checks)
+
+    def _asking(self) -> Iterator[Planned]:
+        """Attacks that only ask, on a light twin."""
+        budget, light, settings = self.budget, self.light, self.common | {"seed": self.seed}
+        roles = ("asks", "base") if self._undefended() else ("asks",)
+        plan = functools.partial(self._plan, most=budget.black_box)
+        yield plan("noise", attacks.Noise(points=budget.noise, **settings), light, *roles)
+        if settings["norm"] in (attacks.Square.norms or NORMS):
+            square = attacks.Square(queries=budget.queries, early_stop=not self.randomised, **settings)
+            averaged = dataclasses.replace(square, draws=budget.averaged if self.randomised else 1)
+            yield plan("square", averaged, light, *roles)
+            if self.randomised:
+                # One noise for all queries: what an attacker sees who pairs queries in a batch, or knows the seed.
+                known = Subject(light.defence, classes=self.subject.classes, fixed=self.seed)
+                yield plan("square-known-seed", square, known, *roles, "known seed")
+        if settings["norm"] in (attacks.HopSkipJump.norms or NORMS):
+            effort: dict[str, Any] = {"iterations": budget.decisions, "evaluations": budget.evaluations}
+            yield plan("hop-skip-jump", attacks.HopSkipJump(**effort, **settings), light, *roles)
+
+    def _undefended(self) -> bool:
+        defence = self.subject.defence
+        return isinstance(defence, Undefended) and defence.model is self.base
 
 
 def has_gradient(model: Model, x: Tensor) -> bool:
     """Return whether the first log-probability has a gradient in inputs `x` `(B, *S)` that is not zero everywhere."""
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        out = models.ask(model, point)[:, 0].sum()
-        if not out.requires_grad:
-            return False
-        with models.blamed(x, "the gradient of the model"):
-            gradient = torch.autograd.grad(out, point, allow_unused=True)[0]
-        return gradient is not None and bool((gradient != 0).any())
+        gradient = _gradient(models.ask(model, point)[:, 0], point)
+    return gradient is not None and bool((gradient != 0).any())
 
 
 def seconds_per_call(target: Model, x: Tensor, *, gradient: bool) -> float:
@@ -252,15 +309,19 @@ def seconds_per_call(target: Model, x: Tensor, *, gradient: bool) -> float:
     begun = time.perf_counter()
     with torch.set_grad_enabled(gradient):
         point = x.detach().requires_grad_(gradient)
-        out = models.ask(target, point)
-        if gradient and out.requires_grad:
-            with models.blamed(x, "the gradient of the model"):
-                torch.autograd.grad(out.sum(), point, allow_unused=True)
+        _gradient(models.ask(target, point), point)
     return (time.perf_counter() - begun) / len(x)
 
 
+def _gradient(out: Tensor, point: Tensor) -> Tensor | None:
+    if not out.requires_grad:
+        return None
+    with models.blamed(point, "the gradient of the model"):
+        return torch.autograd.grad(out.sum(), point, allow_unused=True)[0]
+
+
 def afford(planned: Sequence[Planned], seconds: Mapping[str, float], asking: float, allowed: float) -> list[Planned]:
-    """Return the plan cut to `allowed` seconds: first the images of black-box attacks, then those of all.
+    """Return the plan cut to `allowed` seconds: first the images of attacks that only ask, then those of all.
 
     `seconds`: per attack, of one image. `asking`: of testing one image's candidate on the defence. At least ten images
     (or all there are) are kept everywhere, so that a tiny budget is overrun rather than answered with nothing.
@@ -273,8 +334,7 @@ def afford(planned: Sequence[Planned], seconds: Mapping[str, float], asking: flo
         share = min(1.0, budget / max(cost(part), 1e-9))
         return [dataclasses.replace(a, n=max(min(10, a.n), math.floor(share * a.n))) for a in part]
 
-    asks = [attack for attack in planned if attack.standing]
-    rest = [attack for attack in planned if not attack.standing]
+    rest, asks = ([attack for attack in planned if attack.asks is only] for only in (False, True))
     if cost(planned) > allowed:
         asks = cut(asks, max(allowed - cost(rest), allowed / 3))
         rest = cut(rest, allowed - cost(asks))

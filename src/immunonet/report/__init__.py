@@ -1,6 +1,7 @@
-"""Reports: one self-contained HTML page and the pictures in it. Needs `pip install 'immunonet[report]'`."""
+"""Reports: pages and documents, and the pictures in them. Needs `pip install 'immunonet[report]'`."""
 
-from immunonet.report.figures import learning_curves, response_figure
-from immunonet.report.html import Specimen, render, specimens, write
+from immunonet.report.figures import learning_curves
+from immunonet.report.html import Exhibit, exhibits, render, write
+from immunonet.report.images import response_figure
 
-__all__ = ["Specimen", "learning_curves", "render", "response_figure", "specimens", "write"]
+__all__ = ["Exhibit", "exhibits", "learning_curves", "render", "response_figure", "write"]

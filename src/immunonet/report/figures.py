@@ -1,17 +1,18 @@
-"""Pictures of immune responses: cells as small PNGs, learning curves, and one response as a figure.
+"""All charts: learning curves, and accuracies with their intervals.
 
 Matplotlib is used through its object-oriented API alone, so nothing here touches pyplot's global state.
-Colours are Okabe and Ito's, safe for colour-blind readers; every line also has its own dash for print.
+Colours are Okabe and Ito's, safe for colour-blind readers; every line also has its own marker, and dash for print.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -19,66 +20,26 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from immunonet import _check, _store, incoming
-from immunonet.response import Cells, ImmuneResponse, Trace
+from immunonet import _store, incoming
+from immunonet._words import show
+from immunonet.response import Trace
 
-BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8a8f98", "#1d2129"
-BRIGHTER, DARKER = "#E69F00", "#5E3C99"
-# Colour, marker and dash of lines that share axes.
+BLUE, ORANGE, GREY, INK, FAINT = "#0072B2", "#D55E00", "#8a8f98", "#1d2129", "#e6e8eb"
+# Colour, marker and dash of lines that share axes, without the yellows that print too faint.
 STYLES = (
     (BLUE, "o", "-"),
     (ORANGE, "s", "--"),
-    (DARKER, "^", ":"),
-    (GREY, "D", "-."),
-    ("#009E73", "v", (0, (5, 1))),
-    ("#CC79A7", "P", (0, (1, 1))),
+    ("#009E73", "^", "-."),
+    ("#CC79A7", "D", ":"),
+    (INK, "v", (0, (5, 1))),
+    ("#56B4E9", "P", (0, (3, 1, 1, 1))),
+    (GREY, "X", (0, (1, 1))),
 )
 
-
-def image_array(image: Tensor, *, bounds: Any = (0.0, 1.0)) -> np.ndarray:
-    """Return an image as bytes to draw.
-
-    `image`: `(1, H, W)` or `(3, H, W)` within `bounds` (scalars or one pair per channel); the result is
-    uint8, `(H, W)` or `(H, W, 3)`, 0 at the lower bound and 255 at the upper. Raises ValueError for another
-    shape.
-    """
-    require_images("image", image.shape)
-    low, high = incoming.bounds("bounds", bounds).tensors(image, image.shape)
-    scaled = ((image - low) / (high - low)).clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
-    pixels: np.ndarray = (scaled[0] if len(scaled) == 1 else scaled.permute(1, 2, 0)).numpy()
-    return pixels
-
-
-def difference_array(clean: Tensor, other: Tensor) -> tuple[np.ndarray, float]:
-    """Return the picture of `other - clean`, its largest change at full strength, and that largest change.
-
-    Both `(1, H, W)` or `(3, H, W)`; the result is uint8 `(H, W, 3)`: no change is white and brighter or
-    darker pixels are gold or purple for one channel; for three, no change is mid-grey and each channel moves
-    on its own.
-    """
-    require_images("clean", clean.shape)
-    if clean.shape != other.shape:
-        raise ValueError(f"clean and other must have one shape, got {tuple(clean.shape)} and {tuple(other.shape)}")
-    delta = (other - clean).detach().double().cpu()
-    largest = float(delta.abs().max())
-    delta = delta / largest if largest else delta
-    if clean.shape[0] == 3:
-        rgb = 0.5 + 0.5 * delta.permute(1, 2, 0).numpy()
-    else:
-        ends = [np.array(matplotlib.colors.to_rgb(colour)) for colour in (BRIGHTER, DARKER)]
-        amount = delta[0].numpy()[..., None]
-        rgb = 1 - np.clip(amount, 0, 1) * (1 - ends[0]) - np.clip(-amount, 0, 1) * (1 - ends[1])
-    return np.rint(rgb * 255).astype(np.uint8), largest
-
-
-def png_uri(pixels: np.ndarray) -> str:
-    """Return uint8 pixels `(H, W)` or `(H, W, 3)` as the `data:` address of a PNG of that very size."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+Row = Mapping[str, Any]
 
 
 def svg_uri(figure: Figure) -> str:
@@ -113,7 +74,7 @@ def mean_band(series: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def learning_curves(clean: Trace, adversarial: Trace, truth: Tensor, wrong: Tensor) -> tuple[Figure, Figure]:
-    """Draw how the cells learn: one figure for clean and one for adversarial antigens, on the same scales.
+    """Return how the cells learn: a figure for clean and one for adversarial antigens, on the same scales.
 
     `clean`, `adversarial`: traces of one layer for the same B antigens before and after an attack; `truth`,
     `wrong`: `(B,)`, the true class and the one to compare it with. Top to bottom, against the generation:
@@ -125,256 +86,235 @@ def learning_curves(clean: Trace, adversarial: Trace, truth: Tensor, wrong: Tens
     sizes = [clean.votes.shape[1], adversarial.votes.shape[1], len(truth), len(wrong)]
     if len(set(sizes)) != 1 or not sizes[0]:
         raise ValueError(f"clean, adversarial, truth and wrong must be of the same antigens, got {sizes} antigens")
-    panels = []
-    for trace in (clean, adversarial):
-        affinity = [mean_band(class_series(trace.affinity_mean, label)) for label in (truth, wrong)]
-        panels.append((affinity, mean_band(class_series(trace.votes, truth)), mean_band(trace.entropy)))
-    curves = [curve for affinity, _, _ in panels for curve in affinity]
-    low, high = min((m - h).min() for m, h in curves), max((m + h).max() for m, h in curves)
-    margin = 0.15 * (high - low) or 1.0  # room for the lines' names
-    entropy = max(0.1, 1.08 * max((m + h).max() for _, _, (m, h) in panels))
-    figures = []
-    for title, (affinity, votes, surprise) in zip(("Clean antigens", "Adversarial antigens"), panels, strict=True):
-        figure = _figure(4.2, 6.0)
+    both = [
+        [class_series(trace.affinity_mean, truth), class_series(trace.affinity_mean, wrong),
+         class_series(trace.votes, truth), trace.entropy]
+        for trace in (clean, adversarial)
+    ]  # fmt: skip
+    bands = [[mean_band(series) for series in own] for own in both]
+    low = min((mean - half).min() for own in bands for mean, half in own[:2])
+    high = max((mean + half).max() for own in bands for mean, half in own[:2])
+    most = max(0.1, 1.08 * max((own[3][0] + own[3][1]).max() for own in bands))
+    margin = 0.15 * (high - low) or 1.0
+    limits = ((low - margin, high + margin), (-0.03, 1.03), (0, most))
+    labels = ("affinity", "votes for true class", "entropy of votes (nats)")
+    figures = blank(4.2, 6.0), blank(4.2, 6.0)
+    for figure, own, title in zip(figures, bands, ("Clean antigens", "Adversarial antigens"), strict=True):
         axes = figure.subplots(3, 1, sharex=True)
-        above = bool(affinity[0][0][-1] >= affinity[1][0][-1])
-        _line(axes[0], affinity[0], BLUE, "-")
-        _line(axes[0], affinity[1], ORANGE, "--")
-        _name(axes[0], affinity[0], BLUE, "true class", above=above)
-        _name(axes[0], affinity[1], ORANGE, "wrong class", above=not above)
-        _line(axes[1], votes, BLUE, "-")
-        _line(axes[2], surprise, INK, "-")
-        axes[0].set(title=title, ylabel="affinity", ylim=(low - margin, high + margin))
-        axes[1].set(ylabel="votes for true class", ylim=(-0.03, 1.03))
-        axes[2].set(ylabel="entropy of votes (nats)", ylim=(0, entropy), xlabel="generation")
-        axes[0].title.set(color=INK, fontsize=11, fontweight="bold")
+        names = ("true class", "wrong class", None, None)
+        for place, style, band, name in zip((0, 0, 1, 2), (0, 1, 0, 4), own, names, strict=True):
+            _band(axes[place], style, *band, name)
+        for place, (label, ends) in enumerate(zip(labels, limits, strict=True)):
+            _style(axes[place], "" if place else title, "generation" if place == 2 else "", label)
+            axes[place].set_ylim(*ends)
+        axes[0].legend(frameon=False, fontsize=8)
         axes[2].xaxis.get_major_locator().set_params(integer=True)
         figure.align_ylabels()
-        figures.append(figure)
-    return figures[0], figures[1]
+    return figures
 
 
-def response_figure(
-    response: ImmuneResponse,
-    antigens: Tensor,
-    *,
-    indices: Sequence[int] | None = None,
-    repertoire: Tensor | None = None,
-    names: Sequence[str] | None = None,
-    bounds: Any = (0.0, 1.0),
-    cells: int = 6,
-) -> Figure:
-    """Draw the response to each antigen in a row: antigen, votes, best plasma cells, best memory cells.
-
-    `antigens` `(B, 1, H, W)` or `(B, 3, H, W)`, those that `response` answers, within `bounds`; `indices`:
-    which of them (the first four); `names`: one per class; `cells`: how many of each kind at most. Cells
-    that live in a hidden layer are no images: give `repertoire` `(N, *S)` (that is `rails.repertoire.x`) and
-    the examples that they descend from are drawn instead. Returns a matplotlib Figure
-    (`figure.savefig("response.png")`). Raises ValueError for antigens that are no images, or that are not
-    those of the response.
-    """
-    require_images("antigens", antigens.shape[1:])
-    cells = _check.integer("cells", cells)
-    if len(antigens) != len(response.labels):
-        raise ValueError(f"antigens must be those of the response, {len(response.labels)}, got {len(antigens)}")
-    chosen = list(range(min(4, len(antigens)))) if indices is None else list(indices)
-    if not chosen or not all(-len(antigens) <= i < len(antigens) for i in chosen):
-        raise ValueError(f"indices must name some of the {len(antigens)} antigens, got {indices!r}")
-    titles = class_names(names, response.votes.shape[1])
-    kinds = {"plasma": response.plasma, "memory": response.memory}
-    kinds = {kind: part for kind, part in kinds.items() if part.label.shape[1]}
-    drawn = {kind: cell_images(part, antigens.shape[1:], repertoire) for kind, part in kinds.items()}
-    widths = [1.3, 1.8] + [min(cells, part.label.shape[1]) for part in kinds.values()]
-    figure = _figure(0.95 * sum(widths), 0.2 + 1.55 * len(chosen))
-    blocks = figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
-    for row, i in enumerate(chosen):
-        axes = blocks[0].add_subplot(len(chosen), 1, row + 1)
-        _draw(axes, image_array(antigens[i], bounds=bounds))
-        axes.set_title(titles[int(response.labels[i])], fontsize=11, fontweight="bold", color=INK)
-        flag = "foreign" if bool(response.foreign[i]) else "familiar"
-        _caption(axes, f"{flag}\ncredibility {float(response.credibility[i]):.2f}")
-        _votes(blocks[1].add_subplot(len(chosen), 1, row + 1), response.votes[i], titles)
-        for block, (kind, part) in zip(blocks[2:], kinds.items(), strict=True):
-            columns = min(cells, part.label.shape[1])
-            for j in range(columns):
-                axes = block.add_subplot(len(chosen), columns, row * columns + j + 1)
-                _draw(axes, image_array(drawn[kind][i, j], bounds=bounds))
-                _caption(axes, f"{titles[int(part.label[i, j])]}\n{float(part.affinity[i, j]):.3g}")
-                if row == j == 0:
-                    axes.set_title(f"{kind} cells", fontsize=9, loc="left", color=INK)
-    return figure
-
-
-def require_images(name: str, shape: Sequence[int]) -> None:
-    """Raise ValueError unless samples of `shape` are grey or colour images."""
-    if len(shape) != 3 or shape[0] not in (1, 3) or 0 in shape:
-        raise ValueError(f"{name} must be images of shape (1, H, W) or (3, H, W) to be drawn, got shape {tuple(shape)}")
-
-
-def accuracy_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draw accuracy against eps, one line per attack with its 95 % interval.
+def accuracy_curves(curves: Mapping[str, Row]) -> Figure:
+    """Return a figure of accuracy against eps, one line per attack with its 95 % interval.
 
     `curves`: per attack `eps`, `accuracy` (lists of one length) and `ci95` (pairs).
     """
-    figure = _figure(6.2, 3.6)
+    figure = blank(6.4, 3.6)
     axes = figure.subplots()
     for i, (name, curve) in enumerate(curves.items()):
-        colour, mark, dash = STYLES[i % len(STYLES)]
-        axes.plot(curve["eps"], curve["accuracy"], color=colour, marker=mark, linestyle=dash, linewidth=1.8, label=name)
-        low, high = zip(*curve["ci95"], strict=True)
-        axes.fill_between(curve["eps"], low, high, color=colour, alpha=0.14, linewidth=0)
-    axes.set(xlabel="eps", ylabel="right", ylim=(-0.03, 1.03))
-    axes.legend(frameon=False, fontsize=9)
-    _plain(axes)
+        _bars(axes, i, curve["eps"], curve["accuracy"], curve["ci95"], name)
+    _style(axes, "", "eps", "accuracy")
+    axes.set_ylim(-0.03, 1.03)
+    _legend(figure)
     return figure
 
 
-def accuracy_points(lines: Mapping[str, Mapping[str, tuple[float, Sequence[float]]]]) -> Figure:
-    """Draw one line per defence with a point, an accuracy and its interval, for each way it was attacked.
+def accuracy_points(lines: Mapping[str, Mapping[str, Row]]) -> Figure:
+    """Return a figure with a line per defence: a point, its accuracy with the interval, for each way it was attacked.
 
-    `lines`: per defence and attack the accuracy and `(low, high)`; the first attack named is drawn topmost.
+    `lines`: per defence and attack a row, with `accuracy` and `ci95`; the first attack named is drawn topmost.
     """
-    figure = _figure(7.0, 1.2 + 0.45 * len(lines))
+    figure = blank(7.0, 1.2 + 0.45 * len(lines))
     axes = figure.subplots()
     attacks = list(dict.fromkeys(name for line in lines.values() for name in line))
     for i, attack in enumerate(attacks):
-        colour, mark, _ = STYLES[i % len(STYLES)]
-        found = [(place, line[attack]) for place, line in enumerate(lines.values()) if attack in line]
-        centre = np.array([accuracy for _, (accuracy, _) in found])
-        low, high = (np.array([ends[end] for _, (_, ends) in found]) for end in (0, 1))
-        places = np.array([place for place, _ in found]) + (i - (len(attacks) - 1) / 2) * 0.22
-        axes.errorbar(
-            centre, places, xerr=np.abs(np.stack([centre - low, high - centre])), color=colour, marker=mark,
-            linestyle="none", markersize=5, capsize=2, elinewidth=1, label=attack,
-        )  # fmt: skip
-    axes.set(yticks=range(len(lines)), yticklabels=list(lines), xlabel="right", xlim=(-0.03, 1.03))
+        rows = {place: line[attack] for place, line in enumerate(lines.values()) if attack in line}
+        places = np.array(list(rows)) + (i - (len(attacks) - 1) / 2) * 0.22
+        centre, ends = ([row[key] for row in rows.values()] for key in ("accuracy", "ci95"))
+        _bars(axes, i, places, centre, ends, attack, joined=False, across=True)
+    _style(axes, "", "accuracy", "")
+    axes.set(yticks=range(len(lines)), yticklabels=list(lines), xlim=(-0.03, 1.03))
     axes.invert_yaxis()
-    figure.legend(frameon=False, fontsize=8, ncols=len(attacks), loc="outside upper center")
-    _plain(axes, size=8)
-    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
-    axes.set_axisbelow(True)
+    _legend(figure, "outside upper center", len(attacks))
     return figure
 
 
-def rejection_curves(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Figure:
-    """Draw what is held in the worst case against the clean inputs that are still answered.
+def rejection_curves(curves: Mapping[str, Mapping[str, Sequence[Row]]]) -> Figure:
+    """Return a figure of what is held in the worst case against the clean inputs that are still answered.
 
     `curves`: per panel and defence the levels of rejection, each with `accepted`, `held` and its `ci95`.
     """
-    figure = _figure(3.4 * len(curves) + 0.4, 3.6)
+    figure = blank(3.4 * len(curves) + 0.4, 3.6)
     panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
     for axes, (title, lines) in zip(panels, curves.items(), strict=True):
         for i, (name, levels) in enumerate(lines.items()):
-            colour, mark, dash = STYLES[i % len(STYLES)]
-            at = [level["accepted"] for level in levels]
-            held = [level["held"] for level in levels]
-            axes.plot(at, held, color=colour, marker=mark, linestyle=dash, linewidth=1.6, markersize=4.5, label=name)
-            low, high = zip(*(level["ci95"] for level in levels), strict=True)
-            axes.fill_between(at, low, high, color=colour, alpha=0.1, linewidth=0)
-        axes.set(xlabel="clean images that are answered", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-        axes.set_title(title, fontsize=9, color=INK)
+            at, held = (np.array([level[key] for level in levels]) for key in ("accepted", "held"))
+            ends = np.array([level["ci95"] for level in levels]).T
+            _band(axes, i, held, ends, name, at=at)
+        _style(axes, title, "clean images that are answered", "", size=7, weight="normal")
+        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         axes.legend(frameon=False, fontsize=7)
-        _plain(axes)
     panels[0].set_ylabel("attacked images held (right, or declined)")
     return figure
 
 
 def loss_curves(losses: Mapping[str, Sequence[float]]) -> Figure:
-    """Draw the mean loss of each attack against its steps, one small panel each: losses differ in scale."""
+    """Return a figure of each attack's mean loss against its steps, a small panel each: losses differ in scale."""
     columns = min(4, len(losses))
     rows = math.ceil(len(losses) / columns)
-    figure = _figure(2.1 * columns, 1.6 * rows)
+    figure = blank(2.1 * columns, 1.6 * rows)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (name, values) in zip(panels, losses.items(), strict=False):
         axes.plot(range(len(values)), values, color=BLUE, linewidth=1.5)
-        axes.set_title(name, fontsize=8, color=INK)
-        _plain(axes, size=7)
+        _style(axes, name, "", "", size=6, weight="normal")
     for axes in panels[len(losses) :]:
         axes.set_visible(False)
     return figure
 
 
-def class_names(names: Sequence[str] | None, classes: int) -> list[str]:
-    """Return one name per class, by default its number; ValueError unless there are `classes`."""
-    if names is not None and len(names) != classes:
-        raise ValueError(f"names must hold one name per class, {classes}, got {len(names)}")
-    return [str(name) for name in (range(classes) if names is None else names)]
+def value_curves(title: str, vary: str, lines: Mapping[str, Sequence[tuple[Any, Row]]]) -> Figure:
+    """Return a figure of accuracy against the setting `vary`; points are joined if its values are several numbers.
 
-
-def cell_images(cells: Cells, shape: Sequence[int], repertoire: Tensor | None) -> Tensor:
-    """Return what to draw for each cell `(B, n, *shape)`: itself, or its origin if cells are hidden.
-
-    Raises ValueError if cells are not of `shape` and there is no `repertoire` `(N, *shape)` to look their
-    origin up in.
+    `lines`: by name, values and their rows, with `accuracy` and `ci95`.
     """
-    if tuple(cells.x.shape[2:]) == tuple(shape):
-        return cells.x
-    found = None if repertoire is None else tuple(repertoire.shape)
-    if repertoire is None or found is None or found[1:] != tuple(shape):
-        raise ValueError(
-            f"repertoire must be the training images (N, {', '.join(map(str, shape))}) to draw cells "
-            f"that live in a hidden layer of shape {tuple(cells.x.shape[2:])}, got {found}"
-        )
-    return repertoire[cells.origin.to(repertoire.device)]
+    values = {show(value): value for line in lines.values() for value, _ in line}
+    numeric = all(isinstance(value, int | float) for value in values.values()) and len(values) > 2
+    places = {text: float(value) if numeric else i for i, (text, value) in enumerate(values.items())}
+    figure = blank(6.4, 3.6)
+    axes = figure.subplots()
+    for i, (name, line) in enumerate(lines.items()):
+        shift = 0.0 if numeric else (i - (len(lines) - 1) / 2) * 0.7 / len(lines)
+        at = np.array([places[show(value)] for value, _ in line]) + shift
+        centre, ends = ([row[key] for _, row in line] for key in ("accuracy", "ci95"))
+        _bars(axes, i, at, centre, ends, name, joined=numeric)
+    if numeric:
+        numbers = sorted(set(places.values()))
+        if numbers[0] > 0 and numbers[-1] / numbers[0] > 20:
+            axes.set_xscale("log")
+            axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
+            axes.minorticks_off()
+    else:
+        axes.set_xticks(range(len(values)), list(values))
+        axes.set_xlim(-0.6, len(values) - 0.4)
+    _style(axes, title, vary.replace("_", " "), "accuracy")
+    bottom = min(row["ci95"][0] for line in lines.values() for _, row in line)
+    axes.set_ylim(max(-0.02, bottom - 0.05), 1.02)
+    _legend(figure)
+    return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def generation_curves(curves: Sequence[Row]) -> Figure:
+    """Return a figure of affinity, true share and entropy against the generation, a line per size of the attack.
+
+    `curves`: each with `eps`, and means and half widths of intervals as `affinity`, `affinity_half` and so on.
+    """
+    figure = blank(9.0, 3.2)
+    panels = figure.subplots(1, 3)
+    kinds = {
+        "affinity": "affinity, true class",
+        "true_share": "votes for the true class",
+        "entropy": "entropy of votes (nats)",
+    }
+    for axes, (name, label) in zip(panels, kinds.items(), strict=True):
+        for i, curve in enumerate(curves):
+            told = f"eps {curve['eps']:.3g}" if axes is panels[0] else None
+            _band(axes, i, np.array(curve[name]), np.array(curve[f"{name}_half"]), told)
+        _style(axes, "", "generation", label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[1].set_ylim(-0.03, 1.03)
+    panels[2].set_ylim(bottom=0)
+    _legend(figure)
+    return figure
+
+
+def alarm_curves(strangers: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Return ROC curves, a panel per stranger; by rule the share of it flagged, at even steps of false alarms."""
+    figure = blank(3.1 * len(strangers), 3.6)
+    panels = figure.subplots(1, len(strangers), squeeze=False)[0]
+    for axes, (stranger, rules) in zip(panels, strangers.items(), strict=True):
+        axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
+        for (name, rates), (colour, _, dash) in zip(rules.items(), itertools.cycle(STYLES), strict=False):
+            told = name if axes is panels[0] else None
+            at = np.linspace(0, 1, len(rates))
+            axes.plot(at, np.array(rates), color=colour, linestyle=dash, linewidth=1.6, label=told)
+        _style(axes, stranger, "clean images flagged", "strangers flagged")
+        axes.set_aspect("equal")
+    _legend(figure)
+    return figure
+
+
+def trial_scores(title: str, scores: Sequence[float]) -> Figure:
+    """Return a figure of the score of every trial of a search in order, the best so far, and the start."""
+    figure = blank(6.4, 3.2)
+    axes = figure.subplots()
+    axes.axhline(scores[0], color=GREY, linestyle=":", linewidth=1.2, label="the start (trial 0)")
+    number = np.arange(len(scores))
+    axes.plot(number, scores, color=BLUE, marker="o", markersize=5, linestyle="none", label="trial")
+    best = np.maximum.accumulate(scores)
+    axes.plot(number, best, color=ORANGE, linestyle="-", linewidth=1.6, drawstyle="steps-post", label="best so far")
+    _style(axes, title, "trial", "mean accuracy, trial images")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(figure)
+    return figure
+
+
+def blank(width: float, height: float) -> Figure:
+    """Return an empty figure, so many inches wide and high."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _plain(axes: Axes, size: int = 9) -> None:
+def _style(axes: Axes, title: str, x: str, y: str, *, size: int = 8, weight: str = "bold") -> None:
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_title(title, color=INK, fontsize=size + 2, fontweight=weight, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=GREY, labelcolor=INK, labelsize=size)
-
-
-def _line(axes: Axes, curve: tuple[np.ndarray, np.ndarray], colour: str, dash: str) -> None:
-    mean, half = curve
-    generation = np.arange(len(mean))
-    axes.plot(generation, mean, color=colour, linestyle=dash, linewidth=1.8)
-    axes.fill_between(generation, mean - half, mean + half, color=colour, alpha=0.16, linewidth=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(colors=GREY, labelcolor=INK, labelsize=9)
-    axes.yaxis.label.set(color=INK, fontsize=9)
-    axes.xaxis.label.set(color=INK, fontsize=9)
-    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=INK, fontsize=size + 1)
+    axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _name(axes: Axes, curve: tuple[np.ndarray, np.ndarray], colour: str, name: str, *, above: bool) -> None:
-    """Write a line's name beside its end, away from the other line."""
-    mean, half = curve
-    axes.annotate(
-        name,
-        (len(mean) - 1, mean[-1] + (half[-1] if above else -half[-1])),
-        xytext=(0, 3 if above else -3),
-        textcoords="offset points",
-        ha="right",
-        va="bottom" if above else "top",
-        color=colour,
-        fontsize=9,
-    )
+def _legend(
+    figure: Figure,
+    loc: Literal["outside lower center", "outside upper center"] = "outside lower center",
+    ncols: int = 2,
+) -> None:
+    figure.legend(loc=loc, ncols=ncols, fontsize=8, frameon=False, labelcolor=INK)
 
 
-def _draw(axes: Axes, pixels: np.ndarray) -> None:
-    axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_color("#d5d8dc")
+def _band(axes: Axes, i: int, centre: np.ndarray, spread: np.ndarray, name: str | None = None, at: Any = None) -> None:
+    """Draw the i-th line of some axes; `spread`: half the width of the band around it, or its two ends."""
+    colour, mark, dash = STYLES[i % len(STYLES)]
+    at = np.arange(len(centre)) if at is None else at
+    low, high = spread if spread.ndim == 2 else (centre - spread, centre + spread)
+    axes.plot(
+        at, centre, color=colour, linestyle=dash, marker=mark, markevery=max(1, len(centre) // 6), markersize=4,
+        linewidth=1.6, label=name,
+    )  # fmt: skip
+    axes.fill_between(at, low, high, color=colour, alpha=0.14, linewidth=0)
 
 
-def _caption(axes: Axes, text: str) -> None:
-    axes.set_xlabel(text, fontsize=8, color=INK)
-
-
-def _votes(axes: Axes, votes: Tensor, titles: Sequence[str]) -> None:
-    # More than ten bars are unreadable at this size; the rest of the votes is small and stays in `votes`.
-    top = votes.detach().float().cpu().sort(descending=True, stable=True).indices[:10].sort().values.tolist()
-    axes.barh(range(len(top)), [float(votes[c]) for c in top], color=BLUE, height=0.7)
-    axes.set(yticks=range(len(top)), yticklabels=[titles[c] for c in top], xlim=(0, 1), xticks=[0, 1])
-    axes.invert_yaxis()
-    axes.tick_params(labelsize=7, length=0, colors=INK)
-    axes.spines[["top", "right", "bottom"]].set_visible(False)
-    _caption(axes, "share of votes")
+def _bars(
+    axes: Axes, i: int, at: Any, centre: Any, ends: Any, name: str, *, joined: bool = True, across: bool = False
+) -> None:
+    """Draw the i-th points of some axes with their intervals, `joined` or not; `across`: they lie along the x axis."""
+    colour, mark, dash = STYLES[i % len(STYLES)]
+    low, high = np.array(ends).T
+    errors = np.abs(np.stack([centre - low, high - centre]))
+    x, y = (centre, at) if across else (at, centre)
+    axes.errorbar(
+        x, y, **{"xerr" if across else "yerr": errors}, color=colour, marker=mark,
+        linestyle=dash if joined else "none", linewidth=1.6, markersize=5, capsize=2, elinewidth=0.9, label=name,
+    )  # fmt: skip

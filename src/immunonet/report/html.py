@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from immunonet import _store
-from immunonet.report import figures
-from immunonet.response import Cells, ImmuneResponse
+from immunonet.report import figures, images, pages
+from immunonet.response import ImmuneResponse
 
-_DEFENCES = {"cnn": "CNN, undefended", "dknn": "DkNN", "rails": "RAILS"}
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +27,7 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Specimen:
+class Exhibit:
     """One antigen of the gallery and the response to its attacked copy.
 
     `clean`, `adversarial`: images; `truth`: the true class; `answers`: per defence its labels for clean and
@@ -50,7 +48,7 @@ class Specimen:
     memory: Sequence[Cell]
 
 
-def specimens(
+def exhibits(
     rails: Any,
     clean: Tensor,
     adversarial: Tensor,
@@ -61,7 +59,7 @@ def specimens(
     indices: Sequence[int],
     naive: int = 3,
     cells: int = 12,
-) -> list[Specimen]:
+) -> list[Exhibit]:
     """Return the gallery entries of some antigens.
 
     `rails`: the fitted defence; `clean`, `adversarial` `(B, 1, H, W)` or `(B, 3, H, W)`: the same antigens
@@ -71,82 +69,82 @@ def specimens(
     layer are shown by the training images that they descend from. ValueError for antigens that are no
     images.
     """
-    figures.require_images("clean", clean.shape[1:])
-    chosen = list(indices)
-    members, distances = rails.naive(adversarial[chosen])
+    images.require_images("clean", clean.shape[1:])
+    members, distances = rails.naive(adversarial[list(indices)])
     repertoire = rails.repertoire.x
-    plasma, memory = (
-        figures.cell_images(part, clean.shape[1:], repertoire) for part in (response.plasma, response.memory)
-    )
+    evolved = {
+        kind: (part, images.cell_images(part, clean.shape[1:], repertoire))
+        for kind, part in (("plasma", response.plasma), ("memory", response.memory))
+    }
+
+    def nearest(row: int, label: int) -> list[Cell]:
+        pairs = zip(members[row, label, :naive].tolist(), distances[row, label, :naive].tolist(), strict=True)
+        return [Cell(image=repertoire[place], label=label, value=distance) for place, distance in pairs]
+
+    def fittest(i: int, kind: str) -> list[Cell]:
+        part, drawn = evolved[kind]
+        best = zip(drawn[i, :cells], part.label[i, :cells].tolist(), part.affinity[i, :cells].tolist(), strict=True)
+        return [Cell(image=image, label=label, value=affinity) for image, label, affinity in best]
+
     return [
-        Specimen(
+        Exhibit(
             clean=clean[i],
             adversarial=adversarial[i],
             truth=int(truth[i]),
             answers={name: (int(before[i]), int(after[i])) for name, (before, after) in answers.items()},
-            votes=[float(v) for v in response.votes[i]],
+            votes=response.votes[i].tolist(),
             credibility=float(response.credibility[i]),
             foreign=bool(response.foreign[i]),
             generations=int(response.generations[i]),
-            naive=[
-                [
-                    Cell(image=repertoire[int(members[row, c, k])], label=c, value=float(distances[row, c, k]))
-                    for k in range(min(naive, members.shape[2]))
-                ]
-                for c in range(members.shape[1])
-            ],
-            plasma=_cells(plasma[i], response.plasma, i, cells),
-            memory=_cells(memory[i], response.memory, i, cells),
+            naive=[nearest(row, label) for label in range(members.shape[1])],
+            plasma=fittest(i, "plasma"),
+            memory=fittest(i, "memory"),
         )
-        for row, i in enumerate(chosen)
+        for row, i in enumerate(indices)
     ]
 
 
 def render(
     *,
     title: str,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     meaning: str = "",
-    gallery: Sequence[Specimen] = (),
+    gallery: Sequence[Exhibit] = (),
     choice: str = "",
     curves: Sequence[Figure] = (),
     names: Sequence[str] | None = None,
     bounds: Any = (0.0, 1.0),
-    environment: Mapping[str, Any] | None = None,
+    environment: Row | None = None,
     command: str = "",
 ) -> str:
     """Return the page as HTML, complete in itself: no script, and nothing is fetched from anywhere.
 
     `rows`: result rows of the JSON contract, one per defence and attack; a row's `foreign`, the share flagged
     foreign, is shown where it has one. `meaning`: what the numbers mean, in plain words. `gallery`: see
-    `specimens`; `choice`: how its antigens were chosen. `curves`: see `learning_curves`. `names`: one per class;
+    `exhibits`; `choice`: how its antigens were chosen. `curves`: see `learning_curves`. `names`: one per class;
     `bounds`: valid range of the images. Everything is escaped. Raises ValueError without a row.
     """
     if not rows:
         raise ValueError("rows must hold at least one result row, got none")
-    titles = figures.class_names(names, len(gallery[0].votes) if gallery else len(names or ()))
-    page = jinja2.Environment(
-        loader=jinja2.PackageLoader("immunonet.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page.filters["image"] = lambda image: figures.png_uri(figures.image_array(image, bounds=bounds))
-    page.filters["difference"] = lambda pair: figures.png_uri(figures.difference_array(*pair)[0])
-    page.filters["largest"] = lambda pair: f"{figures.difference_array(*pair)[1]:.2g}"
-    page.filters["percent"] = lambda share: f"{100 * share:.1f}"
-    page.filters["defence"] = lambda name: _DEFENCES.get(name, name)
-    return page.get_template("report.html.j2").render(
+    # Earlier rows of a defence come last: their settings replace those of its later ones.
+    settings: dict[str, dict[str, str]] = {row["defence"]: {} for row in rows}
+    for row in reversed(rows):
+        settings[row["defence"]] |= pages.flat(row.get("settings", {}))
+    return pages.template(
+        "report.html.j2",
+        image=lambda image: images.png_uri(images.image_array(image, bounds=bounds)),
+        difference=lambda pair: images.png_uri(images.difference_array(*pair)[0]),
+        largest=lambda pair: f"{images.difference_array(*pair)[1]:.2g}",
+    ).render(
         title=title,
         meaning=meaning,
         table=table(rows),
         gallery=gallery,
         choice=choice,
         curves=[figures.svg_uri(figure) for figure in curves],
-        names=titles,
-        settings=_settings(rows),
-        environment=flat(environment or {}),
+        names=images.class_names(names, len(gallery[0].votes) if gallery else len(names or ())),
+        settings=settings,
+        environment=environment or {},
         command=command,
     )
 
@@ -157,57 +155,30 @@ def write(path: str | Path, **content: Any) -> Path:
     return Path(path)
 
 
-def table(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Arrange result rows for the main table.
+def table(rows: Iterable[Row]) -> dict[str, Any]:
+    """Return result rows as the main table has them.
 
-    Returns `heads`, the title and subtitle of one column per attack; `lines`: defence -> one row (or None)
+    `heads`, the title and subtitle of one column per attack; `lines`: defence -> one row (or None)
     per head; `n` and `dataset`, each as a short text. The clean column is one, whatever the attacker knows.
     """
     rows = list(rows)
     heads: dict[tuple[str, str], tuple[str, str]] = {}
-    lines: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
+    lines: dict[str, dict[tuple[str, str], Row]] = {}
     for row in rows:
         key = ("none", "") if row["attack"] == "none" else (row["attack"], row["knows"])
         heads.setdefault(key, _head(row))
         lines.setdefault(row["defence"], {})[key] = row
     return {
         "heads": list(heads.values()),
-        "lines": {defence: [found.get(key) for key in heads] for defence, found in lines.items()},
+        "lines": {defence: [line.get(key) for key in heads] for defence, line in lines.items()},
         "n": " or ".join(dict.fromkeys(f"{row['n']:,}" for row in rows)),
         "dataset": " and ".join(dict.fromkeys(str(row["dataset"]) for row in rows)),
     }
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested settings as one level of dotted names and short texts."""
-    found: dict[str, str] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value if isinstance(value, str) else json.dumps(value)
-    return found
-
-
-def _settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
-    """Return per defence its settings, those of its later rows filling in what the earlier ones lack."""
-    found: dict[str, dict[str, str]] = {}
-    for row in rows:
-        mine = found.setdefault(row["defence"], {})
-        found[row["defence"]] = flat(row.get("settings", {})) | mine
-    return found
-
-
-def _head(row: Mapping[str, Any]) -> tuple[str, str]:
+def _head(row: Row) -> tuple[str, str]:
     if row["attack"] == "none":
         return "Clean", "not attacked"
     knows = "the CNN" if row["knows"] == "base" else "the defence"
     name = row["attack"].upper() if row["attack"] in ("fgsm", "pgd") else row["attack"]
     return f"Attacker knows {knows}", f"{name}, eps {row['eps']:.3g}"
-
-
-def _cells(images: Tensor, cells: Cells, i: int, most: int) -> list[Cell]:
-    return [
-        Cell(image=images[j], label=int(cells.label[i, j]), value=float(cells.affinity[i, j]))
-        for j in range(min(most, len(images)))
-    ]

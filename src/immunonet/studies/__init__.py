@@ -1,6 +1,6 @@
 """Studies: experiments written down as TOML, run in parts, and reported."""
 
+from immunonet.studies.model import Study
 from immunonet.studies.reading import NAMES, load
-from immunonet.studies.settings import Study
 
 __all__ = ["NAMES", "Study", "load"]

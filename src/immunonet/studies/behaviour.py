@@ -1,280 +1,231 @@
-"""How RAILS behaves: learning curves, sensing of strangers, and hardening by memory cells."""
+"""How defences behave: learning curves, sensing of strangers, and hardening by memory cells."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from immunonet import RAILS, DkNN, _store, data
-from immunonet.evaluation import statistics
-from immunonet.evaluation.asking import answers
-from immunonet.studies.entries import Hardening, Learning, Sensing
-from immunonet.studies.experiments import neighbours
-from immunonet.studies.lab import Lab
-from immunonet.studies.settings import Study
-from immunonet.studies.tasks import Task, chunks, key_of, rounded, show
+from immunonet import _store, data, statistics
+from immunonet._words import show
+from immunonet.evaluation.bench import Part, Value, chunks
+from immunonet.evaluation.lab import CALIBRATION, Lab, Measurement, asked
+from immunonet.studies.experiments import Run
+from immunonet.studies.model import Hardening, Learning, Sensing, Single
 
 FALSE_ALARMS = (0.01, 0.05, 0.1)
 # Points of a ROC curve.
 ROC_POINTS = 101
+# Decimal digits of what is kept.
+DIGITS = 5
+RULES = ("credibility", "distance", "distance_p")
+KINDS = ("learning", "sensing", "hardening")
+
+Values = Mapping[Any, Sequence[Value]]
 
 
-def tasks(study: Study, lab: Lab, seed: int) -> list[Task]:
-    """Return every chunk of the study's learning, sensing and hardening experiments."""
-    found: dict[str, Task] = {}
-    for learn in study.learning:
-        for eps in learn.eps:
-            for part in chunks(min(learn.images, len(lab.splits[learn.split])), study.chunk):
-                key = key_of(_special(study, learn, seed, eps), part)
-                about = f"{learn.name} eps {show(eps)}"
-                cost = 30.0 * (part.stop - part.start)
-                found[key] = Task(key, about, cost, functools.partial(_learn, lab, learn, eps, seed, part))
-    for sense in study.sensing:
-        for source in ("clean", *sense.strangers):
-            for part in chunks(_available(lab, sense, source), study.chunk):
-                key = key_of(_special(study, sense, seed, source), part)
-                about, cost = f"{sense.name} {source}", 5.0 * (part.stop - part.start)
-                found[key] = Task(key, about, cost, functools.partial(_sense, lab, sense, source, seed, part))
-    for harden in study.hardening:
-        key = _special(study, harden, seed, None)
-        found[key] = Task(key, harden.name, 50.0 * harden.images, functools.partial(_harden, lab, harden, seed))
-    return list(found.values())
+def parts(run: Run) -> Iterator[Part]:
+    """Return all that is to be done, but for what is chosen first."""
+    for kind in KINDS:
+        for entry in getattr(run.study, kind):
+            for several in _ASKED[kind][0](run, entry).values():
+                yield from several
 
 
-def learned(study: Study, lab: Lab, seed: int) -> list[dict[str, Any]]:
-    """Return per learning experiment and eps the curves' means over antigens, with their 95 % half widths."""
-    found = []
-    for entry in study.learning:
-        curves = []
-        for eps in entry.eps:
-            parts = chunks(min(entry.images, len(lab.splits[entry.split])), study.chunk)
-            values = [lab.journal[key_of(_special(study, entry, seed, eps), part)] for part in parts]
-            curve: dict[str, Any] = {"eps": eps}
-            for name in values[0]:
-                series = torch.cat([torch.tensor(value[name], dtype=torch.float64) for value in values], 1)
-                n = series.shape[1]
-                half = 1.96 * series.std(1) / n**0.5 if n > 1 else torch.zeros(len(series))
-                curve |= {name: rounded(series.mean(1)), f"{name}_half": rounded(half), "n": n}
-            curves.append(curve)
-        where = lab.where(entry.split, curves[0]["n"])
-        found.append(
-            {"name": entry.name, "layers": list(entry.layers), "base": entry.base, "slice": where, "curves": curves}
-        )
-    return found
+def told(run: Run, kind: str) -> list[dict[str, Any]]:
+    """Return what came of the experiments of a kind, one of `KINDS`.
+
+    Learning: per eps the curves' means over antigens, with their 95 % half widths. Sensing: AUC and ROC of both rules
+    for each stranger, and false-alarm rates. Hardening: accuracy before and after, attacked and clean, with p-values.
+    """
+    records = []
+    for entry in getattr(run.study, kind):
+        asked_of, tell = _ASKED[kind]
+        values = {label: run.tables.bench.get(several) for label, several in asked_of(run, entry).items()}
+        split = getattr(entry, "split", "test")
+        where = run.lab.where(split, min(entry.images, len(run.lab.splits[split])))
+        about = {"name": entry.name, "layers": list(entry.layers), "base": entry.base, "slice": where}
+        records.append(about | tell(run, entry, values))
+    return records
 
 
-def sensed(study: Study, lab: Lab, seed: int) -> list[dict[str, Any]]:
-    """Return per sensing experiment the AUC and ROC of both rules for each stranger, and false-alarm rates."""
+def _learned(run: Run, entry: Learning, values: Values) -> dict[str, Any]:
+    curves = []
+    for eps, several in values.items():
+        curve: dict[str, Any] = {"eps": eps}
+        for name in several[0]:
+            series = torch.cat([torch.tensor(value[name], dtype=torch.float64) for value in several], 1)
+            n = series.shape[1]
+            half = 1.96 * series.std(1) / n**0.5 if n > 1 else torch.zeros(len(series))
+            curve |= {name: _rounded(series.mean(1)), f"{name}_half": _rounded(half), "n": n}
+        curves.append(curve)
+    return {"curves": curves}
+
+
+def _sensed(run: Run, entry: Sensing, values: Values) -> dict[str, Any]:
+    def scores(name: str, source: str, rule: str) -> Tensor:
+        return torch.tensor([score for value in values[name, source] for score in value[rule]])
+
     metrics = data.require("sklearn.metrics", "cli")
-    found = []
-    for entry in study.sensing:
-        senses = {}
-        for source in ("clean", *entry.strangers):
-            parts = chunks(_available(lab, entry, source), study.chunk)
-            values = [lab.journal[key_of(_special(study, entry, seed, source), part)] for part in parts]
-            senses[source] = {
-                kind: {
-                    rule: torch.tensor([v for value in values for v in value[kind][rule]])
-                    for rule in ("credibility", "distance", "distance_p")
-                }
-                for kind in entry.defences
-            }
-        rows = []
-        for kind in entry.defences:
-            clean = senses["clean"][kind]
-            for source in entry.strangers:
-                strange = senses[source][kind]
-                truth = [0] * len(clean["distance"]) + [1] * len(strange["distance"])
-                for rule, sign in (("credibility", -1), ("distance", 1)):
-                    scores = (sign * torch.cat([clean[rule], strange[rule]])).tolist()
-                    false, true, _ = metrics.roc_curve(truth, scores)
-                    points = np.interp(np.linspace(0, 1, ROC_POINTS), false, true)
-                    rows.append(
-                        {
-                            "defence": kind,
-                            "stranger": source,
-                            "rule": rule,
-                            "auc": float(metrics.roc_auc_score(truth, scores)),
-                            "n": [len(clean["distance"]), len(strange["distance"])],
-                            "true_alarms": rounded(torch.from_numpy(points)),
-                        }
-                    )
-        alarms = [
-            {
-                "defence": kind,
-                "rule": rule,
-                "nominal": alarm,
-                "measured": float((senses["clean"][kind][rule] <= alarm + 1e-9).float().mean()),
-                "ci95": list(
-                    statistics.wilson(
-                        int((senses["clean"][kind][rule] <= alarm + 1e-9).sum()), len(senses["clean"][kind][rule])
-                    )
-                ),
-            }
-            for kind in entry.defences
-            for rule in ("credibility", "distance_p")
-            for alarm in FALSE_ALARMS
-        ]
-        found.append(
-            {
-                "name": entry.name,
-                "layers": list(entry.layers),
-                "base": entry.base,
-                "slice": lab.where("test", len(senses["clean"][entry.defences[0]]["distance"])),
-                "rows": rows,
-                "false_alarms": alarms,
-            }
-        )
+    rows, alarms = [], []
+    for name in entry.defences:
+        who = {"defence": name, "title": run.study.spec(name).title}
+        for source in entry.strangers:
+            for rule, sign in (("credibility", -1), ("distance", 1)):
+                clean, strange = (sign * scores(name, images, rule) for images in ("clean", source))
+                truth, both = [0] * len(clean) + [1] * len(strange), torch.cat([clean, strange]).tolist()
+                false, true, _ = metrics.roc_curve(truth, both)
+                points = np.interp(np.linspace(0, 1, ROC_POINTS), false, true)
+                row = {"stranger": source, "rule": rule, "auc": float(metrics.roc_auc_score(truth, both))}
+                row |= {"n": [len(clean), len(strange)], "true_alarms": _rounded(torch.from_numpy(points))}
+                rows.append(who | row)
+        for rule in ("credibility", "distance_p"):
+            for alarm in FALSE_ALARMS:
+                share, interval = _share(scores(name, "clean", rule) <= alarm + 1e-9)
+                alarms.append(who | {"rule": rule, "nominal": alarm, "measured": share, "ci95": interval})
+    return {"rows": rows, "false_alarms": alarms}
+
+
+def _hardened(run: Run, entry: Hardening, values: Values) -> dict[str, Any]:
+    (value,), rows = values[None], []
+    for name in entry.defences:
+        for source in ("attacked", "clean"):
+            row: dict[str, Any] = {"defence": name, "title": run.study.spec(name).title, "images": source}
+            stages = {stage: torch.tensor(value[stage][name][source]) for stage in ("before", "after")}
+            for stage, correct in stages.items():
+                row[stage], row[f"ci95_{stage}"] = _share(correct)
+            rows.append(row | {"n": len(stages["before"]), "p": statistics.mcnemar(*stages.values())})
+    return {"attack": entry.attack, "cells": value["cells"], "true_labels": value["true_labels"], "rows": rows}
+
+
+def _measurement(
+    run: Run, entry: Single, name: str, split: str, attack: str = "none", eps: float | None = None
+) -> Measurement:
+    return Measurement(
+        spec=run.study.spec(name, entry.layers, entry.settings), base=entry.base, among=(entry.layers,),
+        attack=attack, method=run.study.attack(attack, eps), repertoire=entry.repertoire,
+        split=split, images=min(entry.images, len(run.lab.splits[split])),
+    )  # fmt: skip
+
+
+def _part(
+    run: Run, m: Measurement, part: slice, ask: Callable[..., Value], *args: Any, key: Any = (), about: str, cost: float
+) -> Part:
+    before = run.tables.attacked(m, part)
+    images = before.key if before else run.lab.digest(m.split, part)
+    key = _store.fingerprint([ask.__name__, run.lab.key(m.spec, m.base, m.repertoire), images, run.seed, key])
+    cost *= part.stop - part.start
+    after = (before,) if before else ()
+    return Part(key=key, run=ask, args=(m, part, run.seed, *args), after=after, about=about, cost=cost)
+
+
+def _learning(run: Run, entry: Learning) -> dict[Any, list[Part]]:
+    found = {}
+    for eps in entry.eps:
+        m = _measurement(run, entry, entry.defence, entry.split, entry.attack, eps)
+        about, places = f"{entry.name} eps {show(eps)}", chunks(m.images, run.tables.chunk)
+        found[eps] = [_part(run, m, part, _learn, about=about, cost=30.0) for part in places]
     return found
 
 
-def hardened(study: Study, lab: Lab, seed: int) -> list[dict[str, Any]]:
-    """Return per hardening experiment each defence's accuracy before and after, attacked and clean, with p-values."""
-    found = []
-    for entry in study.hardening:
-        value = lab.journal[_special(study, entry, seed, None)]
-        rows = []
-        for kind in entry.defences:
-            for source in ("attacked", "clean"):
-                before, after = (torch.tensor(value[stage][kind][source]) for stage in ("before", "after"))
-                rows.append(
-                    {
-                        "defence": kind,
-                        "images": source,
-                        "n": len(before),
-                        "before": float(before.float().mean()),
-                        "after": float(after.float().mean()),
-                        "ci95_before": list(statistics.wilson(int(before.sum()), len(before))),
-                        "ci95_after": list(statistics.wilson(int(after.sum()), len(after))),
-                        "p": statistics.mcnemar(before, after),
-                    }
-                )
-        found.append(
-            {
-                "name": entry.name,
-                "layers": list(entry.layers),
-                "base": entry.base,
-                "attack": entry.attack,
-                "slice": lab.where("test", min(entry.images, len(lab.splits["test"]))),
-                "cells": value["cells"],
-                "true_labels": value["true_labels"],
-                "rows": rows,
-            }
-        )
+def _sensing(run: Run, entry: Sensing) -> dict[Any, list[Part]]:
+    found = {}
+    for source in ("clean", *entry.strangers):
+        split = source if source in run.lab.splits and source not in ("validation", "test") else "test"
+        attack, noise = source if source in run.study.attacks else "none", entry.eps if source == "noise" else 0.0
+        key, about = (noise, run.lab.digest("validation", None)), f"{entry.name} {source}"
+        for name in entry.defences:
+            m = run.settled(_measurement(run, entry, name, split, attack))
+            places = chunks(m.images, run.tables.chunk)
+            found[name, source] = [_part(run, m, at, _sense, noise, key=key, about=about, cost=5.0) for at in places]
     return found
 
 
-def _learn(lab: Lab, entry: Learning, eps: float, seed: int, part: slice) -> dict[str, Any]:
-    maturations = lab.study.maturations("rails", entry.maturation, len(entry.layers))
-    rails = lab.rails(entry.base, entry.layers, maturations, repertoire=entry.repertoire)
-    _, y = lab.images(entry.split, part)
-    x = lab.adversarials(entry.base, lab.study.attack(entry.attack, eps), entry.split, part)
-    traces = rails.respond(x, seed=seed, trace=True).trace
-    assert traces is not None
-    true = torch.nn.functional.one_hot(y, rails.classes).bool()
-    parts: dict[str, list[Tensor]] = {}
-    for trace in traces:
-        mean = trace.affinity_mean
-        parts.setdefault("affinity", []).append(mean[:, true])
-        parts.setdefault("affinity_others", []).append(mean.masked_fill(true, -torch.inf).amax(2))
-        parts.setdefault("true_share", []).append(trace.votes[:, true])
-        parts.setdefault("entropy", []).append(trace.entropy)
-    return {name: [rounded(row) for row in torch.stack(values).mean(0)] for name, values in parts.items()}
+def _hardening(run: Run, entry: Hardening) -> dict[Any, list[Part]]:
+    m = _measurement(run, entry, entry.defence, "test", entry.attack)
+    specs = {name: run.settled(_measurement(run, entry, name, "test")).spec for name in entry.defences}
+    key = [entry.cells, {name: run.lab.key(spec, entry.base, entry.repertoire) for name, spec in specs.items()}]
+    part = slice(0, m.images)
+    return {None: [_part(run, m, part, _harden, specs, entry.cells, key=key, about=entry.name, cost=50.0)]}
 
 
-def _sense(lab: Lab, entry: Sensing, source: str, seed: int, part: slice) -> dict[str, Any]:
-    if source == "noise":
-        x, _ = lab.images("test", part)
+_ASKED: dict[str, tuple[Callable[..., dict[Any, list[Part]]], Callable[..., dict[str, Any]]]] = {
+    "learning": (_learning, _learned),
+    "sensing": (_sensing, _sensed),
+    "hardening": (_hardening, _hardened),
+}
+
+
+def _learn(lab: Lab, m: Measurement, part: slice, seed: int, made: Value | None = None) -> Value:
+    x, y = _inputs(lab, m, part, made)
+    defence = lab.fitted(m.spec, m.base, m.repertoire)
+    true = F.one_hot(y, defence.classes).bool()
+    layers = [
+        {
+            "affinity": trace.affinity_mean[:, true],
+            "affinity_others": trace.affinity_mean.masked_fill(true, -torch.inf).amax(2),
+            "true_share": trace.votes[:, true],
+            "entropy": trace.entropy,
+        }
+        for trace in defence.learning_curves(x, seed)
+    ]
+    return {name: [_rounded(row) for row in torch.stack([one[name] for one in layers]).mean(0)] for name in layers[0]}
+
+
+def _sense(lab: Lab, m: Measurement, part: slice, seed: int, noise: float, made: Value | None = None) -> Value:
+    x, _ = _inputs(lab, m, part, made)
+    if noise:
         generator = torch.Generator().manual_seed(seed + part.start)
         signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1
-        x = (x + entry.eps * signs).clamp(0, 1)
-    elif source in lab.study.attacks:
-        x = lab.adversarials(entry.base, lab.study.attack(source), "test", part)
-    else:
-        x, _ = lab.images("test" if source == "clean" else source, part)
-    found = {}
-    for kind in entry.defences:
-        defence: RAILS | DkNN
-        if kind == "rails":
-            maturations = lab.study.maturations("rails", {}, len(entry.layers))
-            defence = lab.calibrated(lab.rails(entry.base, entry.layers, maturations, repertoire=entry.repertoire))
-        else:
-            defence = lab.calibrated(neighbours(lab, entry.base, kind, [entry.layers], entry.repertoire))
-        found[kind] = {rule: rounded(values) for rule, values in senses(defence, x).items()}
-    return found
+        x = (x + noise * signs).clamp(0, 1)
+    defence = lab.fitted(m.spec, m.base, m.repertoire, senses=True)
+    sense, credibility = defence.sense(x), defence.credibility(x)
+    if sense is None or credibility is None:
+        raise ValueError(f"{m.spec.name} senses nothing: its answers must have a sense and a credibility")
+    return dict(zip(RULES, map(_rounded, (credibility, sense.distance, sense.p_value)), strict=True))
 
 
-def senses(defence: RAILS | DkNN, x: Tensor) -> dict[str, Tensor]:
-    """Return what a defence senses of inputs `(B, *S)`, each `(B,)`.
-
-    `credibility`; `distance`, the mean distance to the nearest in units of the calibration's, summed over layers;
-    `distance_p`, its conformal p-value.
-    """
-    sense = defence.sense(x)
-    return {"credibility": defence.credibility(x), "distance": sense.distance, "distance_p": sense.p_value}
-
-
-def _harden(lab: Lab, entry: Hardening, seed: int) -> dict[str, Any]:
-    n = min(entry.images, len(lab.splits["test"]))
-    clean, y = lab.images("test", slice(0, n))
-    attacked = lab.adversarials(entry.base, lab.study.attack(entry.attack), "test", slice(0, n))
-    maturations = lab.study.maturations("rails", entry.maturation, len(entry.layers))
-    rails = lab.rails(entry.base, entry.layers, maturations, repertoire=entry.repertoire)
-    half = n // 2
-    memory = rails.respond(attacked[:half], seed=seed).memory.part(slice(0, entry.cells))
-    of = y[:half, None].expand_as(memory.label)
-    x_all, y_all = (values.to(lab.device) for values in lab.examples(entry.repertoire))
-    x_more = torch.cat([x_all, memory.x.flatten(0, 1)])
-    y_more = torch.cat([y_all, memory.label.flatten()])
-    few = lab.held_out[:50]
-    value: dict[str, Any] = {
-        "cells": memory.label.numel(),
-        "true_labels": float((memory.label == of).float().mean()),
-        "before": {},
-        "after": {},
-    }
-    for kind in entry.defences:
+def _harden(
+    lab: Lab, m: Measurement, part: slice, seed: int, specs: Mapping[str, Any], cells: int, made: Value | None = None
+) -> Value:
+    attacked, y = _inputs(lab, m, part, made)
+    half = m.images // 2
+    memory = lab.fitted(m.spec, m.base, m.repertoire).memory_cells(attacked[:half], seed, most=cells)
+    assert memory is not None
+    x_more, y_more = (
+        torch.cat([values.to(lab.device), more.flatten(0, 1)])
+        for values, more in zip(lab.examples(m.repertoire), memory, strict=True)
+    )
+    few = lab.splits["validation"][:CALIBRATION]
+    value: dict[str, Any] = {"before": {}, "after": {}, "cells": memory[1].numel()}
+    value["true_labels"] = float((memory[1] == y[:half, None]).float().mean())
+    for name, spec in specs.items():
         for stage in ("before", "after"):
-            defence: RAILS | DkNN = (
-                rails if kind == "rails" else neighbours(lab, entry.base, kind, [entry.layers], entry.repertoire)
-            )
+            defence = lab.fitted(spec, m.base, m.repertoire)
             if stage == "after":
-                maps = lab.maps(entry.base, entry.layers)
-                defence = (
-                    RAILS(lab.nets[entry.base], maps, maturation=maturations)
-                    if isinstance(defence, RAILS)
-                    else DkNN(lab.nets[entry.base], maps, neighbours=defence.neighbours, metric=defence.metric)
-                ).fit(x_more, y_more, calibration=(few.x, few.y))
-            value[stage][kind] = {
-                source: (
-                    answers(defence, x[half:], (seed,) if kind == "rails" else ())[0][0] == y[half:].cpu()
-                ).tolist()
-                for source, x in (("attacked", attacked), ("clean", clean))
+                defence = lab.made(spec, m.base, m.repertoire).fit(x_more, y_more, calibration=(few.x, few.y))
+            seeds = (seed,) if defence.randomised else ()
+            value[stage][name] = {
+                source: (asked(defence, x[half:], seeds)[0][0] == y[half:].cpu()).tolist()
+                for source, x in (("attacked", attacked), ("clean", lab.images(m.split, part)[0]))
             }
     return value
 
 
-def _special(study: Study, entry: Learning | Sensing | Hardening, seed: int, of: Any) -> str:
-    """Return the name that an experiment's chunks are kept under, for one eps or source of it."""
-    overrides = getattr(entry, "maturation", {})
-    made_of = [
-        type(entry).__name__,
-        {k: v for k, v in dataclasses.asdict(entry).items() if k not in ("images", "eps", "strangers")},
-        [dataclasses.asdict(m) for m in study.maturations("rails", overrides, len(entry.layers))],
-        getattr(entry, "images", None) if isinstance(entry, Hardening) else None,
-        getattr(entry, "eps", None) if of == "noise" else None,
-        of,
-        seed,
-    ]
-    return f"{entry.name} {_store.fingerprint(json.loads(json.dumps(made_of)))[:16]}"
+def _inputs(lab: Lab, m: Measurement, part: slice, made: Value | None) -> tuple[Tensor, Tensor]:
+    """Return some images, attacked if that was made before, and their labels."""
+    x, y = lab.images(m.split, part)
+    return x if made is None else made["x"].to(x), y
 
 
-def _available(lab: Lab, entry: Sensing, source: str) -> int:
-    split = source if source in lab.splits and source != "validation" else "test"
-    return min(entry.images, len(lab.splits[split]))
+def _share(correct: Tensor) -> tuple[float, list[float]]:
+    """Return a share with its interval."""
+    return float(correct.float().mean()), list(statistics.wilson(int(correct.sum()), len(correct)))
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(float(value), DIGITS) for value in values]

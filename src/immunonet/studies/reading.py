@@ -1,88 +1,205 @@
-"""Studies as TOML files, strictly read: a key that is unknown, missing or wrong is named with its table."""
+"""Studies read from TOML files: whatever is wrong in one is told by its file, table and key, before anything runs."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import itertools
+import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
-from immunonet.studies import checks
-from immunonet.studies.entries import Comparison, Hardening, Learning, Search, Sensing, Target, Tuning
-from immunonet.studies.settings import Base, Study
+import pydantic
+
+from immunonet import zoo
+from immunonet._check import among
+from immunonet.defences.base import REGISTRY, kind_of
+from immunonet.defences.spec import MANY, TUNED, Spec
+from immunonet.studies import model
+from immunonet.studies.model import Range, Study
 
 NAMES = ("mnist", "cifar10", "svhn")
+# What the defences of an experiment must have of their own, where most kinds have nothing to do.
+_NEEDS: dict[tuple[type[Any], str], str] = {
+    (model.Learning, "defence"): "learning_curves",
+    (model.Hardening, "defence"): "memory_cells",
+    (model.Hardening, "defences"): "fit",
+    (model.Sensing, "defences"): "fit",
+}
 
-T = TypeVar("T")
+
+class Wrong(ValueError):
+    """What is wrong at a place, given as keys and numbers."""
+
+    def __init__(self, message: str, *path: Any) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+@contextlib.contextmanager
+def at(*path: Any) -> Iterator[None]:
+    """Name the place in every ValueError and TypeError that is raised inside."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise Wrong(str(error), *path, *getattr(error, "path", ())) from error
 
 
 def load(source: str | Path) -> Study:
     """Return the study of that name, one of `NAMES`, or in a TOML file.
 
-    FileNotFoundError or ValueError names the file; ValueError or TypeError names the table, and the key that is
-    unknown, missing or wrong.
+    FileNotFoundError or ValueError names the file, and the table and key that is unknown, missing or wrong.
     """
-    text: str
-    if str(source) in NAMES:
-        path = Path(f"{source}.toml")
-        text = (resources.files("immunonet.studies") / path.name).read_text(encoding="utf-8")
-    else:
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is no study: give {', '.join(NAMES)}, or a TOML file that exists")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not TOML ({error})") from error
+    path = Path(f"{source}.toml" if str(source) in NAMES else source)
+    file = resources.files("immunonet.studies") / path.name if str(source) in NAMES else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} is no study: give {', '.join(NAMES)}, or a TOML file that exists")
     try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path} is not TOML ({error})") from error
-    with checks.told(str(path)):
-        return _study(table)
+    try:
+        return study_of(table)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def _study(table: dict[str, Any]) -> Study:
-    parts: dict[str, Any] = dict(table)
-    if "bases" in table:
-        parts["bases"] = {name: _read(Base, f"bases.{name}", found) for name, found in _table("bases", table["bases"])}
-    if "tuning" in table:
-        parts["tuning"] = _read(Tuning, "tuning", table["tuning"])
-    for key in ("attacks", "defences"):
-        for name, found in _table(key, table.get(key, {})):
-            _table(f"{key}.{name}", found)
-    kinds: dict[str, type[Any]] = {
-        "main": Comparison,
-        "curves": Comparison,
-        "learning": Learning,
-        "sensing": Sensing,
-        "hardening": Hardening,
-        "search": Search,
-        "targets": Target,
-    }
-    for key in kinds.keys() & table.keys():
-        if not isinstance(table[key], list):
-            raise TypeError(f"{key} must be an array of tables ([[{key}]]), got {table[key]!r}")
-        parts[key] = tuple(_read(kinds[key], f"{key}[{i}]", found) for i, found in enumerate(table[key]))
-    return _read(Study, "the study", parts)
+def study_of(table: dict[str, Any]) -> Study:
+    """Return the study of a TOML table; ValueError names the table and key that is wrong."""
+    known: dict[str, Any] = {key: tuple(table[key]) for key in ("bases", "attacks") if isinstance(table.get(key), dict)}
+    curves = table["curves"] if isinstance(table.get("curves"), list) else []
+    curves = [curve for curve in curves if isinstance(curve, dict) and curve.get("vary") == "layers"]
+    known |= {"curves": [str(curve.get("name")) for curve in curves], "clean": ("none",)}
+    try:
+        study = Study.model_validate(_tuples(table), context=known)
+        _check(study)
+    except pydantic.ValidationError as error:
+        raise ValueError(_told(error)) from error
+    except Wrong as error:
+        raise ValueError(f"{_shown(error.path)}: {error}") from error
+    return study
 
 
-def _read(kind: Callable[..., T], where: str, found: Any) -> T:
-    """Return `kind(**found)`; errors name the table `where` and the key."""
-    if not isinstance(found, dict):
-        raise TypeError(f"{where} must be a table, got {found!r}")
-    fields = dataclasses.fields(cast(Any, kind))
-    checks.keys(where, found, {f.name for f in fields})
-    required = [f for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    if missing := [f.name for f in required if f.name not in found]:
-        raise ValueError(f"{where} needs {', '.join(missing)}")
-    with checks.told(where):
-        return kind(**found)
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(part) for key, part in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _table(name: str, value: Any) -> list[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{name} must be a table, got {value!r}")
-    return list(value.items())
+def _told(error: pydantic.ValidationError) -> str:
+    """Return what is wrong first, on one line."""
+    path: list[Any] = []
+    cause: Any = error
+    while isinstance(cause, pydantic.ValidationError):  # one may be the cause of another
+        first = cause.errors()[0]
+        path += first["loc"]
+        cause = first.get("ctx", {}).get("error")
+    got = "" if first["type"] == "missing" else f", got {first['input']!r}"
+    message = re.sub(r"[Dd]ictionary( or instance of \w+)?", "table", first["msg"])
+    message = re.sub(r"[Tt]uple", "list", message) + got
+    return f"{_shown(path)}: {cause or message}".removeprefix(": ")
+
+
+def _shown(path: Sequence[Any]) -> str:
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).lstrip(".")
+
+
+def _check(study: Study) -> None:
+    """Raise Wrong for what can only be told by several tables together, or by a kind of defence or attack."""
+    for name in study.attacks:
+        with at("attacks", name):
+            if not getattr(study.attack(name), "eps", None):
+                raise ValueError("eps must be above 0, got 0")
+    for name in study.defences:
+        with at("defences", name, "spec"):
+            study.spec(name)
+    for name, remark in study.remarks.items():
+        try:
+            remark.format(n=0)
+        except (LookupError, ValueError) as error:
+            raise Wrong(f"may hold {{n}} and no other field, got {remark!r}", "remarks", name) from error
+    for name, base in study.bases.items():
+        with at("bases", name):
+            if base.model is not None and ":" not in base.model:
+                among(base.model, zoo.NAMES, "model")
+            path = [name]
+            while start := study.bases[path[-1]].start:
+                path.append(start)
+                if start in path[:-1]:
+                    raise Wrong(f"must not lead back, got {' from '.join(path)}", "start")
+    kinds = [kind for kind in REGISTRY.values() if kind.candidates(MANY)]
+    for key, values in study.tuning.choices.items():
+        with at("tuning", "choices"):
+            among(
+                key, {one for kind in kinds for fit, some in kind.candidates(MANY) for one in fit | some[0]}, "choice"
+            )
+        with at("tuning", "choices", key):
+            for kind in kinds:
+                Spec(kind=kind.kind, words=(TUNED,)).tried({key: values})
+    names: set[Any] = {"main"}
+    for place in ("main", "curves", "learning", "sensing", "hardening", "search", "targets"):
+        for i, entry in enumerate(getattr(study, place)):
+            with at(place, i):
+                _check_defences(study, entry)
+                if (own := getattr(entry, "name", None)) in names:
+                    raise Wrong(f"must differ between experiments, got {own!r} twice", "name")
+                names |= {own} - {None}
+
+
+def _check_defences(study: Study, entry: Any) -> None:
+    """Raise Wrong unless the defences of an experiment or target are there, and can do with its settings."""
+    specs: dict[str, Spec] = {}
+    for key in ("defence", "over", "defences"):
+        with at(key):
+            for name in [value] if isinstance(value := getattr(entry, key, None) or (), str) else value:
+                spec = specs[name] = study.spec(name)
+                verb = _NEEDS.get((type(entry), key), "answer")
+                if not spec.foreign and not kind_of(spec.kind).can(verb):
+                    raise ValueError(f"{name!r} has no {verb.replace('_', ' ')}")
+                if getattr(entry, "choose_layers", False) and not spec.tuned:
+                    raise ValueError(f"must be tuned with choose_layers, got {name!r}")
+    if not isinstance(entry, model.Entry):
+        return
+    own = {option for spec in specs.values() for option in spec.options()}
+    every = any(spec.foreign for spec in specs.values())
+    with at("settings"):
+        for key in () if every else entry.settings:
+            among(key, own, f"setting of {' and '.join(specs)}")
+    if isinstance(entry, model.Curve) and not every:
+        with at("vary"):
+            among(entry.vary, {"eps", "repertoire", "layers", *own}, "value to vary")
+    layers = [one for candidates in entry.places() for one in candidates] or [()]
+    if layers == [()] and any(spec.layers for spec in specs.values()):
+        raise Wrong("must name at least one", "layers")
+    for name, one in itertools.product(specs, layers):
+        with at("defences"):
+            study.spec(name, one).tried(study.tuning.choices)
+        for value, settings in entry.varied():
+            with at("settings" if value is None else "values"):
+                study.spec(name, one, settings).tried(study.tuning.choices)
+    if isinstance(entry, model.Search):
+        _check_search(study, entry)
+
+
+def _check_search(study: Study, entry: model.Search) -> None:
+    if entry.finalists >= entry.trials:
+        raise Wrong(f"must be fewer than the {entry.trials} trials, got {entry.finalists}", "finalists")
+    spec = study.spec(entry.defence, entry.layers, entry.settings)
+    with at("space"):
+        for name in entry.space:
+            among(name, set(spec.options()) - entry.settings.keys(), "setting to search")
+        start = study.start(entry)
+    # No rule of a kind is about more than two settings.
+    for names in itertools.chain(*(itertools.combinations(entry.space, n) for n in (1, 2))):
+        for values in itertools.product(*(model.ends(entry.space[name]) for name in names)):
+            with at("space", names[0]):
+                spec.changed(**dict(zip(names, map(model.value_of, values), strict=True))).tried()
+    for name, value in start.items():
+        options = entry.space[name]
+        with at("space", name):
+            if value not in options:
+                raise ValueError(f"must hold {value!r}, where the search starts")
+            if isinstance(options, Range) and isinstance(value, int) and not isinstance(options.high, int):
+                raise ValueError(f"must be a range of whole numbers, got {options.high}")

@@ -1,114 +1,85 @@
-"""Searches for settings of RAILS on validation images, and what the best of them are worth on further ones."""
+"""Searches for settings of a defence on validation images, and what the best of them are worth on further ones."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from immunonet import _store, data
-from immunonet.defences.repertoire import check_classes
-from immunonet.evaluation import statistics
-from immunonet.evaluation.asking import answers, describe_attack
-from immunonet.studies.entries import WHOLE, Range, Search
-from immunonet.studies.experiments import hidden_space
-from immunonet.studies.lab import Lab
-from immunonet.studies.settings import Study
-from immunonet.studies.tasks import Task, chunks
+from immunonet import _store, data, statistics
+from immunonet.defences.spec import Spec
+from immunonet.evaluation.bench import Part, Value
+from immunonet.evaluation.lab import Lab, Measurement
+from immunonet.studies.experiments import Run
+from immunonet.studies.model import Range, Search, Settings, ends, value_of
 
-Settings = dict[str, Any]
-# Which images were right, `(n,)` bool per attack.
-Correct = dict[str, Tensor]
+Space = Mapping[str, Range | tuple[Any, ...]]
 
 
-def tasks(study: Study, lab: Lab, seed: int) -> list[Task]:
-    """Return one task per search; it keeps each trial in the journal as well, and continues from them.
+def parts(run: Run) -> Iterator[Part]:
+    """Return a part per search, which holds its end; what it is made of is kept as well.
 
-    ValueError if a class of the repertoire has too few examples for the space.
+    ValueError if there are too few examples for the space, ImportError without what proposes settings.
     """
-    found = []
-    for entry in study.search:
-        (start,) = study.maturations("rails", entry.maturation, len(entry.layers))[:1]
-        options = entry.space.get("neighbours", (start.neighbours,))
-        most = int(options.high) if isinstance(options, Range) else max(options)
-        check_classes(lab.examples(entry.repertoire)[1], len(lab.training.classes), most)
+    for entry in run.study.search:
+        spec = _spec(run, entry)
+        known = [
+            run.lab.known(spec.changed(**{name: value_of(value)}), entry.base, entry.repertoire)
+            for name, options in entry.space.items()
+            for value in ends(options)
+        ]
+        images = [run.lab.digest("validation", part) for part in _images(run, entry)]
+        attacks = [attack and attack.describe() for attack in map(run.study.attack, entry.attacks)]
+        told = entry.model_dump(mode="json", exclude={"title"})
         asked = entry.trials * entry.images + (1 + entry.finalists) * entry.confirm
-        cost = asked * len(entry.attacks) * (1 + start.population * (start.generations + 1) / 1000)
-        found.append(Task(_key(study, entry, seed), entry.name, cost, functools.partial(_search, lab, entry, seed)))
-    return found
+        made_of = ["search", told, spec.text, known[0].key, attacks, images, run.tables.chunk, run.seed]
+        cost = asked * len(attacks) * known[0].effort
+        part = Part(key=_store.fingerprint(made_of), run=_ended, about=entry.name, cost=cost)
+        if run.tables.bench.kept(part) is None:  # told now, not after the hours that other parts take
+            data.require("optuna", "search")
+        yield part
 
 
-def searched(study: Study, lab: Lab, seed: int) -> list[dict[str, Any]]:
+def searched(run: Run) -> list[dict[str, Any]]:
     """Return per search its trials, and the start and finalists on the confirm images.
 
     `right`: images per attack; `score`: their share, the mean over attacks; `gain`, `p`: points of accuracy over the
     start on the same images, and McNemar's test.
     """
-    found = []
-    for entry in study.search:
-        value = lab.journal[_key(study, entry, seed)]
-        trials, (seen, confirm) = value["trials"], _parts(lab, entry)
-        start = {attack: torch.tensor(right) for attack, right in value["finalists"][0]["correct"].items()}
-        finalists = []
-        for finalist in value["finalists"]:
-            attacks = {}
-            for attack, right in finalist["correct"].items():
-                correct = torch.tensor(right)
-                attacks[attack] = {
-                    "accuracy": float(correct.float().mean()),
-                    "ci95": list(statistics.wilson(int(correct.sum()), len(correct))),
-                    "gain": 100 * int(correct.sum() - start[attack].sum()) / len(correct),
-                    "p": statistics.mcnemar(correct, start[attack]),
-                }
-            finalists.append(trials[finalist["trial"]] | {"trial": finalist["trial"], "confirm": attacks})
-        found.append(
-            {
-                "name": entry.name,
-                "title": entry.title or entry.name,
-                "base": entry.base,
-                "layers": list(entry.layers),
-                "hidden": entry.hidden,
-                "attacks": list(entry.attacks),
-                "space": dataclasses.asdict(entry)["space"],
-                "sampler": value["sampler"],
-                "seed": seed,
-                "order": "random",
-                "images": [seen.start, seen.stop],
-                "confirm": [confirm.start, confirm.stop],
-                "trials": trials,
-                "finalists": finalists,
-            }
-        )
-    return found
+    records = []
+    for entry, part in zip(run.study.search, parts(run), strict=True):
+        bench, (seen, confirm) = run.tables.bench, _images(run, entry)
+        (value,) = bench.get([replace(part, args=(bench.kept(part) or _search(run, entry),))])
+        told = entry.model_dump(mode="json", include={"name", "base", "layers", "attacks", "space"})
+        told |= {"title": entry.title or entry.name, "hidden": bool(entry.settings.get("hidden")), "seed": run.seed}
+        images = {"order": "random", "images": [seen.start, seen.stop], "confirm": [confirm.start, confirm.stop]}
+        records.append(told | images | value)
+    return records
 
 
-def propose(
-    space: Mapping[str, Range | tuple[Any, ...]], told: Sequence[tuple[Settings, float]], seed: int
-) -> Settings:
+def propose(space: Space, told: Sequence[tuple[Settings, float]], seed: int) -> Settings:
     """Return the settings to try after those `told` with their scores, by TPE (Bergstra et al. 2011).
 
-    It depends on its arguments alone. ImportError says which extra brings optuna.
+    Whole numbers where those of the first are. It depends on its arguments alone. ImportError says which extra brings
+    optuna.
     """
     optuna = data.require("optuna", "search")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    kinds = optuna.distributions
-    distributions = {
-        # By place: optuna's choices may be no lists.
-        name: kinds.CategoricalDistribution(range(len(options)))
-        if isinstance(options, tuple)
-        else (kinds.IntDistribution if name in WHOLE else kinds.FloatDistribution)(**dataclasses.asdict(options))
-        for name, options in space.items()
-    }
+    kinds, distributions = optuna.distributions, {}
+    for name, options in space.items():
+        if isinstance(options, Range):
+            whole = isinstance(told[0][0][name], int)
+            kind = kinds.IntDistribution if whole else kinds.FloatDistribution
+            distributions[name] = kind(options.low, options.high, log=options.log)
+        else:  # by place: optuna's choices may be no lists
+            distributions[name] = kinds.CategoricalDistribution(range(len(options)))
     # A seed for every trial, so that a search that continues draws what one that never stopped would have drawn.
     own = int(_store.fingerprint([seed, len(told)])[:8], 16)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=own))
     for settings, score in told:
-        params = {k: v.index(settings[k]) if isinstance(v, tuple) else settings[k] for k, v in space.items()}
+        params = {k: settings[k] if isinstance(v, Range) else v.index(settings[k]) for k, v in space.items()}
         study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=score))
     found = study.ask(distributions).params
     return {name: _setting(options, found[name]) for name, options in space.items()}
@@ -118,38 +89,36 @@ def _setting(options: Range | tuple[Any, ...], value: Any) -> Any:
     """Return a choice by its place, or a number with the three digits that the report shows."""
     if isinstance(options, tuple):
         return options[value]
-    if isinstance(value, int):
-        return value
-    return min(max(float(f"{value:.3g}"), options.low), options.high)
+    return value if isinstance(value, int) else min(max(float(f"{value:.3g}"), options.low), options.high)
 
 
-def _search(lab: Lab, entry: Search, seed: int) -> dict[str, Any]:
-    key, (seen, confirm) = _key(lab.study, entry, seed, whole=False), _parts(lab, entry)
-
-    def kept(name: str, make: Callable[[], Any]) -> Any:
-        if name not in lab.journal:
-            lab.journal.add(name, make())
-        return lab.journal[name]
-
-    def trial() -> dict[str, Any]:
-        told = [(found["settings"], found["score"]) for found in trials]
-        settings = propose(entry.space, told, seed) if told else lab.study.start(entry)
-        right = {name: int(correct.sum()) for name, correct in _correct(lab, entry, settings, seen, seed).items()}
-        score = sum(right.values()) / len(right) / (seen.stop - seen.start)
-        return {"settings": settings, "right": right, "score": score}
-
-    def finalist() -> dict[str, list[bool]]:
-        found = _correct(lab, entry, trials[number]["settings"], confirm, seed)
-        return {name: correct.tolist() for name, correct in found.items()}
-
+def _search(run: Run, entry: Search) -> Value:
+    seen, confirm = _images(run, entry)
     trials: list[dict[str, Any]] = []
     for number in range(entry.trials):
-        trials.append(kept(f"{key} / trial {number}", trial))
-    finalists = []
+        told = [(trial["settings"], trial["score"]) for trial in trials]
+        settings = propose(entry.space, told, run.seed) if told else run.study.start(entry)
+        correct = _correct(run, entry, settings, seen, f"trial {number}")
+        right = {name: int(one.sum()) for name, one in correct.items()}
+        score = sum(right.values()) / len(right) / (seen.stop - seen.start)
+        trials.append({"settings": settings, "right": right, "score": score})
+    finalists: list[dict[str, Any]] = []
+    start: dict[str, Tensor] = {}
     for number in (0, *_best(trials)[: entry.finalists]):
-        finalists.append({"trial": number, "correct": kept(f"{key} / confirm {number}", finalist)})
-    version = data.require("optuna", "search").__version__
-    return {"trials": trials, "finalists": finalists, "sampler": f"TPE of optuna {version}"}
+        correct = _correct(run, entry, trials[number]["settings"], confirm, f"confirm {number}")
+        start = start or correct
+        confirmed = {
+            name: {
+                "accuracy": float(one.float().mean()),
+                "ci95": list(statistics.wilson(int(one.sum()), len(one))),
+                "gain": 100 * int(one.sum() - start[name].sum()) / len(one),
+                "p": statistics.mcnemar(one, start[name]),
+            }
+            for name, one in correct.items()
+        }
+        finalists.append(trials[number] | {"trial": number, "confirm": confirmed})
+    sampler = f"TPE of optuna {data.require('optuna', 'search').__version__}"
+    return {"trials": trials, "finalists": finalists, "sampler": sampler}
 
 
 def _best(trials: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -159,35 +128,28 @@ def _best(trials: Sequence[Mapping[str, Any]]) -> list[int]:
     return sorted(new, key=lambda i: -float(trials[i]["score"]))
 
 
-def _correct(lab: Lab, entry: Search, settings: Settings, images: slice, seed: int) -> Correct:
-    layers = entry.layers
-    maturations = lab.study.maturations("rails", entry.maturation | settings, len(layers))
-    options = hidden_space(layers) if entry.hidden else {}
-    rails = lab.rails(entry.base, layers, maturations, options=options, repertoire=entry.repertoire)
-    found: dict[str, list[Tensor]] = {name: [] for name in entry.attacks}
-    for part in chunks(images.stop - images.start, lab.study.chunk):
-        part = slice(images.start + part.start, images.start + part.stop)
-        _, y = lab.images("validation", part)
-        for name, parts in found.items():
-            x = lab.adversarials(entry.base, lab.study.attack(name), "validation", part)
-            parts.append(answers(rails, x, (seed,))[0][0] == y.cpu())
-    return {name: torch.cat(parts) for name, parts in found.items()}
+def _correct(run: Run, entry: Search, settings: Settings, images: slice, place: str) -> dict[str, Tensor]:
+    """Return which images were right, `(n,)` bool per attack."""
+    spec = _spec(run, entry).changed(**{name: value_of(value) for name, value in settings.items()})
+    m = Measurement(
+        spec=spec, base=entry.base, repertoire=entry.repertoire, split="validation", first=images.start,
+        images=images.stop - images.start, told={"model": run.models[entry.base]}, place=f"{entry.name} {place}",
+        seeds=(run.seed,) if run.lab.known(spec, entry.base, entry.repertoire).randomised else (),
+    )  # fmt: skip
+    under = [replace(m, attack=name, method=run.study.attack(name)) for name in entry.attacks]
+    return {one.measurement.attack: one.correct[0] for one in run.tables.measure(under)}
 
 
-def _parts(lab: Lab, entry: Search) -> tuple[slice, slice]:
+def _spec(run: Run, entry: Search) -> Spec:
+    return run.study.spec(entry.defence, entry.layers, entry.settings)
+
+
+def _images(run: Run, entry: Search) -> tuple[slice, slice]:
     """Return the images of the trials and those that confirm; of a small split, the same shares."""
-    n, whole = len(lab.held_out), entry.images + entry.confirm
+    n, whole = len(run.lab.splits["validation"]), entry.images + entry.confirm
     seen = max(1, min(entry.images, n * entry.images // whole))
     return slice(0, seen), slice(seen, min(n, whole))
 
 
-def _key(study: Study, entry: Search, seed: int, *, whole: bool = True) -> str:
-    """Return the name that a search is kept under; not `whole`: its trials, which more trials would continue."""
-    without = {"title"} if whole else {"title", "trials", "finalists"}
-    made_of = [
-        {k: v for k, v in dataclasses.asdict(entry).items() if k not in without},
-        [dataclasses.asdict(m) for m in study.maturations("rails", entry.maturation, len(entry.layers))],
-        [describe_attack(study.attack(name)) for name in entry.attacks],
-        seed,
-    ]
-    return f"search {entry.name} {_store.fingerprint(json.loads(json.dumps(made_of)))[:16]}"
+def _ended(lab: Lab, value: Value) -> Value:
+    return value

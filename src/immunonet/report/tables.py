@@ -1,0 +1,74 @@
+"""Tables of text, and the one writer of them, for Markdown and for a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from immunonet.defences import REGISTRY, Undefended
+
+Table = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report: a heading, sentences, a table (its head first; none if empty), a figure's name."""
+
+    title: str
+    text: Sequence[str] = ()
+    table: Table = ()
+    figure: str = ""
+
+
+def title(name: str) -> str:
+    """Return what a defence is called in tables, by its name in rows: its kind's title, and what else that says."""
+    kind = max((kind for kind in REGISTRY if name == kind or name.startswith((f"{kind}-", f"{kind} "))), default="")
+    more = name[len(kind) + 1 :].replace("-", " ")
+    return f"{REGISTRY[kind].title} {more}".rstrip() if kind else name
+
+
+def bare(kind: str) -> bool:
+    """Return whether a kind of defence is none: the network itself."""
+    return kind == Undefended.kind
+
+
+def share(row: Mapping[str, Any], places: int = 3, *, key: str = "accuracy", ci95: str = "ci95") -> str:
+    """Return a row's share right with its interval, which has so many decimal places."""
+    low, high = row[ci95]
+    return f"{row[key]:.3f} ({low:.{places}f} to {high:.{places}f})"
+
+
+def line(*cells: Any) -> str:
+    """Return a line of a Markdown table."""
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def head(*cells: Any) -> str:
+    """Return the two lines that a Markdown table begins with."""
+    return f"{line(*cells)}\n{line(*['---'] * len(cells))}"
+
+
+def grid(table: Table) -> str:
+    """Return a table, its head first, in Markdown."""
+    return "\n".join([head(*table[0]), *(line(*cells) for cells in table[1:])])
+
+
+def markdown(section: Section, level: int = 2, *, image: str = "") -> str:
+    """Return a section in Markdown; `image`: where its figure lies."""
+    parts = [f"{'#' * level} {section.title}", *section.text, grid(section.table) if section.table else ""]
+    return "\n\n".join(filter(None, [*parts, f"![{section.title}]({image})" if image else ""]))
+
+
+def console(section: Section, width: int = 120) -> None:
+    """Print a section's table, `width` columns wide where the output is no terminal. Needs `immunonet[cli]`."""
+    from rich.console import Console
+    from rich.table import Column
+    from rich.table import Table as Grid
+
+    columns, *body = section.table
+    drawn = Grid(*(Column(name) for name in columns), title=section.title or None)
+    for cells in body:
+        drawn.add_row(*(cell.replace("**", "") for cell in cells))
+    Console(width=None if sys.stdout.isatty() else width, markup=False, highlight=False).print(drawn)

@@ -1,0 +1,329 @@
+"""Parts on a Ray cluster of two nodes on this machine: the same results, and nothing lost with a node or an error."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from immunonet import DkNN, attacks
+from immunonet.cli import main
+from immunonet.data import Images
+from immunonet.defences.spec import Spec
+from immunonet.evaluation import campaign, cluster, evaluate
+from immunonet.evaluation.bench import Bench, Part
+from immunonet.evaluation.lab import Lab, Measurement, Tables
+from immunonet.evaluation.suite import PROTOCOLS
+
+pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """A cluster of two nodes with a CPU each, to which this process is connected."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    # Workers cannot import tests.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    # Not where --ray auto looks for one; paths of sockets must be short.
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        patch.setenv("RAY_TMPDIR", folder)
+        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        found.add_node(num_cpus=1)
+        ray.init(found.address, logging_level="ERROR", log_to_driver=False)
+        yield found
+        ray.shutdown()
+        found.shutdown()
+
+
+@pytest.fixture
+def workers(nodes):
+    return cluster.workers("auto")
+
+
+@pytest.fixture
+def log(tmp_path):
+    """A file that every part of a toy scene leaves its name in."""
+    return tmp_path / "log"
+
+
+def done(scene, name, *given):
+    with open(scene, "a") as file:
+        file.write(f"{name}\n")
+    if name == "wrong":
+        raise KeyError("a part's own words")
+    if name == "deadly":
+        os._exit(1)
+    return {"x": torch.ones(2) + sum(value["x"] for value in given)} if name == "tensor" else [name, len(given)]
+
+
+def part(name, *after, **more):
+    return Part(key=f"{name} {more}", run=done, args=(name,), after=after, about=name)
+
+
+def told(log):
+    return sorted(log.read_text().split())
+
+
+def test_each_part_is_done_once_after_those_that_it_depends_on(workers, log, tmp_path):
+    advanced = []
+    bench = Bench(str(log), tmp_path, workers=workers, advance=lambda part: advanced.append(part.about))
+    first = part("tensor")
+    second = part("tensor", first, place=2)
+    last = part("c", second)
+    others = [part("n", place=i) for i in range(20)]
+    bench.ahead([last, second, *others])
+    values = bench.get([last, second, *others])
+    assert values[0] == ["c", 1]
+    assert values[1]["x"].tolist() == [2.0, 2.0]
+    assert told(log) == ["c", *["n"] * 20, "tensor", "tensor"]
+    assert sorted(advanced) == ["c", *["n"] * 20, "tensor"]
+    # What is kept is not done again, whoever asks, but sent to what depends on it.
+    again = Bench(str(log), tmp_path, workers=workers)
+    d, e = part("d", second), part("e", second, first)
+    assert again.get([last, second, d, d, e])[2:] == [["d", 1], ["d", 1], ["e", 2]]
+    assert told(log) == ["c", "d", "e", *["n"] * 20, "tensor", "tensor"]
+
+
+def test_the_error_of_a_part_is_raised_and_what_is_done_stays(workers, log, tmp_path):
+    bench = Bench(str(log), tmp_path, workers=workers)
+    before, parts = part("before"), [part("n", place=i) for i in range(4)]
+    with pytest.raises(KeyError, match="a part's own words") as caught:
+        bench.get([before, part("after", part("wrong", before)), *parts])
+    assert type(caught.value) is KeyError
+    assert bench.kept(before) == ["before", 0]
+    bench.get(parts)
+    assert told(log).count("before") == 1
+    assert "after" not in told(log)
+
+
+def test_a_stop_cancels_what_is_on_its_way_and_the_next_run_goes_on(workers, log, tmp_path):
+    parts = [part("n", place=i) for i in range(30)]
+
+    def stop(part):
+        if len(told(log)) >= 3:
+            raise KeyboardInterrupt
+
+    bench = Bench(str(log), tmp_path, workers=workers, advance=stop)
+    with pytest.raises(KeyboardInterrupt):
+        bench.get(parts)
+    kept = sum(bench.kept(part) is not None for part in parts)
+    assert 0 < kept < 30
+    begun = len(told(log))
+    assert len(Bench(str(log), tmp_path, workers=workers).get(parts)) == 30
+    assert len(told(log)) - begun <= 30 - kept + 2  # those that were cancelled too late
+
+
+def test_a_part_that_ends_its_worker_again_and_again_is_named(nodes, log, monkeypatch):
+    monkeypatch.setattr(cluster, "_RETRIES", 1)
+    bench = Bench(str(log), None, workers=cluster.workers("auto"))
+    with pytest.raises(OSError, match="deadly could not be done: WorkerCrashedError"):
+        bench.get([part("deadly")])
+    assert told(log) == ["deadly"] * 2
+
+
+def test_a_worker_out_of_memory_is_told_what_to_do(nodes):
+    from ray import exceptions
+
+    error = cluster.blamed(
+        exceptions.OutOfMemoryError("Task was killed due to the node running low on memory."), part("a")
+    )
+    assert isinstance(error, OSError)
+    assert all(word in str(error) for word in ("out of memory", "--chunk", "--num-cpus"))
+
+
+def test_what_cannot_be_sent_is_told(workers):
+    with pytest.raises(TypeError, match=r"--ray must be left out: .* cannot be sent"):
+        Bench((i for i in range(3)), None, workers=workers).get([part("a")])
+
+
+def test_a_machine_with_another_version_does_nothing(nodes, log):
+    with pytest.raises(OSError, match="another version of immunonet"):
+        cluster._done(cluster.VERSION + 1, [], done, [])
+
+
+def test_a_cluster_without_what_the_scene_needs_is_refused(workers):
+    with pytest.raises(ValueError, match="--ray must be a cluster with GPUs"):
+        Bench(SimpleNamespace(device=torch.device("cuda")), None, workers=workers).get([part("a")])
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """Two bands of the unit square, apart by .2, a network that separates them, and DkNN around it."""
+    x = torch.rand(80, 2, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(80) % 2
+    x[:, 0] = torch.where(y == 0, 0.4 * x[:, 0], 0.6 + 0.4 * x[:, 0])
+    base = nn.Linear(2, 2)
+    with torch.no_grad():
+        base.weight.copy_(torch.tensor([[-20.0, 0.0], [20.0, 0.0]]))
+        base.bias.copy_(torch.tensor([10.0, -10.0]))
+    return base, x, y
+
+
+@pytest.fixture(scope="module")
+def attacked(problem):
+    """The function that evaluates DkNN with given workers, and gives the record and rows but for what was timed."""
+    base, x, y = problem
+    defence = DkNN(base, "input", neighbours=5).fit(x[20:], y[20:], calibration=0.2)
+    changes = {
+        "iterations": 3,
+        "black_box": 5,
+        "queries": 6,
+        "decisions": 1,
+        "evaluations": 4,
+        "noise": 2,
+        "checks": 10,
+    }
+    tiny = dataclasses.replace(PROTOCOLS["quick"], **changes)
+
+    def run(folder, workers=None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(PROTOCOLS, "quick", tiny)
+            patch.setattr(campaign, "CHUNK", 7)
+            found = evaluate(defence, x[:20], y[:20], base=base, eps=0.3, folder=folder, workers=workers)
+        return untimed(found.record), [untimed(dataclasses.asdict(row)) for row in found.rows]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def serial(attacked, tmp_path_factory):
+    return attacked(tmp_path_factory.mktemp("serial"))
+
+
+def untimed(value):
+    if isinstance(value, dict):
+        return {key: untimed(one) for key, one in value.items() if "seconds" not in key and key != "cost"}
+    return [untimed(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def test_a_campaign_gives_what_it_gives_in_one_process(attacked, serial, workers, tmp_path):
+    assert attacked(tmp_path, workers) == serial
+
+
+@pytest.fixture
+def dying(nodes):
+    """Workers of which one node dies when a few parts are done and others are on their way."""
+
+    class Dying(cluster.Cluster):
+        count = 0
+
+        def _land(self, flying, done):
+            super()._land(flying, done)
+            self.count += 1
+            if self.count > 2 and flying and nodes.worker_nodes:
+                nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
+
+    yield Dying("auto")
+    assert not nodes.worker_nodes
+    nodes.add_node(num_cpus=1)
+
+
+def test_a_node_that_dies_in_the_middle_costs_its_parts_alone(attacked, serial, dying, tmp_path):
+    assert attacked(tmp_path, dying) == serial
+
+
+def test_a_node_that_dies_in_the_middle_of_a_study_costs_its_parts_alone(dying, tmp_path, monkeypatch):
+    study = str(Path(__file__).parents[1] / "studies" / "small.toml")
+    records = []
+    for name, workers in (("here", None), ("there", dying)):
+        folder = tmp_path / name
+        if records:  # networks are trained once
+            shutil.copytree(tmp_path / "here" / "weights", folder / "weights")
+        monkeypatch.setattr(cluster, "workers", lambda address, workers=workers: workers)
+        with pytest.raises(SystemExit) as ended:
+            main(
+                [
+                    "reproduce",
+                    "--study",
+                    study,
+                    "--dataset",
+                    "digits",
+                    "--out",
+                    str(folder),
+                    "--json",
+                    f"{folder}/small.json",
+                ]
+            )
+        assert not ended.value.code
+        records.append(untimed(json.loads((folder / "small.json").read_text())) | {"command": ""})
+    assert records[0] == records[1]
+
+
+def test_a_table_gives_what_it_gives_in_one_process(problem, workers, tmp_path):
+    base, x, y = problem
+    images = Images(x, y, ("a", "b"))
+    lab = Lab(
+        {"bands": base}, {"training": images[40:], "validation": images[30:40], "test": images[:30]},
+        resolve=lambda name, net: name, where=lambda split, n: [0, n],
+        told={"dataset": "bands", "model": "linear", "net": "linear"},
+    )  # fmt: skip
+    pgd = attacks.PGD(eps=0.3, step=0.1, iterations=3)
+    specs = [Spec.parse(text) for text in ("cnn", "dknn input neighbours=5", "rails input generations=1")]
+    measurements = [
+        Measurement(spec=spec, base="bands", attack="pgd", method=pgd, images=30, seeds=seeds, told={"eps": 0.3})
+        for spec, seeds in zip(specs, [(), (), (0, 1)], strict=True)
+    ]
+    here = Tables(Bench(lab, tmp_path / "here"), 10).measure(measurements)
+    there = Tables(Bench(lab, tmp_path / "there", workers=workers), 10).measure(measurements)
+    for one, other in zip(here, there, strict=True):
+        assert one.correct.tolist() == other.correct.tolist()
+        assert untimed(one.row.to_json()) == untimed(other.row.to_json())
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("127.0.0.1:1", "no Ray cluster is reached at 127.0.0.1:1 .*ray start --head"),
+        ("nonsense", "must be auto or HOST"),
+    ],
+)
+def test_an_address_without_a_cluster_is_told(nodes, address, why, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster, "_PATIENCE", 1)
+    with pytest.raises((ConnectionError, ValueError), match=f"--ray.*{why}"):
+        cluster.workers(address)
+
+
+def test_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert cluster.workers(None) is None
+    with pytest.raises(ImportError, match=r"this needs ray: pip install 'immunonet\[cluster\]'"):
+        cluster.workers("auto")
+
+
+ALONE = """
+import sys
+from immunonet import evaluate
+from immunonet.evaluation import cluster
+from immunonet.evaluation.bench import Bench, Part
+
+if __name__ == "__main__":
+    assert "ray" not in sys.modules
+    workers = cluster.workers("auto")
+    import os, ray
+    assert Bench(3, None, workers=workers).get([Part(key="a", run=divmod, args=(2,))]) == [[1, 1]]
+    assert {node["NodeManagerAddress"] for node in ray.nodes()} == {"127.0.0.1"}
+    workers.close()
+    assert not ray.is_initialized()
+"""
+
+
+def test_without_a_cluster_one_is_started_for_this_machine_alone_and_ended():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        environment = os.environ | {"RAY_TMPDIR": folder, "HOME": folder}
+        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+            environment.pop(name, None)
+        ran = subprocess.run([sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr

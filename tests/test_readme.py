@@ -25,7 +25,8 @@ def test_examples(page: str, least: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_descriptions_of_defences_can_be_read() -> None:
-    words = (ROOT / "README.md").read_text().split("--defence ")[1:]
+    pages = (ROOT / "README.md", ROOT / "docs" / "papers.md")
+    words = [word for page in pages for word in page.read_text().split("--defence ")[1:]]
     texts = [word[1:].partition('"')[0] if word[0] == '"' else word.split()[0] for word in words]
     specs = [Spec.parse(text) for text in texts if not text.endswith("`")]
     assert len(specs) >= 15

@@ -106,6 +106,21 @@ class ImmuneResponse:
             parts.append(f"trace {len(self.trace)} x {_shape(self.trace[0].votes)}")
         return f"ImmuneResponse({'; '.join(parts)})"
 
+    @staticmethod
+    def cat(parts: Sequence[ImmuneResponse]) -> ImmuneResponse:
+        """Return the responses to consecutive batches as one."""
+        traces = [part.trace or () for part in parts]
+        return ImmuneResponse(
+            labels=torch.cat([part.labels for part in parts]),
+            votes=torch.cat([part.votes for part in parts]),
+            credibility=torch.cat([part.credibility for part in parts]),
+            foreign=torch.cat([part.foreign for part in parts]),
+            generations=torch.cat([part.generations for part in parts]),
+            plasma=Cells.cat([part.plasma for part in parts]),
+            memory=Cells.cat([part.memory for part in parts]),
+            trace=parts[0].trace and tuple(Trace.cat(layer) for layer in zip(*traces, strict=True)),
+        )
+
 
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))

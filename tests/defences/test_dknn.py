@@ -370,3 +370,8 @@ def test_bad_inputs(line):
         line.predict(column(1.5))
     with pytest.raises(ValueError, match=r"x must hold at least one input, got shape \(0, 1\)"):
         line.predict(torch.zeros(0, 1))
+
+
+def test_no_choice_of_neighbours_that_a_repertoire_has_is_told():
+    with pytest.raises(ValueError, match="neighbours must have a choice of at most 4"):
+        DkNN.candidates(4, {"neighbours": [5, 10]})

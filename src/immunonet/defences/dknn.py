@@ -104,6 +104,8 @@ class DkNN(NeighbourDefence):
         """Return for each metric the numbers of neighbours that a repertoire of so many examples has."""
         given = choices or {}
         counts = sorted(k for k in given.get("neighbours", NEIGHBOURS) if k <= examples)
+        if not counts:
+            raise ValueError(f"neighbours must have a choice of at most {examples}, the examples of the repertoire")
         metrics = given.get("metric", CHOSEN_METRICS)
         return [({"metric": m, "neighbours": counts[-1]}, [{"neighbours": k} for k in counts]) for m in metrics]
 

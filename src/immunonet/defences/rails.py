@@ -25,7 +25,7 @@ from immunonet.immune.consensus import decided, lots, winner
 from immunonet.immune.maturation import Matured, Naive, flocked, mature
 from immunonet.immune.noise import Noise, derive, identities
 from immunonet.immune.operators import Family
-from immunonet.immune.settings import Maturation, preset
+from immunonet.immune.settings import Maturation, per_layer, preset
 from immunonet.response import Cells, ImmuneResponse, Trace
 
 # Values of the populations that mature at once: enough antigens to share a generation's random numbers.
@@ -101,7 +101,7 @@ class RAILS(NeighbourDefence):
     ) -> None:
         shared: dict[str, Any] = {"metric": metric, "bounds": bounds, "false_alarm": false_alarm}
         super().__init__(model, layers, space=space, memory_budget=memory_budget, **shared)
-        self.maturations = _per_layer(maturation, len(self._layers))
+        self.maturations = per_layer(maturation, len(self._layers))
         self.cell_bounds = None if cell_bounds is None else incoming.bounds("cell_bounds", cell_bounds)
         self.shared_noise = _check.boolean("shared_noise", shared_noise)
         self.seed = _check.seed("seed", seed)
@@ -116,7 +116,9 @@ class RAILS(NeighbourDefence):
         caches); `trace` also returns the learning curve of every layer. All cells of the response are kept,
         (0.25 T)|S| floats per antigen: `predict` is lighter.
         """
-        return _join([found for found, _ in self._answers(x, seed, batch_size, keep_cells=True, trace=trace)])
+        return ImmuneResponse.cat(
+            [found for found, _ in self._answers(x, seed, batch_size, keep_cells=True, trace=trace)]
+        )
 
     def learning_curves(self, x: Any, seed: int | None = None) -> tuple[Trace, ...]:
         """Return the learning curve of every layer for antigens `x` `(B, *S)`."""
@@ -136,7 +138,7 @@ class RAILS(NeighbourDefence):
         `seed` and `batch_size` as in `respond`.
         """
         found = list(self._answers(x, seed, batch_size))
-        joined, far = _join([response for response, _ in found]), torch.cat([far for _, far in found])
+        joined, far = ImmuneResponse.cat([response for response, _ in found]), torch.cat([far for _, far in found])
         n = sum(settings.sizes(self.classes)[0] for settings in self.maturations)
         logs = ((n * joined.votes + 1) / (n + self.classes)).log()
         return Answer(
@@ -332,7 +334,7 @@ class RAILS(NeighbourDefence):
 
     def extra_repr(self) -> str:
         """Return layers, settings that differ from their defaults, and what it is fitted on, in words."""
-        own = [_changes(maturation) for maturation in self.maturations]
+        own = [maturation.changes() for maturation in self.maturations]
         parts = [
             f"layers={list(self.layers)}",
             "maturation=" + (own[0] if len(set(own)) == 1 else f"[{', '.join(own)}]"),
@@ -416,22 +418,6 @@ def _to_antigens(feature_map: FeatureMap, antigens: Tensor, features: Tensor, ce
     return feature_map.distances(cells, family, antigens, features)
 
 
-def _changes(maturation: Maturation) -> str:
-    """Return what makes a maturation of the defaults."""
-    values, usual = vars(maturation), vars(Maturation())
-    return f"Maturation({', '.join(f'{name}={value!r}' for name, value in values.items() if value != usual[name])})"
-
-
-def _per_layer(maturation: Any, layers: int) -> tuple[Maturation, ...]:
-    if maturation is None or isinstance(maturation, Maturation):
-        return (maturation or Maturation(),) * layers
-    if not isinstance(maturation, Sequence) or not all(isinstance(m, Maturation) for m in maturation):
-        raise TypeError(f"maturation must be a Maturation or a list with one per layer, got {maturation!r}")
-    if len(maturation) != layers:
-        raise ValueError(f"maturation must be one, or one per layer ({layers}), got {len(maturation)}")
-    return tuple(maturation)
-
-
 def _fitness(ends: list[Matured], flocks: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Return `(B, C)`, each class's best affinity in units of its layer's naive distances, summed over layers."""
     parts = [
@@ -439,18 +425,3 @@ def _fitness(ends: list[Matured], flocks: list[tuple[Tensor, Tensor]]) -> Tensor
         for end, (distances, _) in zip(ends, flocks, strict=True)
     ]
     return torch.stack(parts).sum(0)
-
-
-def _join(parts: list[ImmuneResponse]) -> ImmuneResponse:
-    """Return the responses to consecutive batches as one."""
-    first = parts[0]
-    return ImmuneResponse(
-        labels=torch.cat([part.labels for part in parts]),
-        votes=torch.cat([part.votes for part in parts]),
-        credibility=torch.cat([part.credibility for part in parts]),
-        foreign=torch.cat([part.foreign for part in parts]),
-        generations=torch.cat([part.generations for part in parts]),
-        plasma=Cells.cat([part.plasma for part in parts]),
-        memory=Cells.cat([part.memory for part in parts]),
-        trace=first.trace and tuple(Trace.cat(layer) for layer in zip(*(p.trace or () for p in parts), strict=True)),
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,6 +90,11 @@ class Maturation:
         plasma = max(1, round(self.plasma * total))
         return plasma, min(round(self.memory * total), total - plasma)
 
+    def changes(self) -> str:
+        """Return the settings that differ from the defaults, as code."""
+        usual = vars(Maturation())
+        return f"Maturation({', '.join(f'{name}={v!r}' for name, v in vars(self).items() if v != usual[name])})"
+
     @classmethod
     def paper(cls, **overrides: Any) -> Maturation:
         """Return the papers' text as far as it could be reconstructed (arXiv 2107.02842, 2012.10485).
@@ -140,6 +145,17 @@ PRESETS: dict[str, Callable[..., Any]] = {
 def preset(name: str, **overrides: Any) -> Any:
     """Return the settings of a preset, some of its values replaced; ValueError for an unknown one."""
     return PRESETS[_check.choice("preset", name, tuple(PRESETS))](**overrides)
+
+
+def per_layer(maturation: Any, layers: int) -> tuple[Maturation, ...]:
+    """Return one maturation for each of so many layers from one for all, a list with one per layer, or None."""
+    if maturation is None or isinstance(maturation, Maturation):
+        return (maturation or Maturation(),) * layers
+    if not isinstance(maturation, Sequence) or not all(isinstance(m, Maturation) for m in maturation):
+        raise TypeError(f"maturation must be a Maturation or a list with one per layer, got {maturation!r}")
+    if len(maturation) != layers:
+        raise ValueError(f"maturation must be one, or one per layer ({layers}), got {len(maturation)}")
+    return tuple(maturation)
 
 
 def _several(value: Any) -> bool:

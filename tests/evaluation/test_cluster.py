@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from trials import bands
 
 from immunonet import DkNN, attacks
 from immunonet.cli import main
@@ -158,15 +158,7 @@ def test_a_cluster_without_what_the_scene_needs_is_refused(workers):
 
 @pytest.fixture(scope="module")
 def problem():
-    """Two bands of the unit square, apart by .2, a network that separates them, and DkNN around it."""
-    x = torch.rand(80, 2, generator=torch.Generator().manual_seed(0))
-    y = torch.arange(80) % 2
-    x[:, 0] = torch.where(y == 0, 0.4 * x[:, 0], 0.6 + 0.4 * x[:, 0])
-    base = nn.Linear(2, 2)
-    with torch.no_grad():
-        base.weight.copy_(torch.tensor([[-20.0, 0.0], [20.0, 0.0]]))
-        base.bias.copy_(torch.tensor([10.0, -10.0]))
-    return base, x, y
+    return bands(80)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from trials import bands
 
 from immunonet.attacks import ASK, FGSM, PGD, SoftCount, SoftNeighbours
 from immunonet.data import Images
@@ -28,15 +29,7 @@ WEAK = PGD(eps=0.05, step=0.02, iterations=4, random_start=False)
 
 @pytest.fixture(scope="module")
 def problem():
-    """Two bands of the unit square, apart by .2, and a network that separates them exactly in the middle."""
-    x = torch.rand(120, 2, generator=torch.Generator().manual_seed(0))
-    y = torch.arange(120) % 2
-    x[:, 0] = torch.where(y == 0, 0.4 * x[:, 0], 0.6 + 0.4 * x[:, 0])
-    net = nn.Linear(2, 2)
-    with torch.no_grad():
-        net.weight.copy_(torch.tensor([[-20.0, 0.0], [20.0, 0.0]]))
-        net.bias.copy_(torch.tensor([10.0, -10.0]))
-    return net, x, y
+    return bands(120)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import nn
+from trials import bands
 
 from immunonet import Defence, attacks, evaluate, load, models, register
 from immunonet.data import Images
@@ -65,15 +65,7 @@ def house():
 
 @pytest.fixture(scope="module")
 def problem():
-    """Two bands of the unit square, apart by .2, and a network that separates them exactly in the middle."""
-    x = torch.rand(60, 2, generator=torch.Generator().manual_seed(0))
-    y = torch.arange(60) % 2
-    x[:, 0] = torch.where(y == 0, 0.4 * x[:, 0], 0.6 + 0.4 * x[:, 0])
-    net = nn.Linear(2, 2)
-    with torch.no_grad():
-        net.weight.copy_(torch.tensor([[-20.0, 0.0], [20.0, 0.0]]))
-        net.bias.copy_(torch.tensor([10.0, -10.0]))
-    return net, x, y
+    return bands(60)
 
 
 def rounded(x, levels):

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from trials import bands
 
 from immunonet import RAILS, DkNN, Maturation, _store
 from immunonet.defences.base import Undefended
@@ -26,16 +27,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture(scope="module")
 def problem():
-    """Two bands of the unit square, apart by .2, and a network that separates them exactly in the middle."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(160, 2, generator=generator)
-    y = torch.arange(160) % 2
-    x[:, 0] = torch.where(y == 0, 0.4 * x[:, 0], 0.6 + 0.4 * x[:, 0])
-    base = nn.Linear(2, 2)
-    with torch.no_grad():
-        base.weight.copy_(torch.tensor([[-20.0, 0.0], [20.0, 0.0]]))
-        base.bias.copy_(torch.tensor([10.0, -10.0]))
-    return base, x, y
+    return bands(160)
 
 
 def drawn(n):

@@ -1,4 +1,4 @@
-"""Trials and campaigns small enough to work out by hand."""
+"""Trials, campaigns and a problem small enough to work out by hand."""
 
 import dataclasses
 from collections import Counter
@@ -15,6 +15,18 @@ from immunonet.evaluation.draws import Draws
 from immunonet.evaluation.suite import PROTOCOLS, Planned, Threat
 
 BOUNDS = incoming.bounds("bounds", (0.0, 1.0))
+
+
+def bands(n):
+    """Two bands of the unit square, apart by .2, and a network that separates them exactly in the middle."""
+    x = torch.rand(n, 2, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(n) % 2
+    x[:, 0] = torch.where(y == 0, 0.4 * x[:, 0], 0.6 + 0.4 * x[:, 0])
+    net = nn.Linear(2, 2)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[-20.0, 0.0], [20.0, 0.0]]))
+        net.bias.copy_(torch.tensor([10.0, -10.0]))
+    return net, x, y
 
 
 def trial(name, correct, *, role="adaptive", attempted=None, familiarity=None):

@@ -76,7 +76,8 @@ class PGD(Attack):
             best.keep(Found(point.detach(), hit, curve[-1], best.losses))
             if not last:
                 velocity = self.momentum * velocity + _of_mean_one(gradient(loss, point))
-                point = point.detach() + self.step * self._ball.steepest(velocity)
+                point = point.detach()
+                point = point + self.step * self._ball.direction(velocity, point, low, high)
                 point = self._ball.project(point, x, self.eps, low, high)
         return best._replace(losses=torch.stack(curve))
 

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 
+# Share of values that a step in the L1 ball moves (Tramer & Boneh 2019: the 99th percentile).
+_SLIDE = 0.01
+
+
 class Norm(abc.ABC):
     """A norm by which perturbations `(B, *S)` are measured, every sample by itself, and the ball of radius `eps`.
 
@@ -28,6 +32,14 @@ class Norm(abc.ABC):
     @abc.abstractmethod
     def steepest(self, gradient: Tensor) -> Tensor:
         """Return the direction of size 1 that climbs fastest; zero where the gradient `(B, *S)` is zero."""
+
+    def direction(self, gradient: Tensor, point: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Return the direction of size 1 that an ascent takes from `point` `(B, *S)`, between `low` and `high`."""
+        return self.steepest(gradient)
+
+    def farthest(self, gradient: Tensor, centre: Tensor, eps: float, low: Tensor, high: Tensor) -> Tensor:
+        """Return the points `(B, *S)` of ball and bounds that one step of size `eps` from `centre` leads to."""
+        return self.project(centre + eps * self.steepest(gradient), centre, eps, low, high)
 
     @abc.abstractmethod
     def project(self, x: Tensor, centre: Tensor, eps: float, low: Tensor, high: Tensor) -> Tensor:
@@ -112,7 +124,74 @@ class L2(Norm):
         return math.sqrt(float(width.square().sum()))
 
 
-NORMS: dict[str, Norm] = {norm.name: norm for norm in (Linf(), L2())}
+class L1(Norm):
+    """The sum of absolute values.
+
+    Its ball reaches beyond bounds in single values, so that what is steepest, nearest or farthest within both is not
+    what the ball alone says (Croce & Hein 2021, section 3).
+    """
+
+    name = "l1"
+
+    def size(self, delta: Tensor) -> Tensor:
+        """Return the sum of absolute values of each perturbation `(B, *S)`: `(B,)`."""
+        return delta.flatten(1).abs().sum(1)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """Return 1 or -1 at the largest entry of each gradient `(B, *S)`, 0 elsewhere."""
+        return _largest(gradient, 1)
+
+    def direction(self, gradient: Tensor, point: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Return even steps along the largest 1 % of the gradient, where bounds let `point` move.
+
+        The step of SLIDE (Tramer & Boneh 2019); only moves that lead out of the bounds are forbidden.
+        """
+        held = ((point <= low) & (gradient < 0)) | ((point >= high) & (gradient > 0))
+        return _largest(gradient.masked_fill(held, 0.0), math.ceil(_SLIDE * gradient[0].numel()) if len(point) else 1)
+
+    def farthest(self, gradient: Tensor, centre: Tensor, eps: float, low: Tensor, high: Tensor) -> Tensor:
+        """Return where a linear function with this gradient is largest within ball and bounds: exact.
+
+        Values move as far as the bounds let them, those of the largest slope first, until `eps` is spent.
+        """
+        room = _room(gradient, centre, low, high).flatten(1)
+        order = gradient.flatten(1).abs().argsort(1, descending=True, stable=True)
+        ranked = room.gather(1, order)
+        spent = torch.minimum(ranked, (eps - (ranked.cumsum(1) - ranked)).clamp(min=0))
+        moved = torch.zeros_like(room).scatter(1, order, spent).view_as(centre)
+        return (centre + gradient.sign() * moved).clamp(low, high)
+
+    def project(self, x: Tensor, centre: Tensor, eps: float, low: Tensor, high: Tensor) -> Tensor:
+        """Return the nearest points to `x` within ball and bounds: exact (Croce & Hein 2021, proposition 2.1).
+
+        Every value moves towards `centre` by the same amount, after which the bounds cut it.
+        """
+        delta = x - centre
+        wish = delta.flatten(1).double().abs()
+        room = _room(delta, centre, low, high).flatten(1).double()
+        # What is left, as a function of the amount, is linear between these; its slope is how many values still move.
+        ends, order = torch.cat([wish, (wish - room).clamp(min=0)], 1).sort(1, descending=True)
+        moving = torch.where(order < wish.shape[1], 1.0, -1.0).cumsum(1)[:, :-1]
+        left = torch.cat([torch.zeros_like(ends[:, :1]), (moving * -ends.diff(dim=1)).cumsum(1)], 1)
+        place = torch.searchsorted(left, torch.full_like(left[:, :1], eps)).clamp(1, left.shape[1] - 1)
+        slope = moving.gather(1, place - 1).clamp(min=1)
+        amount = ends.gather(1, place - 1) - (eps - left.gather(1, place - 1)) / slope
+        amount = amount.where(torch.minimum(wish, room).sum(1, keepdim=True) > eps, 0.0)
+        kept = torch.minimum((wish - amount).clamp(min=0), room).to(x).view_as(x)
+        return (centre + delta.sign() * kept).clamp(low, high)
+
+    def random_within(self, x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+        """Return perturbations like `x` `(B, *S)`: exponential sizes over their sum and one more, random signs."""
+        sizes = torch.empty(len(x), x[0].numel() + 1 if len(x) else 1).exponential_(generator=generator)
+        signs = torch.rand(x.shape, generator=generator, dtype=torch.float32).sub(0.5).sign()
+        return (signs * (sizes / sizes.sum(1, keepdim=True))[:, 1:].reshape(x.shape)).to(x) * eps
+
+    def reach(self, width: Tensor) -> float:
+        """Return the sum of the widths."""
+        return float(width.sum())
+
+
+NORMS: dict[str, Norm] = {norm.name: norm for norm in (Linf(), L2(), L1())}
 """Every norm by its name, which is what the setting `norm` of an attack says."""
 
 
@@ -124,3 +203,16 @@ def column(values: Tensor, like: Tensor) -> Tensor:
 def spread(values: Tensor, like: Tensor) -> Tensor:
     """Shape values `(B,)` to broadcast over samples `(B, *S)`."""
     return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _largest(gradient: Tensor, count: int) -> Tensor:
+    """Return the signs of the `count` largest entries of each gradient `(B, *S)`, over as many as are not zero."""
+    flat = gradient.flatten(1)
+    values, places = flat.abs().topk(count, 1)
+    chosen = torch.zeros_like(flat).scatter(1, places, (values > 0).to(flat)) * flat.sign()
+    return (chosen / column(chosen.abs().sum(1), chosen)).view_as(gradient)
+
+
+def _room(delta: Tensor, centre: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return how far each value of `centre` `(B, *S)` may move in the direction of `delta`."""
+    return torch.where(delta > 0, high - centre, centre - low)

@@ -12,7 +12,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-
 # Share of values that a step in the L1 ball moves (Tramer & Boneh 2019: the 99th percentile).
 _SLIDE = 0.01
 
@@ -155,7 +154,7 @@ class L1(Norm):
         Values move as far as the bounds let them, those of the largest slope first, until `eps` is spent.
         """
         room = _room(gradient, centre, low, high).flatten(1)
-        order = gradient.flatten(1).abs().argsort(1, descending=True, stable=True)
+        order = gradient.flatten(1).abs().sort(1, descending=True, stable=True).indices
         ranked = room.gather(1, order)
         spent = torch.minimum(ranked, (eps - (ranked.cumsum(1) - ranked)).clamp(min=0))
         moved = torch.zeros_like(room).scatter(1, order, spent).view_as(centre)

@@ -84,7 +84,7 @@ TABLE = {
     "Noise": (Noise(points=4), 4),
     "one's own": (Grey(), 4),
 }
-EPS = {"linf": 0.1, "l2": 0.4, "l4": 0.2}
+EPS = {"linf": 0.1, "l2": 0.4, "l1": 1.5, "l4": 0.2}
 # Channels whose ranges differ.
 BOUNDS = [(-1.0, 2.0), (0.0, 0.5)]
 CASES = [(name, norm) for name in TABLE for norm in EPS if norm in (TABLE[name][0].norms or EPS)]

@@ -15,9 +15,9 @@ from immunonet.attacks._losses import log_odds
 class Noise(Attack):
     """Random perturbations of the attacked size, called as `attack(model, x, y)`: chance, which attacks must beat.
 
-    Of `points` draws (corners of the ball for "linf", else uniform in it) it keeps the one least likely to be answered
-    rightly, of a targeted attack the likeliest to be answered `y`, whether it succeeds or not. `losses` `(points, B)`
-    is the highest so far. The rest: see `PGD`.
+    Of `points` draws (corners of the ball for "linf", of ball and bounds for "l1", else uniform in it) it keeps the one
+    least likely to be answered rightly, of a targeted attack the likeliest to be answered `y`, whether it succeeds or
+    not. `losses` `(points, B)` is the highest so far. The rest: see `PGD`.
     """
 
     eps: float = 8 / 255
@@ -40,7 +40,8 @@ class Noise(Attack):
         x, generator = problem.x, generator_of(self.seed)
         found = Found.nothing(x, self.points)
         for point in range(self.points if len(x) else 0):
-            tried = (x + self._ball.extreme(x, self.eps, generator)).clamp(problem.low, problem.high)
+            moved = self._ball.extreme(x, self.eps, generator, problem.low, problem.high)
+            tried = (x + moved).clamp(problem.low, problem.high)
             loss, hit = self._judge_all(problem.model, tried, problem.y, self._loss)
             better = loss > found.loss
             for kept, new in ((found.points, tried), (found.success, hit), (found.loss, loss)):

@@ -14,6 +14,9 @@ from torch import Tensor
 
 # Share of values that a step in the L1 ball moves (Tramer & Boneh 2019: the 99th percentile).
 _SLIDE = 0.01
+# Of a projection onto the L1 ball: how near to its radius, relatively, and after how many rounds at the latest; every
+# eighth halves the bracket.
+_CLOSE, _ROUNDS = 1e-12, 160
 
 
 class Norm(abc.ABC):
@@ -23,6 +26,8 @@ class Norm(abc.ABC):
     """
 
     name: ClassVar[str]
+    sparse: ClassVar[bool] = False
+    """Whether the steepest step moves a single value, so that an ascent has to say how many it moves."""
 
     @abc.abstractmethod
     def size(self, delta: Tensor) -> Tensor:
@@ -55,8 +60,11 @@ class Norm(abc.ABC):
     def reach(self, width: Tensor) -> float:
         """Return the size of the largest perturbation that bounds of this `width` `(*S)` have room for."""
 
-    def extreme(self, x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-        """Return perturbations like `x` `(B, *S)`, drawn from where the ball reaches farthest, if that can be said."""
+    def extreme(self, x: Tensor, eps: float, generator: torch.Generator, low: Tensor, high: Tensor) -> Tensor:
+        """Return perturbations of `x` `(B, *S)`, drawn from where the ball reaches farthest, if that can be said.
+
+        `low` and `high`: bounds of the perturbed points, which may still have to be clipped to them.
+        """
         return self.random_within(x, eps, generator)
 
 
@@ -81,7 +89,7 @@ class Linf(Norm):
         """Return perturbations like `x` `(B, *S)` whose values are uniform."""
         return (2 * torch.rand(x.shape, generator=generator, dtype=torch.float32) - 1).to(x) * eps
 
-    def extreme(self, x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+    def extreme(self, x: Tensor, eps: float, generator: torch.Generator, low: Tensor, high: Tensor) -> Tensor:
         """Return random corners of the ball, like `x` `(B, *S)`."""
         return self.random_within(x, eps, generator).sign() * eps
 
@@ -131,6 +139,7 @@ class L1(Norm):
     """
 
     name = "l1"
+    sparse = True
 
     def size(self, delta: Tensor) -> Tensor:
         """Return the sum of absolute values of each perturbation `(B, *S)`: `(B,)`."""
@@ -138,7 +147,7 @@ class L1(Norm):
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """Return 1 or -1 at the largest entry of each gradient `(B, *S)`, 0 elsewhere."""
-        return _largest(gradient, 1)
+        return largest(gradient, torch.ones(len(gradient), device=gradient.device))
 
     def direction(self, gradient: Tensor, point: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Return even steps along the largest 1 % of the gradient, where bounds let `point` move.
@@ -146,7 +155,8 @@ class L1(Norm):
         The step of SLIDE (Tramer & Boneh 2019); only moves that lead out of the bounds are forbidden.
         """
         held = ((point <= low) & (gradient < 0)) | ((point >= high) & (gradient > 0))
-        return _largest(gradient.masked_fill(held, 0.0), math.ceil(_SLIDE * gradient[0].numel()) if len(point) else 1)
+        moved = gradient.masked_fill(held, 0.0)
+        return largest(moved, torch.full((len(moved),), math.ceil(_SLIDE * moved[:1].numel()), device=moved.device))
 
     def farthest(self, gradient: Tensor, centre: Tensor, eps: float, low: Tensor, high: Tensor) -> Tensor:
         """Return where a linear function with this gradient is largest within ball and bounds: exact.
@@ -154,36 +164,45 @@ class L1(Norm):
         Values move as far as the bounds let them, those of the largest slope first, until `eps` is spent.
         """
         room = _room(gradient, centre, low, high).flatten(1)
-        order = gradient.flatten(1).abs().sort(1, descending=True, stable=True).indices
-        ranked = room.gather(1, order)
-        spent = torch.minimum(ranked, (eps - (ranked.cumsum(1) - ranked)).clamp(min=0))
+        # Where the slope is 0 nothing is won.
+        room = room * (gradient.flatten(1) != 0)
+        order = gradient.flatten(1).abs().sort(dim=1, descending=True, stable=True).indices
+        ranked = room.gather(1, order).double()
+        spent = torch.minimum(ranked, (eps - (ranked.cumsum(1) - ranked)).clamp(min=0)).to(room)
         moved = torch.zeros_like(room).scatter(1, order, spent).view_as(centre)
         return (centre + gradient.sign() * moved).clamp(low, high)
 
     def project(self, x: Tensor, centre: Tensor, eps: float, low: Tensor, high: Tensor) -> Tensor:
         """Return the nearest points to `x` within ball and bounds: exact (Croce & Hein 2021, proposition 2.1).
 
-        Every value moves towards `centre` by the same amount, after which the bounds cut it.
+        Every value moves towards `centre` by the same amount, after which the bounds cut it. Points of the ball are
+        only cut.
         """
-        delta = x - centre
-        wish = delta.flatten(1).double().abs()
-        room = _room(delta, centre, low, high).flatten(1).double()
-        # What is left, as a function of the amount, is linear between these; its slope is how many values still move.
-        ends, order = torch.cat([wish, (wish - room).clamp(min=0)], 1).sort(1, descending=True)
-        moving = torch.where(order < wish.shape[1], 1.0, -1.0).cumsum(1)[:, :-1]
-        left = torch.cat([torch.zeros_like(ends[:, :1]), (moving * -ends.diff(dim=1)).cumsum(1)], 1)
-        place = torch.searchsorted(left, torch.full_like(left[:, :1], eps)).clamp(1, left.shape[1] - 1)
-        slope = moving.gather(1, place - 1).clamp(min=1)
-        amount = ends.gather(1, place - 1) - (eps - left.gather(1, place - 1)) / slope
-        amount = amount.where(torch.minimum(wish, room).sum(1, keepdim=True) > eps, 0.0)
-        kept = torch.minimum((wish - amount).clamp(min=0), room).to(x).view_as(x)
-        return (centre + delta.sign() * kept).clamp(low, high)
+        inside = x.clamp(low, high)
+        rows = (self.size((inside - centre).double()) > eps).nonzero()[:, 0]
+        if len(rows):
+            centre = centre[rows]
+            delta = x[rows] - centre
+            wish = delta.flatten(1).double().abs()
+            room = _room(delta, centre, low, high).flatten(1).double()
+            kept = torch.minimum((wish - _shrinkage(wish, room, eps)).clamp(min=0), room).to(x).view_as(delta)
+            inside[rows] = (centre + delta.sign() * kept).clamp(low, high)
+        return inside
 
     def random_within(self, x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
         """Return perturbations like `x` `(B, *S)`: exponential sizes over their sum and one more, random signs."""
         sizes = torch.empty(len(x), x[0].numel() + 1 if len(x) else 1).exponential_(generator=generator)
         signs = torch.rand(x.shape, generator=generator, dtype=torch.float32).sub(0.5).sign()
         return (signs * (sizes / sizes.sum(1, keepdim=True))[:, 1:].reshape(x.shape)).to(x) * eps
+
+    def extreme(self, x: Tensor, eps: float, generator: torch.Generator, low: Tensor, high: Tensor) -> Tensor:
+        """Return random corners of ball and bounds, like `x` `(B, *S)`.
+
+        Values in random order, each as far as the bounds let it either way, until `eps` is spent: a uniform point of the
+        ball moves every value by next to nothing.
+        """
+        way = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+        return self.farthest(way, x, eps, low, high) - x
 
     def reach(self, width: Tensor) -> float:
         """Return the sum of the widths."""
@@ -204,12 +223,39 @@ def spread(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def _largest(gradient: Tensor, count: int) -> Tensor:
-    """Return the signs of the `count` largest entries of each gradient `(B, *S)`, over as many as are not zero."""
+def largest(gradient: Tensor, counts: Tensor) -> Tensor:
+    """Return even steps of size 1 in L1, along as many of the largest entries of each gradient `(B, *S)`.
+
+    `counts` `(B,)`: how many, at least 1; entries of 0 are left out.
+    """
     flat = gradient.flatten(1)
-    values, places = flat.abs().topk(count, 1)
-    chosen = torch.zeros_like(flat).scatter(1, places, (values > 0).to(flat)) * flat.sign()
-    return (chosen / column(chosen.abs().sum(1), chosen)).view_as(gradient)
+    values, places = flat.abs().topk(int(counts.max()) if len(counts) else 0, 1)
+    chosen = (values > 0) & (torch.arange(values.shape[1], device=flat.device) < counts[:, None])
+    steps = torch.zeros_like(flat).scatter(1, places, chosen.to(flat)) * flat.sign()
+    return (steps / column(chosen.sum(1).to(flat), steps)).view_as(gradient)
+
+
+def _shrinkage(wish: Tensor, room: Tensor, eps: float) -> Tensor:
+    """Return by how much `wish` `(B, D)` must shrink, before `room` cuts it, to add up to `eps`: `(B, 1)` float64.
+
+    The sum falls along straight pieces, on whose slope the next guess lies (Newton), and where that leaves the bracket
+    it is halved. Exact as soon as a guess is on the right piece. As they are the sums are larger.
+    """
+    least, most = torch.zeros_like(wish[:, :1]), wish.amax(1, keepdim=True)
+    guess, close = least, torch.zeros_like(least, dtype=torch.bool)
+    for turn in range(_ROUNDS):
+        left = (wish - guess).clamp_(min=0)
+        excess = torch.minimum(left, room).sum(1, keepdim=True) - eps
+        close |= excess.abs() <= _CLOSE * eps
+        if bool(close.all()):
+            break
+        least, most = torch.where(excess > 0, guess, least), torch.where(excess > 0, most, guess)
+        moving = ((left > 0) & (left < room)).sum(1, keepdim=True)
+        following = guess + excess / moving
+        halved = (least + most) / 2
+        sound = (following > least) & (following < most) & (turn % 8 != 7)
+        guess = torch.where(close, guess, torch.where(sound, following, halved))
+    return torch.where(close, guess, most)
 
 
 def _room(delta: Tensor, centre: Tensor, low: Tensor, high: Tensor) -> Tensor:

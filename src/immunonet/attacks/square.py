@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from immunonet import _check
 from immunonet.attacks._base import Attack, Found, Problem, generator_of
 from immunonet.attacks._losses import margin
+from immunonet.attacks.norms import NORMS
 
 # Of 10,000 queries, those at which the area of the squares halves (Andriushchenko et al. 2020, section 4.1).
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -23,7 +26,7 @@ class Square(Attack):
 
     It climbs the margin (the best other class above `y`; of a targeted attack, `y` above the best other) by changing
     one square at a time, and keeps a change where the margin grew: with "linf" by -`eps` or `eps` per channel, with
-    "l2" by moving size from one square to another. Squares begin with the share `p` of the image and shrink. Inputs
+    "l2" and "l1" by moving size from one square to another. Squares begin with the share `p` of the image and shrink. Inputs
     `(F,)` are taken as one row of pixels.
 
     `queries`: calls per input after the one on `x`; with `draws` above 1 each is the mean margin over as many calls of
@@ -39,7 +42,7 @@ class Square(Attack):
     seed: int | None = 0
 
     needs = "scores"
-    norms = ("linf", "l2")
+    norms = ("linf", "l2", "l1")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,7 +74,8 @@ class Square(Attack):
             rows = (~(hit & self.early_stop)).nonzero()[:, 0]
             if not len(rows):
                 break
-            tried = self._try(query, x[rows], points[rows], numbers.of(rows, x)).clamp(low, high)
+            ball = _Ball(x[rows], self.eps, low, high)
+            tried = self._try(query, points[rows], ball, numbers.of(rows, x)).clamp(low, high)
             found, fooled = self._ask(problem.part(rows), tried)
             # The first try is where the search begins, better or not.
             better = (found > loss[rows]) | (query == 0)
@@ -93,26 +97,25 @@ class Square(Attack):
         loss, hits = (torch.stack(part).double().mean(0) for part in zip(*asked, strict=True))
         return loss, hits > 0.5
 
-    def _try(self, query: int, x: Tensor, points: Tensor, numbers: _Numbers) -> Tensor:
-        """Return the next points to ask about, in the ball around images `x` `(n, c, H, W)`."""
-        height, width = x.shape[2:]
-        if self.norm == "linf":
-            if query == 0:
-                return x + self.eps * numbers.stripes
-            side = max(1, round(math.sqrt(self._share(query) * height * width)))
-            square = _Window.at(numbers.first, side, x)
-            moved = points + 2 * self.eps * numbers.signs * square.mask
-            return torch.minimum(torch.maximum(moved, x - self.eps), x + self.eps)
+    def _try(self, query: int, points: Tensor, ball: _Ball, numbers: _Numbers) -> Tensor:
+        """Return the next points to ask about, in the ball around images `(n, c, H, W)`."""
+        way = _WAYS[self.norm]
         if query == 0:
-            return _scaled(x, _tiles(x, numbers), self.eps)
-        side = max(3, round(math.sqrt(self._share(query) * height * width)))
-        side += side % 2 == 0
-        square, other = _Window.at(numbers.first, side, x), _Window.at(numbers.second, side, x)
-        return _scaled(x, _l2_move(points - x, square, other, numbers, self.eps), self.eps)
+            return way.first(ball, numbers)
+        return way.changed(points, math.sqrt(self._share(query) * math.prod(points.shape[2:])), ball, numbers)
 
     def _share(self, query: int) -> float:
         """Return the share of the image that squares have at a query."""
         return self.p * 0.5 ** sum(query / self.queries * 10_000 > at for at in _HALVINGS)
+
+
+class _Ball(NamedTuple):
+    """Images `(n, c, H, W)`, how far points may be from them, and the valid range."""
+
+    x: Tensor
+    eps: float
+    low: Tensor
+    high: Tensor
 
 
 class _Numbers(NamedTuple):
@@ -173,58 +176,120 @@ class _Window(NamedTuple):
         return pattern[self.rows[:, :, None], self.columns[:, None, :]][:, None] * self.mask
 
 
-def _l2_move(delta: Tensor, square: _Window, other: _Window, numbers: _Numbers, eps: float) -> Tensor:
-    """Return perturbations whose size in the other square went to the first one (section 3.4)."""
-    inside = delta * square.mask
-    coin = numbers.coin[:, :, None, None] < 0.5
-    bump = torch.where(coin, square.filled(_bump(*square.size, delta)), square.filled(_bump(*square.size, delta, True)))
-    new = bump * numbers.signs + inside / _norm(inside)
-    both = delta * torch.maximum(square.mask, other.mask)
-    left = (eps**2 - delta.square().sum((1, 2, 3), keepdim=True)).clamp(min=0) / delta.shape[1]
-    new = new / _norm(new) * (left + both.square().sum((2, 3), keepdim=True)).sqrt()
-    return torch.where(square.mask.bool(), new, delta * (1 - other.mask))
+class _Way(abc.ABC):
+    """How squares are changed in the ball of one norm."""
+
+    @abc.abstractmethod
+    def first(self, ball: _Ball, numbers: _Numbers) -> Tensor:
+        """Return the points `(n, c, H, W)` to begin with."""
+
+    @abc.abstractmethod
+    def changed(self, points: Tensor, side: float, ball: _Ball, numbers: _Numbers) -> Tensor:
+        """Return `points` with one square of this side, rounded, changed."""
 
 
-def _tiles(x: Tensor, numbers: _Numbers) -> Tensor:
-    """Return images covered by bumps of a fifth of their height and width, with random signs."""
-    height, width = (max(1, length // 5) for length in x.shape[2:])
-    down, across = x.shape[2] // height, x.shape[3] // width
-    signs = numbers.tiles[:, :, :down, :across]
-    signs = signs.repeat_interleave(height, dim=2).repeat_interleave(width, dim=3)
-    out = torch.zeros_like(x)
-    out[:, :, : signs.shape[2], : signs.shape[3]] = signs * _bump(height, width, x).tile(down, across)
-    return out
+class _Corners(_Way):
+    """L-inf: every value at one end of what it may be (section 3.3)."""
+
+    def first(self, ball: _Ball, numbers: _Numbers) -> Tensor:
+        return ball.x + ball.eps * numbers.stripes
+
+    def changed(self, points: Tensor, side: float, ball: _Ball, numbers: _Numbers) -> Tensor:
+        square = _Window.at(numbers.first, max(1, round(side)), points)
+        moved = points + 2 * ball.eps * numbers.signs * square.mask
+        return torch.minimum(torch.maximum(moved, ball.x - ball.eps), ball.x + ball.eps)
 
 
-def _bump(height: int, width: int, like: Tensor, turned: bool = False) -> Tensor:
-    """Return the pattern `(height, width)` of size 1 that one L2 step adds: a positive and a negative half."""
-    if (turned and width > 1) or height == 1:
-        return _bump(width, height, like).T if width > 1 else like.new_ones(height, width)
-    halves = [_pyramid(height // 2, width, like), -_pyramid(height - height // 2, width, like)]
-    return _of_size_one(torch.cat(halves))
+class _Bumps(_Way):
+    """L2: bumps, and what they take from another square (section 3.4)."""
+
+    fall = 2
+    """The n-th rectangle of a bump weighs 1 / n to this power."""
+
+    def first(self, ball: _Ball, numbers: _Numbers) -> Tensor:
+        return self._brought(self._tiles(ball.x, numbers), ball)
+
+    def changed(self, points: Tensor, side: float, ball: _Ball, numbers: _Numbers) -> Tensor:
+        length = max(3, round(side))
+        length += length % 2 == 0
+        square, other = (_Window.at(place, length, points) for place in (numbers.first, numbers.second))
+        return self._brought(self._moved(points - ball.x, square, other, numbers, ball.eps), ball)
+
+    def _brought(self, delta: Tensor, ball: _Ball) -> Tensor:
+        """Return the images perturbed by `delta`, brought to the surface of the ball."""
+        return ball.x + delta * (ball.eps / delta.square().sum((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12))
+
+    def _size(self, delta: Tensor) -> Tensor:
+        """Return the size of every channel, `(n, c, 1, 1)`."""
+        return delta.square().sum((2, 3), keepdim=True).sqrt()
+
+    def _granted(self, delta: Tensor, both: Tensor, eps: float) -> Tensor:
+        """Return the size that the square may have in every channel: what `both` squares have, and a share of the rest."""
+        left = (eps**2 - delta.square().sum((1, 2, 3), keepdim=True)).clamp(min=0) / delta.shape[1]
+        return (left + both.square().sum((2, 3), keepdim=True)).sqrt()
+
+    def _moved(self, delta: Tensor, square: _Window, other: _Window, numbers: _Numbers, eps: float) -> Tensor:
+        """Return perturbations whose size in the other square went to the first one."""
+        inside = delta * square.mask
+        coin = numbers.coin[:, :, None, None] < 0.5
+        upright, turned = (square.filled(self.bump(*square.size, delta, turned=turned)) for turned in (False, True))
+        new = torch.where(coin, upright, turned) * numbers.signs + inside / self._size(inside).clamp(min=1e-12)
+        both = delta * torch.maximum(square.mask, other.mask)
+        new = new / self._size(new).clamp(min=1e-12) * self._granted(delta, both, eps)
+        return torch.where(square.mask.bool(), new, delta * (1 - other.mask))
+
+    def _tiles(self, x: Tensor, numbers: _Numbers) -> Tensor:
+        """Return images covered by bumps of a fifth of their height and width, with random signs."""
+        height, width = (max(1, length // 5) for length in x.shape[2:])
+        down, across = x.shape[2] // height, x.shape[3] // width
+        signs = numbers.tiles[:, :, :down, :across]
+        signs = signs.repeat_interleave(height, dim=2).repeat_interleave(width, dim=3)
+        out = torch.zeros_like(x)
+        out[:, :, : signs.shape[2], : signs.shape[3]] = signs * self.bump(height, width, x).tile(down, across)
+        return out
+
+    def bump(self, height: int, width: int, like: Tensor, *, turned: bool = False) -> Tensor:
+        """Return the pattern `(height, width)` of size 1 that one step adds: a positive and a negative half."""
+        if (turned and width > 1) or height == 1:
+            return self.bump(width, height, like).T if width > 1 else like.new_ones(height, width)
+        halves = [self._pyramid(height // 2, width, like), -self._pyramid(height - height // 2, width, like)]
+        return self._of_size_one(torch.cat(halves))
+
+    def _pyramid(self, height: int, width: int, like: Tensor) -> Tensor:
+        """Return rectangles around the centre, one in another, of falling weight, scaled to size 1."""
+        rows, columns = (torch.arange(n, device=like.device) - n // 2 for n in (height, width))
+        ring = torch.maximum(rows.abs()[:, None], columns.abs()[None])
+        weights = 1 / torch.arange(1, max(height, width) // 2 + 2, device=like.device).to(like) ** self.fall
+        # A pixel lies in all rectangles from its own ring on.
+        return self._of_size_one(weights.flip(0).cumsum(0).flip(0)[ring])
+
+    def _of_size_one(self, pattern: Tensor) -> Tensor:
+        return pattern / torch.linalg.vector_norm(pattern)
 
 
-def _pyramid(height: int, width: int, like: Tensor) -> Tensor:
-    """Return rectangles around the centre, one in another, the n-th of weight 1 / n^2, scaled to size 1."""
-    rows, columns = (torch.arange(n, device=like.device) - n // 2 for n in (height, width))
-    ring = torch.maximum(rows.abs()[:, None], columns.abs()[None])
-    weights = 1 / torch.arange(1, max(height, width) // 2 + 2, device=like.device).to(like).square()
-    # A pixel lies in all rectangles from its own ring on.
-    return _of_size_one(weights.flip(0).cumsum(0).flip(0)[ring])
+class _Peaks(_Bumps):
+    """L1: steeper bumps, and the nearest point of ball and bounds (Croce & Hein 2021, appendix)."""
+
+    fall = 4
+
+    def _brought(self, delta: Tensor, ball: _Ball) -> Tensor:
+        x, eps, low, high = ball
+        # A little less, so that rounding leaves no point outside.
+        return NORMS["l1"].project(x + delta, x, eps * (1 - 1e-6), low, high)
+
+    def _size(self, delta: Tensor) -> Tensor:
+        return delta.abs().sum((2, 3), keepdim=True)
+
+    def _granted(self, delta: Tensor, both: Tensor, eps: float) -> Tensor:
+        left = (eps - delta.abs().sum((1, 2, 3), keepdim=True)).clamp(min=0)
+        # As the authors' code has it, every channel takes what is left of the whole ball.
+        return left + delta.shape[1] * both.abs().sum((2, 3), keepdim=True)
+
+    def _of_size_one(self, pattern: Tensor) -> Tensor:
+        return pattern / pattern.abs().sum()
 
 
-def _of_size_one(pattern: Tensor) -> Tensor:
-    scaled: Tensor = pattern / torch.linalg.vector_norm(pattern)
-    return scaled
-
-
-def _norm(delta: Tensor) -> Tensor:
-    """Return the size of every channel, `(n, c, 1, 1)`, never 0."""
-    return delta.square().sum((2, 3), keepdim=True).sqrt().clamp(min=1e-12)
-
-
-def _scaled(x: Tensor, delta: Tensor, eps: float) -> Tensor:
-    return x + delta * (eps / delta.square().sum((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12))
+_WAYS: Mapping[str, _Way] = {"linf": _Corners(), "l2": _Bumps(), "l1": _Peaks()}
 
 
 def _as_images(x: Tensor) -> Tensor:

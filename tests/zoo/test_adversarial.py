@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,13 +8,19 @@ from torch import nn
 from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F
 
-from immunonet import data, zoo
+from immunonet import data, models, zoo
 from immunonet.zoo import training
-from immunonet.zoo.adversarial import LOSSES, divergence
+from immunonet.zoo.adversarial import LOSSES, Adversary, divergence
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def attacked(settings, net, x, y, generator, epoch=0):
+    """Return what the attacks of adversarial training find, one tensor or one per threat."""
+    with models.evaluating(net):
+        return Adversary(settings).attacked(functools.partial(models.ask, net), x, y, generator, epoch)[0]
 
 
 def linear(classes=2):
@@ -46,7 +54,7 @@ def same(a, b):
 def test_the_inner_maximum_of_a_linear_net_is_a_corner():
     net, images = linear(), grey()
     # From anywhere in the ball, 2 eps / step steps reach the corner.
-    found = zoo.Adversarial(eps=0.1, step=0.05, iterations=4).attacked(net, images.x, images.y, seeded(), 0)
+    (found,) = attacked(zoo.Adversarial(eps=0.1, step=0.05, iterations=4), net, images.x, images.y, seeded())
     weight = (net[1].weight[1] - net[1].weight[0]).detach()
     away = torch.where(images.y[:, None] == 0, weight, -weight).sign().reshape(-1, 1, 2, 2)
     torch.testing.assert_close(found, images.x + 0.1 * away)
@@ -54,9 +62,8 @@ def test_the_inner_maximum_of_a_linear_net_is_a_corner():
 
 def test_trades_climbs_the_divergence_from_the_clean_answer():
     net, images = linear(), grey()
-    found = zoo.Adversarial(loss="trades", eps=0.1, step=0.05, iterations=4).attacked(
-        net, images.x, 1 - images.y, seeded(), 0
-    )
+    settings = zoo.Adversarial(loss="trades", eps=0.1, step=0.05, iterations=4)
+    (found,) = attacked(settings, net, images.x, 1 - images.y, seeded())
     weight = (net[1].weight[1] - net[1].weight[0]).detach().sign().reshape(1, 1, 2, 2)
     # The divergence grows either way along the weights; which way depends on the random start, not on the labels.
     way = ((found - images.x) * weight).mean((1, 2, 3), keepdim=True)
@@ -77,7 +84,7 @@ def test_attacked_images_stay_in_the_ball_and_the_net_as_it_was(loss, eps, step,
     before = state(net)
     attack = zoo.Adversarial(loss=loss, eps=eps, step=step, iterations=iterations, ramp=2)
     y = torch.tensor([0, 1, 2, 0, 1])
-    found = attack.attacked(net, x, y, seeded(seed % 2**63), epoch)
+    (found,) = attacked(attack, net, x, y, seeded(seed % 2**63), epoch)
     assert float((found - x).abs().max()) <= eps * min(1, epoch / 2) + 1e-6
     assert 0 <= float(found.min()) <= float(found.max()) <= 1
     assert not found.requires_grad
@@ -85,14 +92,15 @@ def test_attacked_images_stay_in_the_ball_and_the_net_as_it_was(loss, eps, step,
     assert all(module.training for module in net.modules())
     assert same(before, state(net))
     assert all(parameter.grad is None for parameter in net.parameters())
-    assert torch.equal(found, attack.attacked(net, x, y, seeded(seed % 2**63), epoch))
+    assert torch.equal(found, attacked(attack, net, x, y, seeded(seed % 2**63), epoch)[0])
 
 
 def test_eps_rises_over_the_ramp():
     net, images = linear(), grey()
     attack = zoo.Adversarial(eps=0.2, step=0.1, iterations=4, ramp=4)
     sizes = [
-        float((attack.attacked(net, images.x, images.y, seeded(), e) - images.x).abs().max()) for e in (0, 1, 2, 4, 9)
+        float((attacked(attack, net, images.x, images.y, seeded(), e)[0] - images.x).abs().max())
+        for e in (0, 1, 2, 4, 9)
     ]
     assert sizes == pytest.approx([0, 0.05, 0.1, 0.2, 0.2], abs=1e-6)
 
@@ -100,15 +108,15 @@ def test_eps_rises_over_the_ramp():
 def test_objectives():
     net, images = linear(3).double(), grey()
     x, y = images.x.double(), images.y
-    attacked = x.flip(0)
-    clean, moved = net(x).float().detach(), net(attacked).float().detach()
-    torch.testing.assert_close(zoo.Adversarial().objective(net, x, attacked, y).detach(), F.cross_entropy(moved, y))
+    turned = x.flip(0)
+    clean, moved = net(x).float().detach(), net(turned).float().detach()
+    found = Adversary(zoo.Adversarial()).objective(net, x, [turned], y)
+    torch.testing.assert_close(found.detach(), F.cross_entropy(moved, y))
     expected = (
         F.cross_entropy(clean, y) + 2.5 * kl_divergence(Categorical(logits=clean), Categorical(logits=moved)).mean()
     )
-    torch.testing.assert_close(
-        zoo.Adversarial(loss="trades", beta=2.5).objective(net, x, attacked, y).detach(), expected
-    )
+    found = Adversary(zoo.Adversarial(loss="trades", beta=2.5)).objective(net, x, [turned], y)
+    torch.testing.assert_close(found.detach(), expected)
     assert float(divergence(clean, clean)) == pytest.approx(0, abs=1e-6)
 
 
@@ -133,12 +141,12 @@ def test_robust_accuracy_is_that_of_the_margin():
 def test_the_best_epoch_is_the_most_robust(monkeypatch):
     seen, scores = [], iter([0.5, 0.75, 0.25])
 
-    def measured(net, images, *, eps):
-        assert eps == 0.07
+    def measured(net, images, *, threats):
+        assert threats == {"linf": 0.07}
         seen.append(state(net))
-        return next(scores)
+        return {"linf": (score := next(scores)), "union": score}
 
-    monkeypatch.setattr(training, "robust_accuracy", measured)
+    monkeypatch.setattr(training, "robust_accuracies", measured)
     net, attack = normalised(), zoo.Adversarial(eps=0.1, iterations=1, validation_eps=0.07)
     history = zoo.train(net, grey(), grey(10, seed=1), epochs=3, batch_size=8, lr=0.05, adversarial=attack)
     assert [row["validation_robust_accuracy"] for row in history] == [0.5, 0.75, 0.25]

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from immunonet import data, zoo
-from immunonet.zoo import training
+from immunonet.zoo import loop
 
 
 def toy(n=40, *, shape=(1, 2, 2), seed=0):
@@ -58,9 +58,13 @@ class Interrupt(Exception):
 
 
 HARDENING = zoo.Adversarial(eps=0.1, iterations=2, ramp=2)
+RANDOM = zoo.Adversarial(threats={"linf": 0.1, "l1": 0.3}, combine="random", iterations=2)
 
 
-@pytest.mark.parametrize("settings", [{}, {"augment": True}, {"adversarial": HARDENING}, {"bfloat16": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"augment": True}, {"adversarial": HARDENING}, {"bfloat16": True}, {"ema": 0.8}, {"adversarial": RANDOM}],
+)
 @pytest.mark.parametrize("epoch", [0, 1, 3])
 @pytest.mark.parametrize("within", [True, False])
 def test_an_interrupted_run_resumes_exactly(tmp_path, epoch, within, settings):
@@ -130,7 +134,7 @@ def test_accuracy_counts_and_keeps_the_mode():
 
 
 def test_learning_rate():
-    rates = [training.learning_rate(step, 100, 2.0) for step in range(100)]
+    rates = [loop.learning_rate(step, 100, 2.0) for step in range(100)]
     assert rates[:20] == pytest.approx(np.linspace(0, 2, 22)[1:-1])
     assert rates[20] == 2.0
     assert rates[60] == pytest.approx(1.0)
@@ -140,8 +144,8 @@ def test_learning_rate():
 
 def test_augmentation_flips_and_shifts():
     x = torch.rand((30, 2, 5, 6), generator=torch.Generator().manual_seed(0))
-    found = training._augmented(x, torch.Generator().manual_seed(1))
-    assert torch.equal(found, training._augmented(x, torch.Generator().manual_seed(1)))
+    found = loop._augmented(x, torch.Generator().manual_seed(1))
+    assert torch.equal(found, loop._augmented(x, torch.Generator().manual_seed(1)))
     seen = set()
     for image, moved in zip(x.numpy(), found.numpy(), strict=True):
         matches = [

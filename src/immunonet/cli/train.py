@@ -120,7 +120,7 @@ def train(
     for row in results:
         typer.echo(f"{row['split']} accuracy {row['accuracy']:.4f} on {row['n']} images")
         if hardening is not None:
-            under = f"{row['robust_accuracy']:.4f} under attack (eps {hardening.measured_eps:g})"
+            under = f"{row['robust_accuracy']:.4f} under attack (eps {hardening.measured:g})"
             typer.echo(f"{row['split']} accuracy {under} on {row['robust_n']} images")
     typer.echo(f"weights: {path}")
 
@@ -130,7 +130,7 @@ def _attacked(net: nn.Module, images: data.Images, hardening: zoo.Adversarial | 
     if hardening is None:
         return {}
     n = min(1000, len(images))
-    accuracy = zoo.robust_accuracy(net, images, eps=hardening.measured_eps, most=n)
+    accuracy = zoo.robust_accuracy(net, images, eps=hardening.measured, most=n)
     return {"robust_accuracy": accuracy, "robust_n": n, "robust_slice": {"sample": [n, len(images)], "seed": 0}}
 
 

@@ -2,9 +2,22 @@
 
 from immunonet.defences.base import REGISTRY, Answer, Defence, Sense, Undefended, load, register
 from immunonet.defences.dknn import DkNN
+from immunonet.defences.path import ModePath, PathEnsemble
 from immunonet.defences.rails import RAILS
 
-for _kind in (Undefended, DkNN, RAILS):
+for _kind in (Undefended, DkNN, RAILS, PathEnsemble):
     register(_kind)
 
-__all__ = ["RAILS", "REGISTRY", "Answer", "Defence", "DkNN", "Sense", "Undefended", "load", "register"]
+__all__ = [
+    "RAILS",
+    "REGISTRY",
+    "Answer",
+    "Defence",
+    "DkNN",
+    "ModePath",
+    "PathEnsemble",
+    "Sense",
+    "Undefended",
+    "load",
+    "register",
+]

@@ -1,8 +1,10 @@
 """Small reference networks, their training and their weights."""
 
-from immunonet.zoo.adversarial import Adversarial, robust_accuracy
+from immunonet.zoo.adversarial import Adversarial, robust_accuracies, robust_accuracy
+from immunonet.zoo.connecting import connect
+from immunonet.zoo.loop import Epoch
 from immunonet.zoo.networks import NAMES, DigitsNet, MnistNet, MnistSmallNet, ResidualNet, TinyViT, build, mnist_affine
-from immunonet.zoo.training import Epoch, accuracy, train
+from immunonet.zoo.training import accuracy, train
 from immunonet.zoo.weights import load_weights, save_weights
 
 __all__ = [
@@ -16,8 +18,10 @@ __all__ = [
     "TinyViT",
     "accuracy",
     "build",
+    "connect",
     "load_weights",
     "mnist_affine",
+    "robust_accuracies",
     "robust_accuracy",
     "save_weights",
     "train",

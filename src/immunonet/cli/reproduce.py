@@ -14,6 +14,7 @@ from torch import nn
 
 from immunonet import _store, data, studies, zoo
 from immunonet.cli import common
+from immunonet.cli.networks import Nursery
 from immunonet.evaluation import cluster
 from immunonet.evaluation.bench import Bench, Part
 from immunonet.evaluation.lab import Lab, Tables
@@ -96,7 +97,8 @@ def _lab(
         splits = {name: split[data.sample(len(split))] for name, split in splits.items()}
     splits["validation"] = validation[data.sample(len(validation))]
     models = {name: common.model_name(base.model, images) for name, base in study.bases.items()}
-    nets = {name: _network(study, name, models, (training, validation), device, out, own) for name in study.bases}
+    nursery = Nursery(study=study, models=models, images=(training, validation), device=device, out=out, own=own)
+    nets = {name: nursery.network(name) for name in study.bases}
     for name, net in nets.items():
         common.check_model(models[name], net, images)
 
@@ -141,39 +143,3 @@ def _images(
     if name in data.DATASETS and not given:
         return data.load(name, split, directory=directory, classes=classes)
     return common.resolve_dataset(name, split, directory, classes=classes)
-
-
-def _network(
-    study: Study, name: str, models: dict[str, str], images: Sequence[data.Images], device: torch.device, out: Path,
-    own: bool,
-) -> nn.Module:  # fmt: skip
-    """Return a base network with its weights, or else those of its recipe, trained if they are not in `out` yet."""
-    base, (training, validation) = study.bases[name], images
-    classes = len(training.classes)
-    if own and base.weights is not None:
-        path = Path(base.weights)
-        if path.exists() or path.with_suffix(".json").exists():
-            return common.load_model(models[name], path, device, classes=classes)
-    net = common.build_model(models[name], classes=classes, seed=base.training.seed).to(device)
-    if base.start is not None:
-        net.load_state_dict(_network(study, base.start, models, images, device, out, own).state_dict())
-    recipe = base.training.model_dump(mode="json", exclude_unset=True)
-    first, digest = (_store.digest(values) for values in (net.state_dict().values(), [training.x, training.y]))
-    made_of = {"model": models[name], "training": recipe, "first": first, "images": digest}
-    path = out / "weights" / f"{name}-{_store.fingerprint(made_of)[:12]}.safetensors"
-    if not path.with_suffix(".json").exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint = path.with_suffix(".checkpoint.safetensors")
-        with common.progress() as bar:
-            task = bar.add_task(f"training {name}")
-
-            def show(step: int, steps: int, history: list[zoo.Epoch]) -> None:
-                bar.update(task, completed=step, total=steps)
-
-            how: dict[str, Any] = dict(base.training)
-            history = zoo.train(net, training, validation, **how, checkpoint=checkpoint, on_progress=show)
-        zoo.save_weights(net, path, recipe={**envelope([]), **made_of, "history": history})
-        checkpoint.unlink()
-        common.console.print(f"trained {name}: {path}", markup=False, soft_wrap=True)
-    zoo.load_weights(net, path)
-    return net.eval()

@@ -21,6 +21,8 @@ from immunonet.attacks import FGSM, PGD, Attack
 from immunonet.defences.base import REGISTRY, kind_of
 from immunonet.defences.spec import Spec, read
 from immunonet.evaluation import lab
+from immunonet.paths import curves
+from immunonet.zoo.adversarial import radii
 
 METHODS: dict[str, type[Attack]] = {"fgsm": FGSM, "pgd": PGD}
 # What every study may call by these names, with titles; [defences] says otherwise, or adds to them.
@@ -34,6 +36,8 @@ DEFENCES = {
     "rails": ("rails", "RAILS"),
 }
 T = TypeVar("T")
+# What stands for the place of a path that does best on validation.
+BEST = "best"
 
 
 def built(make: Callable[..., T], table: Any, *, without: Sequence[str] = ()) -> T:
@@ -43,7 +47,7 @@ def built(make: Callable[..., T], table: Any, *, without: Sequence[str] = ()) ->
     for key in table:
         among(key, [f.name for f in dataclasses.fields(make) if f.name not in without], "key")  # type: ignore[arg-type]
     try:
-        return make(**{key: _number(value) for key, value in table.items()})
+        return make(**{key: _numbers(value) for key, value in table.items()})
     except TypeError as error:
         raise ValueError(str(error)) from error
 
@@ -62,6 +66,10 @@ def _number(value: Any) -> Any:
     return _check.fraction("it", value) if isinstance(value, str) and "/" in value else value
 
 
+def _numbers(value: Any) -> Any:
+    return {key: _number(one) for key, one in value.items()} if isinstance(value, dict) else _number(value)
+
+
 def _real(value: Any) -> Any:
     if not _check.is_number(value) or not math.isfinite(value):
         raise ValueError(f"must be a finite number, got {value!r}")
@@ -73,6 +81,16 @@ def _options(value: Any) -> Range | tuple[Any, ...]:
         return Range.model_validate(value)
     if not isinstance(value, tuple) or len(value) < 2 or any(one in value[:i] for i, one in enumerate(value)):
         raise ValueError(f"must be a table with low and high, or a list of at least two different values, got {value}")
+    return value
+
+
+def _place(value: str) -> str:
+    name, at, where = value.partition("@")
+    if at and not where.startswith(BEST):
+        for t in where.split("+"):
+            curves.place(_check.fraction("t", t))
+    elif at and where != BEST and not (where.removeprefix(BEST).isdecimal() and int(where.removeprefix(BEST)) > 1):
+        raise ValueError(f"must be {name}@{BEST}, {name}@{BEST}3 or {name}@0.5, got {value!r}")
     return value
 
 
@@ -100,6 +118,9 @@ Asked = Annotated[str, _in("attack", "attacks", "clean")]
 Attacks = Annotated[tuple[Asked, ...], Some]
 Split = Literal["test", "validation"]
 Settings = dict[str, Any]
+Radii = Annotated[dict[str, Any], BeforeValidator(lambda value: radii("it", _numbers(value)))]
+# A network of a study: a base, or points of a path: `srmc@0.3`, `srmc@best`, `srmc@0.2+0.5`, `srmc@best3`.
+Place = Annotated[str, AfterValidator(lambda value: _place(value))]
 
 
 class Table(pydantic.BaseModel):
@@ -115,18 +136,35 @@ class Table(pydantic.BaseModel):
         return table
 
 
-class Training(Table):
-    """Keyword arguments of `zoo.train`."""
+class Schedule(Table):
+    """Keyword arguments that `zoo.train` and `zoo.connect` have in common."""
 
     epochs: Count = 6
     batch_size: Count = 128
     lr: Annotated[Number, Field(gt=0)] = 1e-3
     weight_decay: Size = 0.01
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    patience: Count | None = None
     augment: bool = False
     bfloat16: bool = False
+    ema: Annotated[Number, Field(ge=0, lt=1)] | None = None
+
+
+class Training(Schedule):
+    """Keyword arguments of `zoo.train`."""
+
+    patience: Count | None = None
     adversarial: Annotated[Any, BeforeValidator(lambda v: v if v is None else built(zoo.Adversarial, v))] = None
+
+
+class Connecting(Schedule):
+    """Keyword arguments of `zoo.connect`; radii None: those of the study's threats."""
+
+    epochs: Count = 10
+    weight_decay: Size = 0.0
+    threats: Radii | None = None
+    combine: Literal["max", "average", "msd", "random"] = "msd"
+    iterations: Count = 10
+    ramp: Annotated[int, Field(ge=0)] = 0
 
 
 class Base(Table):
@@ -304,6 +342,59 @@ class Search(Single):
     space: Annotated[dict[str, Annotated[Any, AfterValidator(_options)]], Some]
 
 
+class Join(Table):
+    """A path between networks, and what its points are measured by.
+
+    `ends`: bases, or points of paths that come before it. `training`: how its bends are trained; None: it stays the
+    straight line between them.
+    """
+
+    ends: Annotated[tuple[Place, ...], Field(min_length=2)]
+    title: str = ""
+    training: Connecting | None = None
+
+
+class Profile(Table):
+    """How the points of all paths are measured: `points` places from 0 to 1 on `images` of the validation split.
+
+    Under every threat of the study by the attack that training ends with, PGD of `iterations` steps, and by APGD of
+    `apgd`. `statistics`: training images that batch statistics of points come from. The plane through both ends and
+    the bend is drawn with `plane` points a side (0: not at all), on `plane_images`, under PGD of `plane_iterations`.
+    """
+
+    points: Annotated[int, Field(ge=2)] = 21
+    images: Count = 500
+    iterations: Count = 10
+    apgd: Count = 20
+    plane: Annotated[int, Field(ge=0)] = 0
+    plane_images: Count = 100
+    plane_iterations: Count = 5
+
+
+class Entrant(Table):
+    """A network, or the ensemble of several points, and what is around it: none, or a defence with its layers.
+
+    `defence`: a description; of an ensemble its layers are those of every member.
+    """
+
+    network: Place
+    defence: str | None = None
+    title: str = ""
+
+
+class Contest(Table):
+    """Networks and defences under a whole protocol and all threats of the study, on the same test images, in pairs.
+    """
+
+    name: Stem
+    title: str = ""
+    images: Count
+    protocol: Literal["quick", "standard", "full"] = "quick"
+    entrants: Annotated[
+        tuple[Annotated[Entrant, BeforeValidator(lambda v: {"network": v} if isinstance(v, str) else v)], ...], Some
+    ]
+
+
 class Target(Table):
     """What the study should reach: accuracy of a defence, or its gain in points `over` another at the same layers.
 
@@ -348,10 +439,14 @@ class Study(Table):
     notes: tuple[str, ...] = ()
     remarks: dict[str, str] = {}
     bases: Annotated[dict[str, Base], Some]
-    attacks: dict[str, Settings]
+    attacks: dict[str, Settings] = {}
     defences: dict[str, Annotated[Named, BeforeValidator(lambda v: {"spec": v} if isinstance(v, str) else v)]] = {}
     tuning: Tuning = {}  # type: ignore[assignment]  # validated with the rest
-    main: Annotated[tuple[Comparison, ...], Some]
+    main: tuple[Comparison, ...] = ()
+    threats: Radii | None = None
+    paths: dict[str, Join] = {}
+    profile: Profile = Profile()
+    contests: tuple[Contest, ...] = ()
     curves: tuple[Curve, ...] = ()
     learning: tuple[Learning, ...] = ()
     sensing: tuple[Sensing, ...] = ()

@@ -1,7 +1,7 @@
 """Small reference networks, their training and their weights."""
 
 from immunonet.zoo.adversarial import Adversarial, robust_accuracies, robust_accuracy
-from immunonet.zoo.connecting import connect
+from immunonet.zoo.connecting import STATISTICS, connect
 from immunonet.zoo.loop import Epoch
 from immunonet.zoo.networks import NAMES, DigitsNet, MnistNet, MnistSmallNet, ResidualNet, TinyViT, build, mnist_affine
 from immunonet.zoo.training import accuracy, train
@@ -9,6 +9,7 @@ from immunonet.zoo.weights import load_weights, save_weights
 
 __all__ = [
     "NAMES",
+    "STATISTICS",
     "Adversarial",
     "DigitsNet",
     "Epoch",

@@ -18,8 +18,9 @@ from immunonet.zoo.adversarial import Adversarial, Adversary, robust_accuracies
 from immunonet.zoo.loop import Epoch, Progress, Schedule, Task, train_task
 from immunonet.zoo.training import accuracy
 
-# Images that statistics of points are computed from.
-_STATISTICS = 5000
+STATISTICS = 5000
+"""Training images, a fixed random sample, that batch statistics of points are computed from."""
+
 # Where validation looks at the path after an epoch.
 _MIDDLE = 0.5
 
@@ -58,7 +59,7 @@ def connect(
     against = None
     if threats is not None:
         against = Adversarial(threats=threats, combine=combine, iterations=iterations, ramp=ramp)
-    chosen = sample(len(images), min(_STATISTICS, len(images))).sort().values
+    chosen = sample(len(images), min(STATISTICS, len(images))).sort().values
     device = next(path.parameters()).device
     path.images = images.x[chosen].to(device)
     known = {

@@ -1,0 +1,88 @@
+"""The networks and paths of a study: with weights of their own, or trained and kept by all that they depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from immunonet import _store, data, zoo
+from immunonet.cli import common
+from immunonet.defences.path import ModePath
+from immunonet.evaluation.records import envelope
+from immunonet.studies import Study
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nursery:
+    """Makes the networks of a study from `images`, training and validation, and keeps them in `out`.
+
+    `models`: names of the bases' networks. `own`: whether the files of weights that a study names are those meant.
+    """
+
+    study: Study
+    models: dict[str, str]
+    images: Sequence[data.Images]
+    device: torch.device
+    out: Path
+    own: bool
+
+    def network(self, name: str) -> nn.Module:
+        """Return a base network with its weights, or else those of its recipe, trained if they are not kept yet."""
+        base, training = self.study.bases[name], self.images[0]
+        classes = len(training.classes)
+        if self.own and base.weights is not None:
+            path = Path(base.weights)
+            if path.exists() or path.with_suffix(".json").exists():
+                return common.load_model(self.models[name], path, self.device, classes=classes)
+        net = common.build_model(self.models[name], classes=classes, seed=base.training.seed).to(self.device)
+        if base.start is not None:
+            net.load_state_dict(self.network(base.start).state_dict())
+        recipe = base.training.model_dump(mode="json", exclude_unset=True)
+        made_of = {"model": self.models[name], "training": recipe, **self._made_of(net)}
+        path = self.out / "weights" / f"{name}-{_store.fingerprint(made_of)[:12]}.safetensors"
+        if not path.with_suffix(".json").exists():
+            history = self._trained(name, path, lambda **how: zoo.train(net, *self.images, **dict(base.training), **how))
+            zoo.save_weights(net, path, recipe={**envelope([]), **made_of, "history": history})
+        zoo.load_weights(net, path)
+        return net.eval()
+
+    def path(self, name: str, ends: Sequence[nn.Module]) -> ModePath:
+        """Return a path between networks, its bends trained, if they are, and not kept yet."""
+        join = self.study.paths[name]
+        chosen = data.sample(len(self.images[0]), min(zoo.STATISTICS, len(self.images[0]))).sort().values
+        found = ModePath(*ends, images=self.images[0].x[chosen].to(self.device))
+        if join.training is None:
+            return found
+        settings = dict(join.training)
+        settings["threats"] = settings["threats"] or self.study.threats
+        made_of = {"training": settings, **self._made_of(*ends)}
+        folder = self.out / "paths" / f"{name}-{_store.fingerprint(made_of)[:12]}"
+        if not (folder / "path.json").exists():
+            self._trained(name, folder / "path", lambda **how: zoo.connect(found, *self.images, **settings, **how))
+            found.save(folder)
+        return ModePath.load(folder, ends[0], images=found.images)
+
+    def _made_of(self, *nets: nn.Module) -> dict[str, Any]:
+        training = self.images[0]
+        first = _store.digest([value for net in nets for value in net.state_dict().values()])
+        return {"first": first, "images": _store.digest([training.x, training.y])}
+
+    def _trained(self, name: str, path: Path, train: Callable[..., list[zoo.Epoch]]) -> list[zoo.Epoch]:
+        """Run a training that leaves checkpoints beside `path`, with a bar of progress; return its epochs."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint = path.with_suffix(".checkpoint.safetensors")
+        with common.progress() as bar:
+            task = bar.add_task(f"training {name}")
+
+            def show(step: int, steps: int, history: list[zoo.Epoch]) -> None:
+                bar.update(task, completed=step, total=steps)
+
+            history = train(checkpoint=checkpoint, on_progress=show)
+        checkpoint.unlink()
+        common.note(f"trained {name}")
+        return history

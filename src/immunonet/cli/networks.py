@@ -46,7 +46,9 @@ class Nursery:
         made_of = {"model": self.models[name], "training": recipe, **self._made_of(net)}
         path = self.out / "weights" / f"{name}-{_store.fingerprint(made_of)[:12]}.safetensors"
         if not path.with_suffix(".json").exists():
-            history = self._trained(name, path, lambda **how: zoo.train(net, *self.images, **dict(base.training), **how))
+            history = self._trained(
+                name, path, lambda **how: zoo.train(net, *self.images, **dict(base.training), **how)
+            )
             zoo.save_weights(net, path, recipe={**envelope([]), **made_of, "history": history})
         zoo.load_weights(net, path)
         return net.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,9 +11,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import nn
 
-from immunonet import _store, data, studies, zoo
+from immunonet import _store, data, studies
 from immunonet.cli import common
 from immunonet.cli.networks import Nursery
 from immunonet.evaluation import cluster
@@ -21,7 +21,7 @@ from immunonet.evaluation.lab import Lab, Tables
 from immunonet.evaluation.records import envelope
 from immunonet.report import studies as reports
 from immunonet.report import tables
-from immunonet.studies import Study, experiments, outcomes
+from immunonet.studies import Study, connectivity, experiments, outcomes
 
 
 def reproduce(
@@ -64,12 +64,16 @@ def reproduce(
     out = out or Path("runs") / title
     target, workers = common.resolve_device(device), cluster.workers(ray)
     common.prepare(out, json)
-    lab, models = _lab(study, target, data_dir, out, given=dataset is not None, own=own_weights)
-    run = experiments.Run(study, Tables(Bench(lab, out, workers=workers), study.chunk), seed, models)
+    lab, nursery = _lab(study, target, data_dir, out, given=dataset is not None, own=own_weights)
+    run = experiments.Run(study, Tables(Bench(lab, out, workers=workers), study.chunk), seed, nursery.models)
+    paths = connectivity.joined(run, nursery.path)
     wanted = experiments.wanted(run)
-    with _watched(run.tables.bench, outcomes.parts(run, wanted)):
+    with _watched(run.tables.bench, itertools.chain(outcomes.parts(run, wanted), connectivity.parts(paths))):
         found = experiments.measured(run, wanted)
         result = outcomes.record(run, title, found, drawn=report)
+        measured = connectivity.told(paths)
+    contests = {contest: connectivity.contested(paths, contest, common.note) for contest in study.contests}
+    connectivity.complete(result, study, measured, contests)
     folder, stem = (out, title) if json is None else (json.parent, json.stem)
     if report:
         reports.draw(result, folder, stem)
@@ -86,8 +90,8 @@ def reproduce(
 
 def _lab(
     study: Study, device: torch.device, data_dir: Path | None, out: Path, *, given: bool, own: bool
-) -> tuple[Lab, dict[str, str]]:
-    """Return the images and networks of a study, with their `own` weights or trained, and the networks' names."""
+) -> tuple[Lab, Nursery]:
+    """Return the images and networks of a study, with their `own` weights or trained, and what makes them."""
     images = _images(study.dataset, "train", data_dir, given=given)
     test = _images(study.dataset, "test", data_dir, given=given, classes=images.classes)
     training, validation = (images[chosen] for chosen in data.split(len(images), study.validation))
@@ -107,7 +111,7 @@ def _lab(
         return [0, n] if ordered else {"sample": [n, len(splits[split])], "seed": 0}
 
     told = {"dataset": study.dataset, "device": device.type}
-    return Lab(nets, splits | {"training": training}, resolve=common.resolve_layer, told=told, where=where), models
+    return Lab(nets, splits | {"training": training}, resolve=common.resolve_layer, told=told, where=where), nursery
 
 
 @contextlib.contextmanager

@@ -108,12 +108,7 @@ class ModePath(nn.Module):
         if not self.normalises:
             return net
         if t not in self._kept:
-            if self.images is None:
-                raise ValueError(
-                    f"images must be given where batch-norm statistics are wanted at t={t:g}: "
-                    "ModePath(..., images=x), a few thousand training images"
-                )
-            statistics.recompute(net, self.images)
+            self.settle(net)
             self._kept[t] = {
                 f"{name}.{key}" if name else key: value.clone()
                 for name, layer in curves.normalisers(net).items()
@@ -122,6 +117,19 @@ class ModePath(nn.Module):
         for name, value in self._kept[t].items():
             net.get_buffer(name).copy_(value)
         return net
+
+    def settle(self, net: nn.Module) -> None:
+        """Give a network of this architecture batch statistics of its own, computed from the path's images, if it has any.
+
+        ValueError where it has and the path has no images.
+        """
+        if self.normalises and self.images is None:
+            raise ValueError(
+                "images must be given where batch-norm statistics are wanted between the ends: "
+                "ModePath(..., images=x), a few thousand training images"
+            )
+        if self.images is not None:
+            statistics.recompute(net, self.images)
 
     def ensemble(self, points: Sequence[float]) -> PathEnsemble:
         """Return the networks at some `points` in [0, 1] as one defence: the log of the mean of their softmax."""

@@ -114,12 +114,19 @@ class Lab:
         self.nets, self.splits, self.training = nets, splits, splits["training"]
         self.resolve, self.told, self.where, self.senses = resolve, told, where, senses
         self.device = next(next(iter(nets.values())).parameters()).device
-        self.weights = {name: _store.digest(net.state_dict().values()) for name, net in nets.items()}
-        self._nets = {name: identity(net) for name, net in nets.items()}
+        self.weights: dict[str, str] = {}
+        self._nets: dict[str, str] = {}
+        for name, net in nets.items():
+            self.add(name, net)
         # By what they were fitted to, and then by all that they depend on.
         self._fitted: dict[str, dict[str, Defence]] = {}
         self._digests: dict[Any, str] = {}
         self._told: dict[Any, Told] = {}
+
+    def add(self, name: str, net: nn.Module) -> None:
+        """Take in another base under a name of its own."""
+        self.nets[name], self.weights[name] = net, _store.digest(net.state_dict().values())
+        self._nets[name] = identity(net)
 
     def images(self, split: str, part: slice) -> tuple[Tensor, Tensor]:
         """Return some images and labels of a split, on the device."""

@@ -267,6 +267,45 @@ def trial_scores(title: str, scores: Sequence[float]) -> Figure:
     return figure
 
 
+def path_curves(places: Sequence[float], panels: Mapping[str, Mapping[str, Row]], y: str) -> Figure:
+    """Return a figure of what is measured along paths against t, a panel each.
+
+    `places`: the values of t. `panels`: by title and line a row with `values`, one per place, and maybe their `ci95`.
+    """
+    figure = blank(2.5 * len(panels) + 0.3, 3.4)
+    drawn = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (title, lines) in zip(drawn, panels.items(), strict=True):
+        for i, (name, row) in enumerate(lines.items()):
+            values = np.array(row["values"])
+            ends = np.array(row["ci95"]).T if "ci95" in row else np.stack([values, values])
+            _band(axes, i, values, ends, name if axes is drawn[0] else None, at=np.array(places))
+        _style(axes, title, "t", y if axes is drawn[0] else "")
+    _legend(figure)
+    return figure
+
+
+def loss_plane(planes: Mapping[str, Row]) -> Figure:
+    """Return a figure of the loss in the plane through both ends and the bend of paths, a panel each.
+
+    `planes`: by title the coordinates `x`, `y`, the `loss` `(y, x)`, the `bend` and the `curve`; ends at (0, 0), (1, 0).
+    """
+    figure = blank(4.6 * len(planes), 3.6)
+    for axes, (title, plane) in zip(figure.subplots(1, len(planes), squeeze=False)[0], planes.items(), strict=True):
+        loss = np.log10(np.maximum(np.array(plane["loss"]), 1e-3))
+        drawn = axes.contourf(plane["x"], plane["y"], loss, levels=16, cmap="cividis")
+        bar = figure.colorbar(drawn, ax=axes)
+        bar.set_label("log10 of the loss", fontsize=8, color=INK)
+        bar.ax.tick_params(labelsize=7)
+        curve = np.array(plane["curve"]).T
+        axes.plot(*curve, color="white", linewidth=1.8)
+        axes.plot([0, 1], [0, 0], color="white", linewidth=1.0, linestyle="--")
+        axes.plot([0, 1], [0, 0], color=ORANGE, marker="o", linestyle="none", label="ends")
+        axes.plot(*plane["bend"], color=ORANGE, marker="D", linestyle="none", label="bend")
+        _style(axes, title, "between the ends", "towards the bend")
+        axes.legend(frameon=False, fontsize=7, labelcolor="white", loc="upper right")
+    return figure
+
+
 def blank(width: float, height: float) -> Figure:
     """Return an empty figure, so many inches wide and high."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from immunonet import _store
 from immunonet._words import apart, identity, show
 from immunonet.defences import Undefended
-from immunonet.report import figures, pages, tables
+from immunonet.report import figures, pages, paths, tables
 from immunonet.report.tables import Section, share
 
 Record = Mapping[str, Any]
@@ -49,11 +49,13 @@ def sections(record: Record) -> list[Section]:
         paragraphs = [study["remark"], *text.strip().split("\n\n")]
         report.append(Section(heading, tuple(filter(None, paragraphs)), table, figure))
 
-    add("Main table", words.main(), _main([row for row in rows if row["settings"]["experiment"] == "main"]))
+    if main := [row for row in rows if row["settings"]["experiment"] == "main"]:
+        add("Main table", words.main(), _main(main))
     if record["targets"]:
         add("Targets", "", _targets(record["targets"]))
     if record["pairs"]:
         add("RAILS against neighbour votes", words.pairs(), _pairs(record["pairs"]))
+    report += paths.sections(record, words)
     for name, heading in study["curves"]:
         own = [row for row in rows if row["settings"]["experiment"] == name]
         add(heading, words.curve(own[0]), _curve(own), name)

@@ -383,8 +383,7 @@ class Entrant(Table):
 
 
 class Contest(Table):
-    """Networks and defences under a whole protocol and all threats of the study, on the same test images, in pairs.
-    """
+    """Networks and defences under a whole protocol and all threats of the study, on the same test images, in pairs."""
 
     name: Stem
     title: str = ""
@@ -393,6 +392,18 @@ class Contest(Table):
     entrants: Annotated[
         tuple[Annotated[Entrant, BeforeValidator(lambda v: {"network": v} if isinstance(v, str) else v)], ...], Some
     ]
+
+
+class Goal(Table):
+    """What an entrant of a contest should reach in its union: accuracy, or points `over` the best of others."""
+
+    text: str
+    contest: str
+    entrant: str
+    over: tuple[str, ...] = ()
+    published: str = ""
+    least: Number | None = None
+    goal: Number | None = None
 
 
 class Target(Table):
@@ -447,6 +458,7 @@ class Study(Table):
     paths: dict[str, Join] = {}
     profile: Profile = Profile()
     contests: tuple[Contest, ...] = ()
+    goals: tuple[Goal, ...] = ()
     curves: tuple[Curve, ...] = ()
     learning: tuple[Learning, ...] = ()
     sensing: tuple[Sensing, ...] = ()

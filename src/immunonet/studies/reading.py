@@ -20,7 +20,7 @@ from immunonet.defences.spec import MANY, TUNED, Spec
 from immunonet.studies import model
 from immunonet.studies.model import Range, Study
 
-NAMES = ("mnist", "cifar10", "svhn")
+NAMES = ("mnist", "cifar10", "svhn", "connectivity")
 # What the defences of an experiment must have of their own, where most kinds have nothing to do.
 _NEEDS: dict[tuple[type[Any], str], str] = {
     (model.Learning, "defence"): "learning_curves",
@@ -138,6 +138,7 @@ def _check(study: Study) -> None:
         with at("tuning", "choices", key):
             for kind in kinds:
                 Spec(kind=kind.kind, words=(TUNED,)).tried({key: values})
+    _check_paths(study)
     names: set[Any] = {"main"}
     for place in ("main", "curves", "learning", "sensing", "hardening", "search", "targets"):
         for i, entry in enumerate(getattr(study, place)):
@@ -146,6 +147,46 @@ def _check(study: Study) -> None:
                 if (own := getattr(entry, "name", None)) in names:
                     raise Wrong(f"must differ between experiments, got {own!r} twice", "name")
                 names |= {own} - {None}
+
+
+def _check_paths(study: Study) -> None:
+    """Raise Wrong unless the networks that paths, contests and goals name are there, and there are threats for them."""
+    if (study.paths or study.contests) and study.threats is None:
+        raise Wrong("must be given where there are paths or contests, as {linf = 0.3, l1 = 10}", "threats")
+    known = list(study.bases)
+    for name, join in study.paths.items():
+        with at("paths", name):
+            if name in study.bases or "@" in name:
+                raise ValueError("must be no base's name and hold no @")
+            for i, end in enumerate(join.ends):
+                with at("ends", i):
+                    _check_place(end, known, study)
+        known.append(name)
+    entrants: dict[str, list[str]] = {}
+    for i, contest in enumerate(study.contests):
+        for j, entrant in enumerate(contest.entrants):
+            with at("contests", i, "entrants", j):
+                with at("network"):
+                    _check_place(entrant.network, known, study)
+                if entrant.defence is not None:
+                    with at("defence"):
+                        Spec.parse(entrant.defence).tried()
+                entrants.setdefault(contest.name, []).append(" ".join(filter(None, (entrant.network, entrant.defence))))
+    for i, goal in enumerate(study.goals):
+        with at("goals", i):
+            with at("contest"):
+                among(goal.contest, entrants, "contest")
+            for key, names in (("entrant", (goal.entrant,)), ("over", goal.over)):
+                with at(key):
+                    for name in names:
+                        among(name, entrants[goal.contest], "entrant")
+
+
+def _check_place(place: str, known: Sequence[str], study: Study) -> None:
+    name, on, _ = place.partition("@")
+    among(name, known, "base, or path above,")
+    if bool(on) != (name in study.paths):
+        raise ValueError(f"must be a base, or a path with a place on it, such as path@best, got {place!r}")
 
 
 def _check_defences(study: Study, entry: Any) -> None:

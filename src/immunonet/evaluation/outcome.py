@@ -188,7 +188,8 @@ def _verdict(
 
 def _chosen_before(cases: Sequence[WorstCase]) -> float:
     """Return the accuracy of a union whose threat is chosen per image on the draws that choose."""
-    chosen = torch.stack([case.before for case in cases]).argmin(0)
+    before = torch.stack([case.before for case in cases])
+    chosen = (before + 1e-6 * before.mean(1)[:, None]).argmin(0)
     return share(picked([case.correct for case in cases], chosen))
 
 

@@ -349,7 +349,7 @@ def test_the_networks_own_voice(run):
         (["--eps", "-0.1"], "eps must be a finite number in [0"),
         (["--step", "x"], "--step must be a number"),
         (["--slice", "0:10"], "--slice goes without --n: it says which images and how many"),
-        (["--norm", "l1"], "norm must be one of 'linf', 'l2'"),
+        (["--norm", "l0"], "norm must be one of 'linf', 'l2'"),
         (["--attack", "soft-kn"], "--attack 'soft-kn' is neither on the network nor a surrogate; nearest: soft-knn"),
         (by("rails preset=best"), "preset must be one of"),
         (by("cnn", "rails population=0"), "population must be at least 1"),

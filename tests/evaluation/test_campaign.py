@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
-from trials import BOUNDS, campaign, trial
+from trials import BOUNDS, THREAT, campaign, trial
 
 from immunonet.attacks import PGD, Noise
 from immunonet.evaluation.campaign import candidates, completed, ranked, worst
@@ -79,7 +79,7 @@ def test_finalists_are_compared_on_more_draws_and_the_worst_is_counted_on_others
     done, questions = against(
         [CLEAN, WEAK, STRONG], lambda one, seed: seed >= (8 if one == 4 else 2), draws, finalists=2
     )
-    found = done.worst_case()
+    found = done.worst_case(THREAT)
     assert found.chosen.tolist() == [1, 1, 1, 0]
     assert found.adversarials.flatten().tolist() == [4.0] * 4
     assert found.correct.shape == (10, 4)
@@ -92,21 +92,21 @@ def test_finalists_are_compared_on_more_draws_and_the_worst_is_counted_on_others
 
 def test_one_finalist_needs_no_comparison():
     done, questions = against([CLEAN, STRONG], lambda one, seed: 0, Draws(choose=(0,), count=(1,), few=1), finalists=1)
-    assert not done.worst_case().correct.any()
+    assert not done.worst_case(THREAT).correct.any()
     assert [why for why, *_ in questions] == ["worst case"]
 
 
 def test_without_randomness_the_worst_case_is_that_of_the_trials():
     trials = [trial("none", [[1, 1, 1, 0]], role=None), trial("strong", [[1, 0, 0, 0]])]
     done, _ = against(trials, pytest.fail, Draws())
-    found = done.worst_case()
+    found = done.worst_case(THREAT)
     assert found.correct.tolist() == [[True, False, False, False]]
     assert found.seeds == ()
 
 
 def standing(trials, answer, draws=None):
     done, questions = against(trials, answer, draws or Draws(choose=(0, 1, 2), count=(3, 4, 5), few=2))
-    return done._standing().tolist(), questions
+    return done._standing(THREAT).tolist(), questions
 
 
 def test_images_that_fell_in_every_draw_that_chooses_stand_no_more_and_keep_their_worst_case():
@@ -135,7 +135,7 @@ def test_every_image_is_told():
     done, _ = against([CLEAN, WEAK, STRONG], lambda one, seed: seed == 3 and one == 6, finalists=1)
     # As the caller gave them, the first two lay the other way round.
     done.claim = dataclasses.replace(done.claim, order=(1, 0, 2, 3))
-    told = outcome(done, done.worst_case(), [], [], {}).record["per_example"]
+    told = outcome(done, done.worst_cases(), [], [], {}).record["per_example"]
     assert told[0] == {"image": 0, "label": 1, "clean": 1.0, "worst": 0.5, "attack": "strong"}
     assert told[3] == {"image": 3, "label": 1, "clean": 0.0, "worst": 0.0, "attack": "none"}
     assert [one["image"] for one in told] == [0, 1, 2, 3]
@@ -164,7 +164,7 @@ def test_the_strongest_attack_is_made_with_twice_the_steps_and_those_that_ask_pa
     done.say = said.append
     done.run(3)
     assert [trial.attack.name for trial in done.trials] == ["none", "pgd", "pgd doubled", "noise"]
-    assert done.strongest is done.trials[1]
+    assert done.strongest(THREAT) is done.trials[1]
     twice = done.trials[2]
     assert (twice.n, twice.attack.method.iterations, twice.attack.roles) == (3, 4, {"adaptive", "doubled"})
     assert done.trials[1].correct.tolist() == [[False, True, True, False]]
@@ -173,7 +173,7 @@ def test_the_strongest_attack_is_made_with_twice_the_steps_and_those_that_ask_pa
     assert asks.adversarials[[0, 3]].equal(x[[0, 3]])
     assert asks.correct.tolist() == [[False, True, True, False]]
     assert said[-1] == "noise: 1.000 right of 2"
-    assert done.worst_case().correct.tolist() == [[False, True, True, False]]
+    assert done.worst_case(THREAT).correct.tolist() == [[False, True, True, False]]
 
 
 def test_what_was_made_on_the_network_alone_serves_every_defence_of_it(plan, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
-from trials import BOUNDS, campaign, trial
+from trials import BOUNDS, THREAT, campaign, trial
 
 from immunonet.attacks import PGD, HopSkipJump, Noise
 from immunonet.defences.base import Undefended
@@ -47,8 +47,8 @@ def test_eps_zero_fails_for_a_defence_that_never_answers_twice_alike(base, point
         return nn.functional.one_hot(torch.full((len(x),), len(calls) % 2), 2).mul(9.0).log_softmax(1)
 
     attacks = [planned(Noise(eps=0.3, points=2, bounds=BOUNDS), base, name) for name in ("a", "b")]
-    assert sanity.eps_zero(against(Undefended(base), base, points, *attacks)).passed
-    failed = sanity.eps_zero(against(forgetful, base, points, *attacks))
+    assert sanity.eps_zero(against(Undefended(base), base, points, *attacks), THREAT).passed
+    failed = sanity.eps_zero(against(forgetful, base, points, *attacks), THREAT)
     assert not failed.passed
     assert "changed under a" in failed.detail
 
@@ -95,7 +95,7 @@ def test_flags_of_networks(base, points):
 def cost(defence, base, points):
     done = against(defence, base, points)
     done.trials = [trial("none", [[1] * 20], role=None)]
-    return outcome(done, done.worst_case(), [], [], {}).record["cost"]
+    return outcome(done, done.worst_cases(), [], [], {}).record["cost"]
 
 
 def test_forward_passes_of_the_network_are_counted(base, points):
@@ -116,7 +116,7 @@ class Stops(PGD):
 @pytest.mark.parametrize(("method", "passed"), [(PGD, True), (Stops, False)])
 def test_an_attack_that_large_logits_stop_is_found(method, passed, base, points):
     attack = planned(method(eps=0.2, step=0.05, iterations=10, random_start=False), base, "pgd")
-    (check,) = sanity.scale(against(Undefended(base), base, points, attack))
+    (check,) = sanity.scale(against(Undefended(base), base, points, attack), THREAT)
     assert check.passed is passed, check.detail
 
 
@@ -142,10 +142,10 @@ def test_a_plan_that_was_cut_fails(base, points):
     pgd = planned(PGD(eps=0.2, step=0.05, iterations=2, random_start=False), base, "pgd")
     done = against(Undefended(base), base, points, Planned(name="none", n=20), pgd)
     done.run(10)
-    cut = sanity.checks(done, 1.0)[0][-1]
+    cut = sanity.checks(done)[0][-1]
     assert (cut.name, cut.passed) == ("all planned images were attacked", True)
     done.plan = [done.plan[0], dataclasses.replace(pgd, n=7)]
-    assert sanity.checks(done, 1.0)[0][-1].detail == "pgd 7 of 20"
+    assert sanity.checks(done)[0][-1].detail == "pgd 7 of 20"
 
 
 def test_checks_compare_roles_and_twice_the_steps_with_once(base, points):
@@ -159,7 +159,7 @@ def test_checks_compare_roles_and_twice_the_steps_with_once(base, points):
     def verdicts(**corrects):
         clean, adaptive = trial("none", [right], role=None), trial("adaptive", [right])
         done.trials = [clean, adaptive, *(trial(role, [values], role=role) for role, values in corrects.items())]
-        return {check.name: check.passed for check in sanity.checks(done, 1.0)[0]}
+        return {check.name: check.passed for check in sanity.checks(done)[0]}
 
     transfer, asks = "transfer is no stronger than attacks that know", "asking alone is no stronger than gradients"
     assert verdicts(transfer=right, asks=right) == verdicts(transfer=right, asks=right) | {transfer: True, asks: True}

@@ -11,14 +11,17 @@ from immunonet import RAILS, DkNN, Maturation, attacks
 from immunonet.defences.base import Undefended
 from immunonet.evaluation import suite
 from immunonet.evaluation.asking import Subject
-from immunonet.evaluation.suite import PROTOCOLS, Planned, Suite, Threat
+from immunonet.evaluation.suite import PROTOCOLS, Planned, Suite
+from immunonet.evaluation.threats import Threat
 
 
-def names(defence, base, images, protocol, randomised, others=(), classes=3, networks=()):
-    threat = Threat(eps=0.1, norm="linf", bounds=BOUNDS, seed=0)
+def names(defence, base, images, protocol, randomised, others=(), classes=3, networks=(), threats=(("linf", 0.1),)):
     subject = Subject(defence, classes=classes)
-    built = Suite(subject, [base, *networks], images[0][:4], threat, PROTOCOLS[protocol], randomised)
-    return {attack.name: attack for attack in built.attacks(others)}
+    against = [Threat(eps=eps, norm=norm, bounds=BOUNDS, seed=0) for norm, eps in threats]
+    built = [
+        Suite(subject, [base, *networks], images[0][:4], threat, PROTOCOLS[protocol], randomised) for threat in against
+    ]
+    return {attack.name: attack for attack in suite.planned(built, others)}
 
 
 def planned(**settings):

@@ -12,9 +12,11 @@ from immunonet.evaluation.asking import Subject
 from immunonet.evaluation.bench import Bench
 from immunonet.evaluation.campaign import Campaign, Claim, Scene, Trial
 from immunonet.evaluation.draws import Draws
-from immunonet.evaluation.suite import PROTOCOLS, Planned, Threat
+from immunonet.evaluation.suite import PROTOCOLS, Planned
+from immunonet.evaluation.threats import Threat
 
 BOUNDS = incoming.bounds("bounds", (0.0, 1.0))
+THREAT = Threat(eps=0.2, norm="linf", bounds=BOUNDS, seed=0)
 
 
 def bands(n):
@@ -56,9 +58,14 @@ def campaign(defence, x, y, *, base=None, classes=2, draws=None, attacks=(), fol
     """A campaign against `defence` on images `x` labelled `y`, by planned attacks; `budget`: changes of "quick"."""
     draws = draws or Draws()
     subject = Subject(defence, classes=classes)
-    threat = Threat(eps=0.2, norm="linf", bounds=BOUNDS, seed=0)
     claim = Claim(
-        name="d", base_name="base", dataset="toy", protocol="quick", threat=threat, told={}, order=tuple(range(len(y)))
+        name="d",
+        base_name="base",
+        dataset="toy",
+        protocol="quick",
+        threats=(THREAT,),
+        told={},
+        order=tuple(range(len(y))),
     )
     scene = Scene(
         subject=subject, base=Subject(Undefended(base or nn.Identity()), classes=classes), x=x, y=y,

@@ -90,10 +90,20 @@ def evaluate(
         str,
         typer.Option(help="test, or validation: settings are chosen there. Its other images then calibrate and tune."),
     ] = "test",
-    eps: Annotated[str, typer.Option(help="Size of the perturbation, such as 0.1 or 60/255.")] = "8/255",
+    eps: Annotated[
+        str | None, typer.Option(help="Size of the perturbation, such as 0.1 or 60/255. Default: 8/255.")
+    ] = None,
     step: Annotated[str | None, typer.Option(help="Step of PGD. Default: a quarter of eps.")] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Steps of PGD. Default: 20.")] = None,
-    norm: Annotated[str, typer.Option(help=f"{' or '.join(NORMS)}.")] = "linf",
+    norm: Annotated[str | None, typer.Option(help=f"{', '.join(NORMS)}. Default: linf.")] = None,
+    threat: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NORM=EPS",
+            help="With --protocol, instead of --eps and --norm: a threat such as linf=8/255; repeat it, as with l2=0.5 "
+            "and l1=12. All attacks are made under each, and the verdict is the worst of all threats on every image.",
+        ),
+    ] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Runs of a randomised defence, from --seed on. Default: 5.")
     ] = None,
@@ -119,7 +129,7 @@ def evaluate(
     is also written to DIR/table.md. With --protocol one page per defence is written instead, DIR/NAME.html.
     """
     plain = {"--attack": attack, "--step": step, "--iterations": iterations, "--seeds": seeds}
-    further = {"--minutes": minutes, "--black-box": black_box, "--transfer": transfer}
+    further = {"--minutes": minutes, "--black-box": black_box, "--transfer": transfer, "--threat": threat}
     for option, value in (further if protocol is None else plain).items():
         if value:
             why = "needs --protocol" if protocol is None else "does not go with --protocol, which sets its own"
@@ -127,9 +137,15 @@ def evaluate(
     budget = PROTOCOLS[_check.choice("--protocol", protocol, tuple(PROTOCOLS))] if protocol else None
     target, specs = common.resolve_device(device), parse_all(defence or DEFAULT)
     _check.choice("--split", split, ("test", "validation"))
-    radius = _check.fraction("--eps", eps)
-    step_size = radius / 4 if step is None else _check.fraction("--step", step)
-    pgd = PGD(eps=radius, step=step_size, iterations=iterations or 20, norm=norm, random_start=False)
+    threats = _threats(threat, eps, norm)
+    pgds = {
+        name: PGD(
+            eps=radius, step=radius / 4 if step is None else _check.fraction("--step", step),
+            iterations=iterations or 20, norm=name, random_start=False,
+        )
+        for name, radius in threats.items()
+    }  # fmt: skip
+    pgd = next(iter(pgds.values()))
     between = None if part is None else _between(part)
     if between is not None and n is not None:
         raise ValueError("--slice goes without --n: it says which images and how many")
@@ -163,7 +179,8 @@ def evaluate(
     for spec in specs:
         lab.made(spec, base)  # a wrong name is told before any work
     few = min(TUNING, len(test)) if budget else TUNING
-    tuning = Tuning(images=few, attacks={"none": None, "pgd": pgd}, knowing=bool(budget))
+    known = {"pgd" if one is pgd else f"pgd {name}": one for name, one in pgds.items()}
+    tuning = Tuning(images=few, attacks={"none": None, **known}, knowing=bool(budget))
     with common.progress() as bar:
         task = bar.add_task("evaluating", total=None)
         left: dict[str, float] = {}
@@ -187,7 +204,7 @@ def evaluate(
                 evaluations.append(protocols.evaluate(
                     lab.fitted(best, base), *lab.images("test", slice(None)), base=net, transfer=others,
                     name=spec.name, base_name="cnn", dataset=dataset, settings=settings, folder=out,
-                    protocol=protocol, minutes=minutes, black_box=black_box, eps=radius, norm=norm, seed=seed,
+                    protocol=protocol, minutes=minutes, black_box=black_box, threats=threats, seed=seed,
                     workers=workers, on_progress=common.note,
                 ))  # fmt: skip
             _tell(evaluations, specs, out, json)
@@ -208,6 +225,25 @@ def evaluate(
     _store.write_text(out / "table.md", f"{tables.grid(table)}\n\n{pairs}")
     typer.echo(pairs, nl=False)
     common.write_results(json, [one.row.to_json() | {"foreign": one.row.foreign} for one in outcomes])
+
+
+def _threats(threat: list[str] | None, eps: str | None, norm: str | None) -> dict[str, float]:
+    """Return the radii by norm that --threat tells, or --eps and --norm; ValueError for both, or for no such threat."""
+    if not threat:
+        return {_check.choice("--norm", norm or "linf", tuple(NORMS)): _check.fraction("--eps", eps or "8/255")}
+    for option, value in {"--eps": eps, "--norm": norm}.items():
+        if value is not None:
+            raise ValueError(f"{option} does not go with --threat, which tells both, as in --threat linf=8/255")
+    threats: dict[str, float] = {}
+    for text in threat:
+        name, equals, radius = text.partition("=")
+        if not equals or name not in NORMS:
+            near = nearest(name, tuple(NORMS))
+            raise ValueError(f"--threat must be NORM=EPS, such as l2=0.5, got {text!r}{near if equals else ''}")
+        if name in threats:
+            raise ValueError(f"--threat {name} must be given once, got {text!r} as well: one radius for each norm")
+        threats[name] = _check.fraction(f"--threat {name}", radius)
+    return threats
 
 
 def _between(text: str) -> tuple[int, int]:
@@ -264,24 +300,27 @@ def _measurements(
 
 def _tell(evaluations: list[Evaluation], specs: list[Spec], out: Path, json: Path | None) -> None:
     """Print the verdicts, and write the pages and the JSON."""
-    table: list[Sequence[str]] = [("layer", "defence", "clean", "transfer", "worst case", "95 % interval", "reliable")]
+    table: list[Sequence[str]] = []
     results: list[dict[str, Any]] = []
     records = []
     for one, spec in zip(evaluations, specs, strict=True):
-        verdict = one.verdict
+        verdict, verdicts = one.verdict, list(one.verdicts.values())
         # Where the base is the defence its rows are there twice.
-        own = {row.attack: row for row in one.rows if row.defence == verdict.defence}
+        own = {(row.norm, row.attack): row for row in one.rows if row.defence == verdict.defence}
         # Attacks that only ask cover fewer images, which would not compare.
-        on_base = [row for row in own.values() if row.knows == "base" and row.attack not in ("none", "worst-case")]
+        on_base = [row for row in own.values() if row.knows == "base" and row.attack != "none"]
         transfer = min(row.accuracy for row in on_base if row.n == max(row.n for row in on_base))
-        cells = [f"{share:.4f}" for share in (own["none"].accuracy, transfer, verdict.accuracy)]
+        clean = own[verdict.norm, "none"].accuracy
+        cells = [f"{share:.4f}" for share in (clean, transfer, *(row.accuracy for row in verdicts))]
         cells += ["{:.3f} to {:.3f}".format(*verdict.ci95), "no" if one.unreliable else "yes"]
         table.append((", ".join(spec.layers), spec.name, *cells))
-        results += [row.to_json() for row in (*own.values(), verdict)]
+        results += [row.to_json() for row in (*own.values(), *verdicts)]
         one.to_html(out / f"{_store.slug(spec.text.replace(' ', '-'))}.html")
         told = {key: verdict.settings[key] for key in ("layers", "weights")} | {"defence": verdict.defence}
         records.append({k: v for k, v in one.to_dict().items() if k not in OUTER} | told)
-    tables.console(tables.Section("", table=table))
+    threats = [f"{row.norm} {row.eps:.4g}" for row in verdicts[:-1]]
+    head = ("layer", "defence", "clean", "transfer", *threats, "union" if threats else "worst case", "95 % interval")
+    tables.console(tables.Section("", table=[(*head, "reliable"), *table]))
     if json is not None:
         _store.write_json(json, envelope(results) | {"evaluations": records})
 

@@ -22,7 +22,7 @@ def abstention(trials: list[Trial], draws: Draws) -> list[dict[str, Any]]:
     its candidate is accepted and answered wrongly, so that the worst case is chosen anew at every level, on the draws
     that choose. Per level: `accepted` and `right`, the shares of clean images that are answered, and answered rightly;
     `held`, the share of images on which no attack succeeded, with its `ci95`, counted on the rows' own draws; `joint`,
-    what is held under the joint attack alone, or None. Empty for a defence that senses nothing.
+    what is held under joint attacks alone, or None. Empty for a defence that senses nothing.
     """
     whole = [trial for trial in trials if trial.n == trials[0].n and bool(trial.attempted.all())]
     return [] if whole[0].familiarity is None else [_level(level, whole, draws) for level in LEVELS]
@@ -39,7 +39,7 @@ def _level(level: float, trials: list[Trial], draws: Draws) -> dict[str, Any]:
         "right": share(draws.counted(trials[0].correct & accepted)),
         "held": share(left),
         "ci95": list(statistics.interval(left)),
-        "joint": share(draws.counted(joint[0].correct)) if joint else None,
+        "joint": share(draws.counted(worst(joint, draws))) if joint else None,
     }
 
 

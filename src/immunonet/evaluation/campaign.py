@@ -17,25 +17,50 @@ from immunonet.evaluation.asking import Subject
 from immunonet.evaluation.bench import Bench, Part, Value, chunks
 from immunonet.evaluation.draws import Draws, share
 from immunonet.evaluation.records import VERSION
-from immunonet.evaluation.suite import Budget, Planned, Threat
+from immunonet.evaluation.suite import Budget, Planned
+from immunonet.evaluation.threats import UNION, Threat
 
 CHUNK = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What is evaluated, under which names and against which attacker; `told`: the caller's settings for the rows.
+    """What is evaluated, under which names and against which attackers; `told`: the caller's settings for the rows.
 
-    `order`: the place, among the images that the caller gave, of each one as it is attacked.
+    `threats`: one or several, each of another norm. `order`: the place, among the images that the caller gave, of each
+    one as it is attacked.
     """
 
     name: str
     base_name: str
     dataset: str
     protocol: str
-    threat: Threat
+    threats: tuple[Threat, ...]
     told: dict[str, Any]
     order: tuple[int, ...]
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several threats, so that their union counts."""
+        return len(self.threats) > 1
+
+    @property
+    def norm(self) -> str:
+        """The norm of the threat, or what stands for the union of several."""
+        return UNION if self.several else self.threats[0].norm
+
+    def meant(self, norm: str) -> tuple[Threat, ...]:
+        """Return the threats that a norm, or the union, stands for."""
+        return tuple(threat for threat in self.threats if norm in (threat.norm, UNION))
+
+    @property
+    def radii(self) -> dict[str, float]:
+        """How far each threat goes, by norm."""
+        return {threat.norm: threat.eps for threat in self.threats}
+
+    def titled(self, text: str, threat: Threat, between: str = " ") -> str:
+        """Return a text, the norm of its threat before it where there are several."""
+        return f"{threat.norm}{between}{text}" if self.several else text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +135,7 @@ class WorstCase:
 
     `chosen` `(N,)`: the place of that trial. `adversarials` `(N, *S)`: its candidates. `labels`, `correct` `(R, N)`:
     the defence's answers to them, and whether they were right, one run per seed in `seeds` (none without randomness).
+    `before` `(N,)` float64: the share of right answers on the seeds that it was chosen on.
     """
 
     chosen: Tensor
@@ -117,6 +143,7 @@ class WorstCase:
     labels: Tensor
     correct: Tensor
     seeds: tuple[int, ...]
+    before: Tensor
 
 
 class Campaign:
@@ -143,10 +170,13 @@ class Campaign:
         """The labels `(N,)` of the images that the trials cover, on the CPU: all unless the plan was cut."""
         return self.scene.y[: self.trials[0].n].cpu()
 
-    @property
-    def strongest(self) -> Trial | None:
-        """The trial of an attack of many steps that left the fewest right; None without any."""
-        iterative = [t for t in self.trials if t.attack.iterative and "doubled" not in t.attack.roles]
+    def under(self, *threats: Threat) -> list[Trial]:
+        """Return the trials under any of some threats, the clean images first."""
+        return [trial for trial in self.trials if any(map(trial.attack.within, threats))]
+
+    def strongest(self, threat: Threat) -> Trial | None:
+        """Return the trial of an attack of many steps that left the fewest right under a threat; None without any."""
+        iterative = [t for t in self.under(threat) if t.attack.iterative and "doubled" not in t.attack.roles]
         return min(iterative, key=lambda t: share(self.draws.chosen(t.correct)), default=None)
 
     def once(self, key: str, run: Callable[..., Value], *args: Any) -> Value:
@@ -154,22 +184,28 @@ class Campaign:
         return self.bench.once(f"{self.key} {key}", run, *args)
 
     def run(self, most: int) -> None:
-        """Make all attacks: with gradients first, the strongest with twice the steps, then those that only ask.
+        """Make all attacks: with gradients first, each threat's strongest with twice the steps, then what only asks.
 
-        `most`: images of the doubled one.
+        `most`: images of the doubled ones. What only asks passes over images that are broken under the same threat.
         """
         gradient, asks = ([attack for attack in self.plan if attack.asks is asking] for asking in (False, True))
         alive = torch.ones(len(self.scene.y), dtype=torch.bool)
         self.bench.ahead([part for attack in gradient for part in self._parts(attack, alive)])
         self.trials = [self._try(attack, alive) for attack in gradient]
-        if (strongest := self.strongest) is not None and strongest.attack.method is not None:
-            once, twice = strongest.attack, strongest.attack.method.doubled()
-            name, roles = f"{once.name} doubled", once.roles | {"doubled"}
-            again = dataclasses.replace(once, name=name, roles=roles, method=twice, n=min(strongest.n, most))
-            self.trials.append(self._try(again, alive, of=once.name))
-        alive, before = self._standing(), list(self.trials)
-        self.bench.ahead([part for attack in asks for part in self._parts(attack, alive)])
-        self.trials += [completed(self._try(attack, alive), before, self.draws) for attack in asks]
+        for threat in self.claim.threats:
+            if (strongest := self.strongest(threat)) is not None and strongest.attack.method is not None:
+                once, twice = strongest.attack, strongest.attack.method.doubled()
+                name, roles = f"{once.name} doubled", once.roles | {"doubled"}
+                again = dataclasses.replace(once, name=name, roles=roles, method=twice, n=min(strongest.n, most))
+                self.trials.append(self._try(again, alive, of=once.name))
+        before = {threat: self.under(threat) for threat in self.claim.threats}
+        standing = {threat: self._standing(threat) for threat in self.claim.threats}
+        asking = [(attack, attack.threat or self.claim.threats[0]) for attack in asks]
+        self.bench.ahead([part for attack, threat in asking for part in self._parts(attack, standing[threat])])
+        for attack, threat in asking:
+            self.trials.append(completed(self._try(attack, standing[threat]), before[threat], self.draws))
+        # The clean images first, then threat by threat.
+        self.trials.sort(key=lambda trial: trial.attack.threat is not None and self._place(trial.attack.threat))
 
     def labels(self, key: str, x: Tensor, seeds: Sequence[int]) -> Tensor:
         """Return the defence's answers `(R, n)` to other inputs under other seeds, part by part kept under `key`."""
@@ -179,29 +215,45 @@ class Campaign:
             self.faults.update(value["faults"])
         return torch.cat([torch.tensor(value["labels"]) for value in values], 1)
 
-    def worst_case(self) -> WorstCase:
-        """Return the worst case of the trials, of which the first covers all images.
+    def worst_cases(self) -> dict[str, WorstCase]:
+        """Return the worst case of every threat by its norm, and of several threats their `union` as the last."""
+        found = {threat.norm: self.worst_case(threat) for threat in self.claim.threats}
+        return found | ({UNION: union(list(found.values()))} if self.claim.several else {})
+
+    def worst_case(self, threat: Threat) -> WorstCase:
+        """Return the worst case of the trials under a threat, of which the first covers all images.
 
         Without randomness it is the trials' own. Else the best few of every image on the draws of the trials are
         compared on all seeds that choose, and the one with the fewest right answers is asked under those that count.
         """
-        draws, trials, y = self.draws, self.trials, self.y
+        draws, trials, y = self.draws, self.under(threat), self.y
         places = ranked(trials, draws)[: self.budget.finalists]
         chosen = places[0]
+        before = picked([draws.chosen(trial.correct) for trial in trials], chosen).double().mean(0)
         if draws.choose and len(places) > 1:
             finals = [candidates(trials, place) for place in places]
-            answers = [self.labels(f"finalist {i}", final, draws.choose) for i, final in enumerate(finals)]
+            answers = [self._told(f"finalist {i}", threat, final, draws.choose) for i, final in enumerate(finals)]
             shares = torch.stack([(labels == y).double().mean(0) for labels in answers])
-            chosen = places.gather(0, shares.sort(dim=0, stable=True).indices[:1])[0]
+            shares, order = shares.sort(dim=0, stable=True)
+            chosen, before = places.gather(0, order[:1])[0], shares[0]
         worst = candidates(trials, chosen)
         labels = picked([trial.labels for trial in trials], chosen)
         if draws.count:
-            labels = self.labels("worst case", worst, draws.count)
-        return WorstCase(chosen=chosen, adversarials=worst, labels=labels, correct=labels == y, seeds=draws.count)
+            labels = self._told("worst case", threat, worst, draws.count)
+        own = torch.tensor([i for i, trial in enumerate(self.trials) if trial.attack.within(threat)])
+        return WorstCase(
+            chosen=own[chosen], adversarials=worst, labels=labels, correct=labels == y, seeds=draws.count, before=before
+        )
 
-    def _standing(self) -> Tensor:
-        """Return `(N,)` bool: the images that no trial has broken in all draws that choose."""
-        trials, y = self.trials, self.y
+    def _told(self, key: str, threat: Threat, x: Tensor, seeds: Sequence[int]) -> Tensor:
+        return self.labels(self.claim.titled(key, threat), x, seeds)
+
+    def _place(self, threat: Threat) -> int:
+        return 1 + self.claim.threats.index(threat)
+
+    def _standing(self, threat: Threat) -> Tensor:
+        """Return `(N,)` bool: the images that no trial under a threat has broken in all draws that choose."""
+        trials, y = self.under(threat), self.y
         alive = torch.ones(len(y), dtype=torch.bool)
         for trial in trials:
             alive[: trial.n] &= self.draws.chosen(trial.correct).any(0)
@@ -209,7 +261,7 @@ class Campaign:
         # Only those that fell in all of the trials' own draws are asked about again.
         if self.draws.choose and len(fallen):
             again = candidates(trials, ranked(trials, self.draws)[0])[fallen.to(self.scene.device)]
-            alive[fallen] = (self.labels("fallen", again, self.draws.choose) == y[fallen]).any(0)
+            alive[fallen] = (self._told("fallen", threat, again, self.draws.choose) == y[fallen]).any(0)
         return alive
 
     def _parts(self, attack: Planned, standing: Tensor, of: str | None = None) -> list[Part]:
@@ -220,9 +272,9 @@ class Campaign:
         whose, parts = shared if "transfer" in attack.roles else self.known, []
         for part in chunks(attack.n, CHUNK):
             rows = standing[part]
-            key = _store.fingerprint([whose, attack.name, attack.told(), part.start, rows.tolist()])
+            key = _store.fingerprint([whose, attack.short, attack.told(), part.start, rows.tolist()])
             args, cost = (of or attack.name, attack.method, part, rows), float(attack.calls() * int(rows.sum()))
-            made = Part(key=key, run=_attacked, args=args, about=attack.name, cost=cost)
+            made = Part(key=key, run=_attacked, args=args, about=attack.short, cost=cost)
             asked = Part(key=f"{self.key} {attack.name} / {part.start} / {key[:16]}", run=_asked, after=(made,))
             parts += [made, asked]
         return parts
@@ -281,6 +333,26 @@ def _labels(scene: Scene, x: Tensor, seeds: tuple[int, ...]) -> Value:
     before = scene.subject.faults.copy()
     labels = scene.subject.labels(x.to(scene.x), seeds)[0].tolist()
     return {"labels": labels, "faults": dict(scene.subject.faults - before)}
+
+
+def union(cases: Sequence[WorstCase]) -> WorstCase:
+    """Return the worst of the worst cases of several threats: per image that with the fewest right answers.
+
+    Of a randomised defence they are compared on the draws that count. Only so no image's union is above what any threat
+    leaves of it, nor below what all of them take together; it leans low, by as much as the choice is made by chance. Of
+    equals, the fewest right on the draws that choose, then over all images, then the first.
+    """
+    right = torch.stack([case.correct.double().mean(0) for case in cases])
+    # Less than any difference of shares over draws, and again less.
+    chosen = (right + 1e-4 * torch.stack([case.before for case in cases]) + 1e-8 * right.mean(1)[:, None]).argmin(0)
+    return WorstCase(
+        chosen=_picked([case.chosen for case in cases], chosen),
+        adversarials=_picked([case.adversarials for case in cases], chosen),
+        labels=picked([case.labels for case in cases], chosen),
+        correct=picked([case.correct for case in cases], chosen),
+        seeds=cases[0].seeds,
+        before=_picked([case.before for case in cases], chosen),
+    )
 
 
 def ranked(trials: Sequence[Trial], draws: Draws) -> Tensor:

@@ -270,7 +270,9 @@ class Tables:
         choices = dict(tuning.choices) | {key: [value] for key, value in m.spec.settings.items()}
         part, clean = slice(0, n), "none" in tuning.attacks
         attacks = {name: method for name, method in tuning.attacks.items() if method is not None}
-        knowing = next(iter(attacks.values()), None) if tuning.knowing else None
+        # Those that know the defence climb as the first attack of every norm does.
+        knowing = tuple({method.norm: method for method in reversed(attacks.values()) if tuning.knowing}.values())[::-1]
+        described = [one.describe() for one in knowing] if knowing else [None]
         plain = Measurement(spec=m.spec, base=m.base, split="validation", images=n, repertoire=m.repertoire)
         for i, one in enumerate(m.among or [m.spec.layers]):
             here = dataclasses.replace(m.spec, layers=one)
@@ -279,7 +281,7 @@ class Tables:
                 named = [dataclasses.replace(asked, attack=name, method=method) for name, method in attacks.items()]
                 made = tuple(attacked for one in named if (attacked := self.attacked(one, part)) is not None)
                 told = [lab.key(asked.spec, m.base, m.repertoire), [before.key for before in made], variants, clean]
-                key = ["tuning", *told, lab.digest("validation", part), knowing and knowing.describe()]
+                key = ["tuning", *told, lab.digest("validation", part), *described]
                 score = Part(
                     key=_store.fingerprint(key), run=_scored, args=(asked, variants, knowing, clean), after=made,
                     about=f"tuning {m.base} {here.label}", cost=float(n * len(variants)),
@@ -344,15 +346,14 @@ def _answered(lab: Lab, m: Measurement, part: slice, *made: Value) -> Value:
     return {"labels": labels.tolist(), "seconds": seconds, "foreign": foreign, "surrogate": surrogate}
 
 
-def _scored(lab: Lab, m: Measurement, variants: Any, knowing: Attack | None, clean: bool, *made: Value) -> Value:
+def _scored(lab: Lab, m: Measurement, variants: Any, knowing: Sequence[Attack], clean: bool, *made: Value) -> Value:
     """Return the accuracy of every variant of a fitted defence on the images of a measurement."""
     x, y = lab.images(m.split, slice(0, m.images))
     defence = lab.fitted(m.spec, m.base, m.repertoire)
     versions = [*([x] if clean else []), *(value["x"].to(x) for value in made)]
-    if knowing is not None:
-        versions += [knowing(target, x, y).adversarials for target in defence.challengers()]
+    versions += [attack(target, x, y).adversarials for attack in knowing for target in defence.challengers()]
     right = torch.stack([defence.predict_each(version, variants) == y for version in versions])
-    share = (right.all(0) if knowing is not None else right.float().mean(0)).float().mean(1)
+    share = (right.all(0) if knowing else right.float().mean(0)).float().mean(1)
     return share.tolist()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from immunonet.defences.base import Defence
 from immunonet.evaluation.abstention import abstention
 from immunonet.evaluation.asking import Subject, describe
 from immunonet.evaluation.bench import Value
-from immunonet.evaluation.campaign import Campaign, Scene, Trial, WorstCase, picked, worst
+from immunonet.evaluation.campaign import Campaign, Claim, Scene, Trial, WorstCase, picked, worst
 from immunonet.evaluation.draws import Draws, share
 from immunonet.evaluation.records import Check, Flag, Row, envelope
+from immunonet.evaluation.threats import UNION
 
 # Images of the gallery.
 _SHOWN = 12
@@ -42,16 +43,19 @@ class Specimen:
 class Evaluation:
     """The outcome of `evaluate`.
 
-    `rows`: the base network (`defence` is `base_name`) and the defence under every attack. `verdict`, `base_verdict`:
-    their rows of `attack` "worst-case": per image the worst of all attacks, chosen on selection draws and counted on
-    others. `checks`: what must hold of sound attacks; `flags`: what to know. If a check failed or a serious flag was
-    raised the figures are `unreliable`. `ablations`: rows of the defence less one of its parts, on the same candidates.
-    `record`: what else stands in the JSON. `gallery`: some images that were broken.
+    `rows`: the base network (`defence` is `base_name`) and the defence under every attack. `verdicts`, `base_verdicts`:
+    their rows of `attack` "worst-case" by norm: per image the worst of all attacks under a threat, chosen on selection
+    draws and counted on others. Of several threats the last is the "union": per image the worst of all threats, an
+    image being right if it is so under all of them; its `eps` is the largest radius, and its settings tell all
+    `threats`. Rows of clean images, which are common to all threats, have the norm "union" then. `checks`: what must
+    hold of sound attacks; `flags`: what to know. If a check failed or a serious flag was raised the figures are
+    `unreliable`. `ablations`: rows of the defence less one of its parts, on the same candidates. `record`: what else
+    stands in the JSON. `gallery`: some images that were broken.
     """
 
     rows: tuple[Row, ...]
-    verdict: Row
-    base_verdict: Row
+    verdicts: dict[str, Row]
+    base_verdicts: dict[str, Row]
     checks: tuple[Check, ...]
     flags: tuple[Flag, ...]
     ablations: tuple[Row, ...]
@@ -59,13 +63,27 @@ class Evaluation:
     gallery: tuple[Specimen, ...] = ()
 
     @property
+    def verdict(self) -> Row:
+        """The defence's worst case: of several threats that of their union."""
+        return list(self.verdicts.values())[-1]
+
+    @property
+    def base_verdict(self) -> Row:
+        """That of the undefended network."""
+        return list(self.base_verdicts.values())[-1]
+
+    @property
     def unreliable(self) -> bool:
         """Whether a check failed or a serious flag was raised."""
         return not all(check.passed for check in self.checks) or any(f.raised and f.serious for f in self.flags)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object: results (verdicts last), environment, command, checks, flags, and the record."""
-        rows = [row.to_json() for row in (*self.rows, self.base_verdict, self.verdict)]
+        """Return the JSON object: results, environment, command, checks, flags, and the record.
+
+        The results end with the verdicts, base and defence in turn, threat by threat, those of a union last.
+        """
+        verdicts = [row for norm, own in self.verdicts.items() for row in (self.base_verdicts[norm], own)]
+        rows = [row.to_json() for row in (*self.rows, *verdicts)]
         return envelope(rows) | {
             "checks": [dataclasses.asdict(check) for check in self.checks],
             "flags": [dataclasses.asdict(flag) for flag in self.flags],
@@ -86,57 +104,112 @@ class Evaluation:
 
 
 def outcome(
-    campaign: Campaign, worst_case: WorstCase, checks: list[Check], flags: list[Flag], record: dict[str, Any]
+    campaign: Campaign, cases: dict[str, WorstCase], checks: list[Check], flags: list[Flag], record: dict[str, Any]
 ) -> Evaluation:
-    """Return the evaluation that a campaign's trials, checks and flags make; `record`: what its JSON holds besides."""
+    """Return the evaluation that a campaign's trials, worst cases by norm, checks and flags make.
+
+    The last of the worst cases is the one that counts; `record`: what the JSON holds besides.
+    """
     scene, draws, claim, trials = campaign.scene, campaign.draws, campaign.claim, campaign.trials
-    threat, network, cost = claim.threat, type(scene.network).__name__, campaign.once("cost", _cost)
-    on_base = [trial.of_base() for trial in trials if trial.attack.knows == "base"]
+    network, cost, worst_case = type(scene.network).__name__, campaign.once("cost", _cost), cases[claim.norm]
     whole = {
-        "model": network, "layers": [], "protocol": claim.protocol, "protocol_seed": threat.seed,
+        "model": network, "layers": [], "protocol": claim.protocol, "protocol_seed": claim.threats[0].seed,
         "slice": [0, len(scene.y)],
     }  # fmt: skip
     own = whole | describe(scene.subject.defence) | claim.told
     whole |= {key: value for key, value in claim.told.items() if key != "layers"}
     of_base, of_defence = (
-        functools.partial(Row.of, dataset=claim.dataset, defence=name, norm=threat.norm)
-        for name in (claim.base_name, claim.name)
+        functools.partial(Row.of, dataset=claim.dataset, defence=name) for name in (claim.base_name, claim.name)
     )
-    base_verdict = of_base(
-        worst(on_base, Draws()), attack="worst-case", eps=threat.eps, knows="base",
-        seconds_per_image=on_base[0].seconds, settings=whole | {"attacks": [trial.attack.name for trial in on_base]},
-    )  # fmt: skip
-    knows = "defence" if any(trial.attack.knows == "defence" for trial in trials) else "base"
-    names = [trial.attack.name for trial in trials]
-    readings = {"selected_on": list(draws.choose), "draws": summary(worst_case.correct)}
-    foreign = [trial.foreign[None] for trial in trials if trial.foreign is not None]
-    verdict = of_defence(
-        worst_case.correct, attack="worst-case", eps=threat.eps, knows=knows, seconds_per_image=trials[0].seconds,
-        seeds=worst_case.seeds, foreign=share(picked(foreign, worst_case.chosen)) if foreign else None,
-        settings=own | {"attacks": names} | readings,
-    )  # fmt: skip
-    rows = [_row(of_base, trial, Draws(), whole) for trial in on_base]
-    rows += [_row(of_defence, trial, draws, own) for trial in trials]
+    base_verdicts = {norm: _base_verdict(of_base, campaign, norm, whole) for norm in cases}
+    verdicts = {norm: _verdict(of_defence, campaign, norm, cases, own) for norm in cases}
+    rows = [_row(of_base, claim, trial.of_base(), Draws(), whole) for trial in _on_base(trials)]
+    rows += [_row(of_defence, claim, trial, draws, own) for trial in trials]
+    apart = {norm: _apart(campaign, norm, case) for norm, case in cases.items()}
     record = record | {
         "cost": cost,
-        "model_info": _model_info(campaign, network, cost["forward_passes"], verdict),
+        "model_info": _model_info(campaign, network, cost["forward_passes"], verdicts[claim.norm]),
         "optimization_loop": getattr(scene.subject.defence, "optimizes", None),
         "seeds": {"selection": list(draws.choose), "report": list(worst_case.seeds)},
         "row_seeds": {"selection": list(draws.choose[: draws.few]), "report": list(draws.counting)},
-        "threat_model": {"eps": threat.eps, "norm": threat.norm, "bounds": threat.bounds.pairs()},
+        "threat_model": _threat_model(claim),
         "attacks": {trial.attack.name: _told(trial) for trial in trials},
-        "per_example": _per_example(campaign, worst_case),
-        "abstention": abstention(trials, draws),
-        "disagreement": {
-            "none": share(draws.counted(trials[0].labels) != trials[0].base_labels),
-            "worst-case": share(worst_case.labels != picked([t.base_labels for t in trials], worst_case.chosen)),
-        },
-    }
+        "per_example": _per_example(campaign, cases),
+        **apart.pop(claim.norm),
+    } | ({"by_threat": apart} if claim.several else {})  # fmt: skip
     ablations = _ablations(campaign, worst_case, of_defence, own) if campaign.budget.ablations else []
     return Evaluation(
-        rows=tuple(rows), verdict=verdict, base_verdict=base_verdict, checks=tuple(checks), flags=tuple(flags),
+        rows=tuple(rows), verdicts=verdicts, base_verdicts=base_verdicts, checks=tuple(checks), flags=tuple(flags),
         ablations=tuple(ablations), record=record, gallery=_gallery(campaign, worst_case),
     )  # fmt: skip
+
+
+def _on_base(trials: Sequence[Trial]) -> list[Trial]:
+    return [trial for trial in trials if trial.attack.knows == "base"]
+
+
+def _aim(claim: Claim, norm: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what a row of a worst case says of whom it was up to: `norm`, `eps`, and its settings."""
+    settings = settings | ({"threats": claim.radii} if norm == UNION else {})
+    return {
+        "attack": "worst-case", "norm": norm, "eps": max(threat.eps for threat in claim.meant(norm)),
+        "settings": settings,
+    }  # fmt: skip
+
+
+def _base_verdict(of: Callable[..., Row], campaign: Campaign, norm: str, settings: dict[str, Any]) -> Row:
+    """Return the row of the undefended network's worst case under a norm's threat, or the union's."""
+    trials = [trial.of_base() for trial in _on_base(campaign.under(*campaign.claim.meant(norm)))]
+    settings = settings | {"attacks": [trial.attack.name for trial in trials]}
+    return of(
+        worst(trials, Draws()), knows="base", seconds_per_image=trials[0].seconds,
+        **_aim(campaign.claim, norm, settings),
+    )  # fmt: skip
+
+
+def _verdict(
+    of: Callable[..., Row], campaign: Campaign, norm: str, cases: dict[str, WorstCase], settings: dict[str, Any]
+) -> Row:
+    """Return the row of the defence's worst case under a norm's threat, or the union's."""
+    case, trials = cases[norm], campaign.under(*campaign.claim.meant(norm))
+    knows = "defence" if any(trial.attack.knows == "defence" for trial in trials) else "base"
+    names = [trial.attack.name for trial in trials]
+    readings = summary(case.correct)
+    if norm == UNION and case.seeds:
+        readings["chosen_before"] = _chosen_before([cases[norm] for norm in campaign.claim.radii])
+    foreign = [trial.foreign[None] for trial in campaign.trials if trial.foreign is not None]
+    settings = settings | {"attacks": names, "selected_on": list(campaign.draws.choose), "draws": readings}
+    return of(
+        case.correct, knows=knows, seconds_per_image=trials[0].seconds, seeds=case.seeds,
+        foreign=share(picked(foreign, case.chosen)) if foreign else None,
+        **_aim(campaign.claim, norm, settings),
+    )  # fmt: skip
+
+
+def _chosen_before(cases: Sequence[WorstCase]) -> float:
+    """Return the accuracy of a union whose threat is chosen per image on the draws that choose."""
+    before = torch.stack([case.before for case in cases])
+    chosen = (before + 1e-6 * before.mean(1)[:, None]).argmin(0)
+    return share(picked([case.correct for case in cases], chosen))
+
+
+def _apart(campaign: Campaign, norm: str, case: WorstCase) -> dict[str, Any]:
+    """Return what a defence keeps under a norm's threat if it may decline, and how often it leaves its network."""
+    trials, draws = campaign.trials, campaign.draws
+    return {
+        "abstention": abstention(campaign.under(*campaign.claim.meant(norm)), draws),
+        "disagreement": {
+            "none": share(draws.counted(trials[0].labels) != trials[0].base_labels),
+            "worst-case": share(case.labels != picked([t.base_labels for t in trials], case.chosen)),
+        },
+    }
+
+
+def _threat_model(claim: Claim) -> dict[str, Any]:
+    first = claim.threats[0]
+    one = {} if claim.several else {"eps": first.eps, "norm": first.norm}
+    threats = [{"norm": norm, "eps": eps} for norm, eps in claim.radii.items()]
+    return one | {"bounds": first.bounds.pairs(), "threats": threats}
 
 
 def summary(correct: Tensor) -> dict[str, float]:
@@ -169,17 +242,31 @@ def _told(trial: Trial) -> dict[str, Any]:
     return {"n": trial.n, "attempted": int(trial.attempted.sum()), **known, "losses": trial.losses, **attack.told()}
 
 
-def _per_example(campaign: Campaign, worst_case: WorstCase) -> list[dict[str, Any]]:
-    """Return per image its label, the share of right answers without an attack and in the worst case, and by what."""
-    trials, order = campaign.trials, campaign.claim.order
-    before = campaign.draws.counted(trials[0].correct).double().mean(0)
-    after = worst_case.correct.double().mean(0)
-    columns = [values.tolist() for values in (campaign.y, before, after, worst_case.chosen)]
+def _per_example(campaign: Campaign, cases: dict[str, WorstCase]) -> list[dict[str, Any]]:
+    """Return per image its label, the share of right answers without an attack and in the worst case, and by what.
+
+    Of several threats it also holds the `norm` of that attack, and `worst` and `attack` of each threat.
+    """
+    claim, y = campaign.claim, campaign.y.tolist()
+    clean = campaign.draws.counted(campaign.trials[0].correct).double().mean(0).tolist()
+    left = {norm: _left(campaign, case) for norm, case in cases.items()}
+    counts = left.pop(claim.norm)
     told = [
-        {"image": image, "label": label, "clean": clean, "worst": left, "attack": trials[place].attack.name}
-        for image, label, clean, left, place in zip(order, *columns, strict=False)
+        {"image": image, "label": y[i], "clean": clean[i], **counts[i]}
+        | ({"threats": {norm: one[i] for norm, one in left.items()}} if claim.several else {})
+        for i, image in enumerate(claim.order[: len(y)])
     ]
     return sorted(told, key=lambda one: one["image"])
+
+
+def _left(campaign: Campaign, case: WorstCase) -> list[dict[str, Any]]:
+    """Return per image what a worst case leaves, and by which attack."""
+    attacks = [campaign.trials[place].attack for place in case.chosen.tolist()]
+    norms = [attack.threat.norm if attack.threat is not None else UNION for attack in attacks]
+    return [
+        {"worst": left, "attack": attack.short} | ({"norm": norm} if campaign.claim.several else {})
+        for left, attack, norm in zip(case.correct.double().mean(0).tolist(), attacks, norms, strict=True)
+    ]
 
 
 def _model_info(campaign: Campaign, network: str, passes: float, verdict: Row) -> dict[str, Any]:
@@ -187,17 +274,23 @@ def _model_info(campaign: Campaign, network: str, passes: float, verdict: Row) -
     claim, clean = campaign.claim, share(campaign.draws.counted(campaign.trials[0].correct))
     return {
         "link": "", "name": claim.name, "authors": "", "additional_data": False, "number_forward_passes": passes,
-        "dataset": claim.dataset, "venue": "", "architecture": network, "eps": f"{claim.threat.eps:.6g}",
+        "dataset": claim.dataset, "venue": "", "architecture": network, "eps": _radii(claim),
         "clean_acc": f"{100 * clean:.2f}", "reported": f"{100 * verdict.accuracy:.2f}", "autoattack_acc": "",
         "external": "", "footnote": f"protocol {claim.protocol}, {len(campaign.scene.y)} images",
     }  # fmt: skip
 
 
-def _row(of: Callable[..., Row], trial: Trial, draws: Draws, settings: dict[str, Any]) -> Row:
+def _radii(claim: Claim) -> str:
+    each = [f"{norm} {eps:.6g}" for norm, eps in claim.radii.items()]
+    return ", ".join(each) if claim.several else f"{claim.threats[0].eps:.6g}"
+
+
+def _row(of: Callable[..., Row], claim: Claim, trial: Trial, draws: Draws, settings: dict[str, Any]) -> Row:
     attack = trial.attack
     done = {"sample": trial.n, "attempted": int(trial.attempted.sum())}
     return of(
-        draws.counted(trial.correct), seeds=draws.counting, attack=attack.name, knows=attack.knows,
+        draws.counted(trial.correct), seeds=draws.counting, attack=attack.short, knows=attack.knows,
+        norm=claim.norm if attack.threat is None else attack.threat.norm,
         eps=0.0 if attack.method is None else attack.method.eps, seconds_per_image=trial.seconds,
         foreign=None if trial.foreign is None else share(trial.foreign), settings=settings | done | attack.told(),
     )  # fmt: skip
@@ -209,16 +302,16 @@ def _ablations(
     """Return rows of the defence less one of its parts: on clean images, and on the whole one's worst candidates."""
     claim, defence, seeds, rows = campaign.claim, campaign.scene.subject.defence, worst_case.seeds, []
     attacked = {
-        "none": (campaign.trials[0].adversarials, "base", 0.0),
-        "worst-case": (worst_case.adversarials, "defence", claim.threat.eps),
+        "none": (campaign.trials[0].adversarials, "base", {"attack": "none", "norm": claim.norm, "eps": 0.0}),
+        "worst-case": (worst_case.adversarials, "defence", _aim(claim, claim.norm, {})),
     }
     for part, variant in (defence.ablations() if isinstance(defence, Defence) else {}).items():
-        for attack, (x, knows, eps) in attacked.items():
+        for attack, (x, knows, aim) in attacked.items():
             labels, seconds = campaign.once(f"without {part} / {attack}", _without, part, x, seeds)
             row = of(
                 torch.tensor(labels) == campaign.y, seeds=seeds, defence=f"{claim.name} without {part}",
-                attack=attack, knows=knows, eps=eps, seconds_per_image=seconds / len(x),
-                settings=settings | describe(variant),
+                knows=knows, seconds_per_image=seconds / len(x),
+                **aim | {"settings": settings | describe(variant) | aim.get("settings", {})},
             )  # fmt: skip
             rows.append(row)
     return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from immunonet import _check, _store, incoming, models
 from immunonet._identity import identity
 from immunonet.attacks._base import Attack
-from immunonet.attacks.norms import NORMS
 from immunonet.defences.base import Defence, Undefended
 from immunonet.evaluation import sanity
 from immunonet.evaluation.asking import Subject, describe
@@ -24,7 +23,8 @@ from immunonet.evaluation.campaign import Campaign, Claim, Scene
 from immunonet.evaluation.draws import Draws
 from immunonet.evaluation.outcome import Evaluation, outcome
 from immunonet.evaluation.records import VERSION
-from immunonet.evaluation.suite import PROTOCOLS, Suite, Threat, afford, seconds_per_call
+from immunonet.evaluation.suite import PROTOCOLS, Suite, afford, planned, seconds_per_call
+from immunonet.evaluation.threats import Threat, claimed, room
 
 # How far probabilities may move before a defence counts as another one.
 _STEADY = 0.05
@@ -40,8 +40,9 @@ def evaluate(
     y: Any,
     *,
     base: nn.Module,
-    eps: float,
+    eps: float | None = None,
     norm: str = "linf",
+    threats: Mapping[str, float] | None = None,
     protocol: str = "quick",
     minutes: float | None = None,
     black_box: int | None = None,
@@ -72,9 +73,11 @@ def evaluate(
         x: inputs `(n, *S)` within the bounds. y: labels `(n,)`.
         base: the undefended network, inputs to logits `(B, C)`.
         eps: size of the perturbation, >= 0 and at most what the bounds have room for, in units of the input.
-        norm: "linf" or "l2". protocol: "quick", "standard" or "full".
-        minutes: what the evaluation may take. A few answers are timed, and the plan is cut beforehand to fit; None: all
-            images.
+        norm: "linf", "l2" or "l1". threats: instead of both, sizes by norm, such as `{"linf": .3, "l2": 2.}`: the
+            attacks are made under each, and the verdict is their union, where an image is right if it is so under all.
+        protocol: "quick", "standard" or "full".
+        minutes: what the evaluation may take, under all threats together. A few answers are timed, and the plan is cut
+            beforehand to fit; None: all images.
         black_box: so many images, a random sample, are those of attacks that only ask; None: the protocol's number.
         seed: same seed, same result. transfer: further networks like `base`, trained independently.
         dataset, name, base_name: names for the rows; None: the defence's own.
@@ -82,8 +85,9 @@ def evaluate(
         folder: finished attacks are kept there, and the same call continues from them; None: nothing is kept. What is
             kept is keyed by the images, the attacks, and all that can be read of networks and defence (weights,
             settings, repertoire, code); a defence that answers otherwise all the same is a ValueError.
-        attacks: further attacks, untargeted, within eps of the same norm; those that only ask are made on the defence's
-            light twin, others on its first surrogate, or if it has none by its own gradient, or by BPDA.
+        attacks: further attacks, untargeted, within eps of the same norm, or within one of the threats; those that only
+            ask are made on the defence's light twin, others on its first surrogate, or if it has none by its own
+            gradient, or by BPDA.
         workers: who does the parts of the work (see `evaluation.cluster`); None: this process.
         on_progress: hears of the plan and of every attack.
 
@@ -97,7 +101,6 @@ def evaluate(
     if black_box is not None:
         budget = dataclasses.replace(budget, black_box=_check.integer("black_box", black_box))
     seed = _check.integer("seed", seed, least=0, most=2**31)
-    norm = _check.choice("norm", norm, tuple(NORMS))
     if not callable(defence):
         raise TypeError(f"defence must be a module or a function of inputs, got {type(defence).__name__}")
     for network in networks:
@@ -113,9 +116,8 @@ def evaluate(
     # Where only some images are attacked they are a random sample, whatever order they were given in.
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x, y = x[order.to(device)], y[order.to(device)]
-    low, high = bounds.tensors(x, x.shape[1:])
-    reach = NORMS[norm].reach((high - low).double().expand(x.shape[1:]))
-    threat = Threat(eps=_check.number("eps", eps, least=0, most=reach), norm=norm, bounds=bounds, seed=seed)
+    radii = claimed(eps, norm, threats, lambda name: room(name, bounds, x))
+    against = tuple(Threat(eps=radius, norm=name, bounds=bounds, seed=seed) for name, radius in radii.items())
     with torch.no_grad():
         classes = models.logits(base, x[:1]).shape[1]
     incoming.labels("y", y, n=len(x), classes=classes)
@@ -124,9 +126,10 @@ def evaluate(
     varies = subject.varies(x[: sanity.PROBED])
     randomised = subject.seeded or varies
     draws = Draws.of(seed, budget.seeds, budget.row_seeds) if randomised else Draws()
-    plan = {a.name: a for a in Suite(subject, networks, x, threat, budget, randomised).attacks(attacks)}
+    suites = [Suite(subject, networks, x, threat, budget, randomised) for threat in against]
+    plan = {attack.name: attack for attack in planned(suites, attacks)}
     claim = Claim(
-        name=name or _name(defence), base_name=base_name, dataset=dataset, protocol=protocol, threat=threat,
+        name=name or _name(defence), base_name=base_name, dataset=dataset, protocol=protocol, threats=against,
         told=copy.deepcopy(settings or {}), order=tuple(order.tolist()),
     )  # fmt: skip
     known = {
@@ -145,10 +148,10 @@ def evaluate(
     _same_answers(campaign)
     cut = _afford(campaign, minutes)
     campaign.run(_PAIRED)
-    worst_case = campaign.worst_case()
-    checks, curves = sanity.checks(campaign, reach)
+    cases = campaign.worst_cases()
+    checks, curves = sanity.checks(campaign)
     flags = sanity.flags(campaign, randomised=randomised, repeatable=subject.seeded or not varies)
-    return outcome(campaign, worst_case, checks, flags, {"randomized": randomised, "plan": cut, "curves": curves})
+    return outcome(campaign, cases, checks, flags, {"randomized": randomised, "plan": cut, "curves": curves})
 
 
 def _same_answers(campaign: Campaign) -> None:
@@ -182,8 +185,9 @@ def _afford(campaign: Campaign, minutes: float | None) -> dict[str, Any]:
     """Return the plan, after timing a few answers, and cut the campaign to it where it takes more than is allowed."""
     timed = campaign.once("plan", _timed)
     budget, draws, asking, calls = campaign.budget, campaign.draws, timed["asking"], timed["calls"]
-    # Draws for the finalists, for what has fallen, and for the worst case.
-    finals = (budget.finalists + 2) * budget.seeds / len(draws.seeds) * asking if draws.seeds else 0.0
+    # Draws for the finalists, for what has fallen, and for the worst case, under every threat.
+    further = len(campaign.claim.threats) * (budget.finalists + 2) * budget.seeds
+    finals = further / len(draws.seeds) * asking if draws.seeds else 0.0
     seconds = {a.name: a.calls() * calls[a.name] if a.name in calls else finals for a in campaign.wanted}
     if minutes is not None:
         campaign.plan = afford(campaign.wanted, seconds, asking, 60 * minutes / _SLACK)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from immunonet.evaluation.bench import Value
 from immunonet.evaluation.campaign import Campaign, Scene, Trial, worst
 from immunonet.evaluation.draws import share
 from immunonet.evaluation.records import Check, Flag
+from immunonet.evaluation.threats import Threat, held
 
 # Factors of a network's logits, which change no label.
 SCALES = (0.01, 1.0, 100.0)
@@ -33,16 +35,31 @@ _FEW = 5
 _UNTESTED = "not tested: the answers are random and take no seed"
 
 
-def checks(campaign: Campaign, reach: float) -> tuple[list[Check], dict[str, Any]]:
+def checks(campaign: Campaign) -> tuple[list[Check], dict[str, Any]]:
     """Return every check of a campaign, and the accuracy under growing eps of PGD and the strongest attack.
 
-    `reach`: the largest eps that the bounds have room for.
+    Those under one of several threats have its norm before their names.
     """
-    trials, draws, strongest = campaign.trials, campaign.draws, campaign.strongest
-    found, curves = [eps_zero(campaign), *scale(campaign)], {}
+    claim, found = campaign.claim, list[Check]()
+    curves: dict[str, Any] = {}
+    for threat in claim.threats:
+        own, drawn = _of_threat(campaign, threat)
+        found += [dataclasses.replace(check, name=claim.titled(check.name, threat, ": ")) for check in own]
+        curves |= drawn
+    found += filter(None, (holds(campaign, *pair) for pair in itertools.permutations(claim.threats, 2)))
+    pairs = zip(campaign.plan, campaign.wanted, strict=True)
+    short = [f"{cut.name} {cut.n} of {whole.n}" for cut, whole in pairs if cut.n < whole.n]
+    told = ", ".join(short) or f"{len(campaign.scene.y)} images"
+    return [*found, Check("all planned images were attacked", not short, told)], curves
+
+
+def _of_threat(campaign: Campaign, threat: Threat) -> tuple[list[Check], dict[str, Any]]:
+    """Return the checks of the attacks under one threat, and their curves."""
+    trials, draws, strongest = campaign.under(threat), campaign.draws, campaign.strongest(threat)
+    found, curves = [eps_zero(campaign, threat), *scale(campaign, threat)], dict[str, Any]()
     if strongest is not None and strongest.attack.method is not None and strongest.attack.method.eps:
-        name = strongest.attack.name
-        curves = {a.name: curve(campaign, a.name, reach) for a in campaign.plan if a.name in ("pgd", name)}
+        name, mine = strongest.attack.name, (a for a in campaign.plan if a.within(threat))
+        curves = {a.name: curve(campaign, a.name, threat) for a in mine if a.short == "pgd" or a.name == name}
         twice = next(trial for trial in trials if "doubled" in trial.attack.roles)
         found += [grows(curves[name], name, campaign.scene.subject.classes), iterative(campaign, strongest)]
         found.append(doubled(strongest, twice, draws.counted))
@@ -58,10 +75,7 @@ def checks(campaign: Campaign, reach: float) -> tuple[list[Check], dict[str, Any
     if asked := min((trial.n for trial in trials if trial.attack.asks), default=0):
         alone, both = (case(roles, asked) for roles in (gradient, gradient | {"asks"}))
         found.append(compared("asking alone is no stronger than gradients", "attacks that ask", alone, both))
-    pairs = zip(campaign.plan, campaign.wanted, strict=True)
-    short = [f"{cut.name} {cut.n} of {whole.n}" for cut, whole in pairs if cut.n < whole.n]
-    told = ", ".join(short) or f"{len(campaign.scene.y)} images"
-    return [*found, Check("all planned images were attacked", not short, told)], curves
+    return found, curves
 
 
 def flags(campaign: Campaign, *, randomised: bool, repeatable: bool) -> list[Flag]:
@@ -78,7 +92,7 @@ def _flags(scene: Scene, repeatable: bool) -> Value:
     named = {id(a.target): a for a in scene.plan.values() if not a.asks and a.target is not None}
     found = [
         probabilities(scene.network, x),
-        zero_gradients({attack.name: attack.target for attack in named.values()}, x, scene.y[:PROBED]),
+        zero_gradients({attack.short: attack.target for attack in named.values()}, x, scene.y[:PROBED]),
         batch(scene.subject, scene.x, scene.seeds, repeatable),
         steady(scene.network, x),
         agreement(scene.subject, x, scene.seeds, repeatable),
@@ -86,18 +100,20 @@ def _flags(scene: Scene, repeatable: bool) -> Value:
     return [dataclasses.asdict(flag) for flag in found]
 
 
-def eps_zero(campaign: Campaign) -> Check:
-    """Without room to move, every attack must leave the answers as they were."""
-    changed = campaign.once("check eps 0", _eps_zero, campaign.draws.counting[:1])
-    told = f"{len(campaign.plan)} attacks, {min(_FEW, len(campaign.scene.y))} images"
+def eps_zero(campaign: Campaign, threat: Threat) -> Check:
+    """Without room to move, every attack under a threat must leave the answers as they were."""
+    names = [attack.name for attack in campaign.wanted if attack.within(threat)]
+    key = campaign.claim.titled("check eps 0", threat)
+    changed = campaign.once(key, _eps_zero, names, campaign.draws.counting[:1])
+    told = f"{len(names)} attacks, {min(_FEW, len(campaign.scene.y))} images"
     told += f"; changed under {', '.join(changed)}" if changed else ""
     return Check("eps 0 gives the clean answers", not changed, told)
 
 
-def _eps_zero(scene: Scene, seeds: tuple[int, ...]) -> Value:
+def _eps_zero(scene: Scene, names: list[str], seeds: tuple[int, ...]) -> Value:
     x, y = scene.x[:_FEW], scene.y[:_FEW]
     clean, changed = scene.subject.labels(x, seeds)[0], []
-    for attack in scene.plan.values():
+    for attack in map(scene.plan.__getitem__, names):
         still = attack.by(None if attack.method is None else attack.method.cheapest().resized(0.0))
         if not torch.equal(scene.subject.labels(still(x, y).adversarials, seeds)[0], clean):
             changed.append(attack.name)
@@ -108,14 +124,16 @@ def _scaled(network: nn.Module, factor: float, x: Tensor) -> Tensor:
     return models.logits(network, x).double() * factor
 
 
-def scale(campaign: Campaign) -> list[Check]:
+def scale(campaign: Campaign, threat: Threat) -> list[Check]:
     """An attack must find as much however large the network's logits are: where they stop it, it only looks robust.
 
     Checked for PGD, if it is planned.
     """
-    if "pgd" not in campaign.scene.plan:
+    pgd = next((a.name for a in campaign.wanted if a.short == "pgd" and a.within(threat)), None)
+    if pgd is None:
         return []
-    right = torch.tensor(campaign.once("check scale", _scale, campaign.budget.checks))
+    key = campaign.claim.titled("check scale", threat)
+    right = torch.tensor(campaign.once(key, _scale, pgd, campaign.budget.checks))
     means = right.double().mean(1).tolist()
     low, high = statistics.interval(right[SCALES.index(1.0)][None])
     points = ", ".join(f"x {factor:g}: {mean:.3f}" for factor, mean in zip(SCALES, means, strict=True))
@@ -123,16 +141,17 @@ def scale(campaign: Campaign) -> list[Check]:
     return [Check("the scale of the logits does not matter", all(low <= mean <= high for mean in means), detail)]
 
 
-def _scale(scene: Scene, n: int) -> Value:
-    x, y, attack = scene.x[:n], scene.y[:n], scene.plan["pgd"]
+def _scale(scene: Scene, name: str, n: int) -> Value:
+    x, y, attack = scene.x[:n], scene.y[:n], scene.plan[name]
     targets = [functools.partial(_scaled, scene.network, factor) for factor in SCALES]
     points = [dataclasses.replace(attack, target=target)(x, y).adversarials for target in targets]
     return [(scene.base.labels(one)[0][0] == y.cpu()).tolist() for one in points]
 
 
-def curve(campaign: Campaign, name: str, reach: float) -> dict[str, Any]:
-    """Return the defence's accuracy under an attack at growing eps, on a few images, up to `reach`."""
-    eps = sorted({min(campaign.claim.threat.eps * m, reach) for m in MULTIPLES} | {reach})
+def curve(campaign: Campaign, name: str, threat: Threat) -> dict[str, Any]:
+    """Return the defence's accuracy under an attack at growing eps, on a few images, up to what the bounds allow."""
+    reach = threat.reach(campaign.scene.x)
+    eps = sorted({min(threat.eps * m, reach) for m in MULTIPLES} | {reach})
     method = campaign.scene.plan[name].method
     assert method is not None
     right = _right(campaign, f"curve {name} {eps}", name, [method.resized(e) for e in eps])
@@ -184,6 +203,35 @@ def doubled(once: Trial, twice: Trial, counted: Any) -> Check:
         f"with twice the iterations {share(after):.3f}; McNemar p = {p:.2g}; the lower one counts"
     )
     return Check("twice the iterations change nothing beyond the interval", low <= share(after) <= high, detail)
+
+
+def holds(campaign: Campaign, outer: Threat, inner: Threat) -> Check | None:
+    """Attacks in a ball must find what those in any ball inside of it do, within the interval; None if none is there.
+
+    Where the ball of `outer` holds that of `inner`, their worst cases are compared. Else the strongest attack of
+    `inner` is made again, on a few images, in the largest ball of its norm that the other holds, and compared with the
+    strongest of `outer` on the same images.
+    """
+    strongest, other = campaign.strongest(outer), campaign.strongest(inner)
+    radius = held(outer, inner.norm, campaign.scene.x[0].numel())
+    if strongest is None or other is None or other.attack.method is None or not (radius and inner.eps):
+        return None
+    if radius >= inner.eps:
+        radius, draws = inner.eps, campaign.draws
+        mine, theirs = (draws.counted(worst(campaign.under(threat), draws)) for threat in (outer, inner))
+        who = "the worst case", "the worst case"
+    else:
+        name, key = other.attack.name, f"check {outer.norm} holds {inner.norm}"
+        (theirs,) = _right(campaign, f"{key} {name} {radius}", name, [other.attack.method.resized(radius)])
+        mine, who = campaign.draws.counted(strongest.correct), (strongest.attack.short, other.attack.short)
+    n = min(mine.shape[1], theirs.shape[1])
+    mine, theirs = mine[:, :n], theirs[:, :n]
+    detail = (
+        f"accuracy {share(mine):.3f} under {who[0]} within {outer.norm} {outer.eps:.3g}, {share(theirs):.3f} under "
+        f"{who[1]} within {inner.norm} {radius:.3g}, which lies inside, {n} images"
+    )
+    name = f"{outer.norm}: attacks find what those in the {inner.norm} ball inside find"
+    return Check(name, share(mine) <= statistics.interval(theirs)[1], detail)
 
 
 def compared(name: str, weaker: str, alone: Tensor, together: Tensor) -> Check:

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, attacks, models
+from immunonet import attacks, models
 from immunonet.attacks._base import Attack
 from immunonet.attacks.norms import NORMS
 from immunonet.defences.base import Defence, Undefended
 from immunonet.evaluation.asking import Subject, told_of
+from immunonet.evaluation.threats import Threat
 
 Model = Callable[[Tensor], Tensor]
 
@@ -84,9 +85,11 @@ class Candidates(NamedTuple):
 class Planned:
     """An attack to be run: its name, its `roles`, how (`method`), on what (`target`), and on how many images.
 
-    `method` None leaves inputs as they are; what breaks the bounds, or the ball of a method that has one, is replaced.
-    `n`: it takes the first so many images; one that only asks passes over those of them on which the defence has failed
-    in every draw that chooses. Roles are "transfer" (made without knowing the defence), "adaptive", or "asks"; and
+    `threat`: what it keeps to, None for clean images, which belong to all threats. A `name` is unique in its plan; of
+    several threats the norm comes first, as in "l2 pgd", and `short` is the rest. `method` None leaves inputs as they
+    are; what breaks the bounds, or the ball of a method that has one, is replaced. `n`: it takes the first so many
+    images; one that only asks passes over those of them on which the defence has failed, under the same threat, in
+    every draw that chooses. Roles are "transfer" (made without knowing the defence), "adaptive", or "asks"; and
     "base" (it knows the undefended network alone), "direct" (on the defence's own gradient), "surrogate", "eot",
     "joint" (it also avoids looking foreign), "targeted", "known seed", "doubled" (twice the steps of another).
     """
@@ -96,6 +99,16 @@ class Planned:
     n: int
     method: Attack | None = None
     target: Model | None = None
+    threat: Threat | None = None
+
+    @property
+    def short(self) -> str:
+        """Its name among the attacks under the same threat, which is what rows call it."""
+        return self.name if self.threat is None else self.name.removeprefix(f"{self.threat.norm} ")
+
+    def within(self, threat: Threat) -> bool:
+        """Return whether what it finds is allowed under `threat`."""
+        return self.threat is None or self.threat == threat
 
     @property
     def knows(self) -> str:
@@ -149,18 +162,8 @@ class Planned:
         return {"attack": self.method.describe(), "target": told_of(self.target), "calls": self.calls()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Threat:
-    """What an attacker may do: a perturbation of size `eps` in `norm`, within `bounds`; `seed`: of the attacks."""
-
-    eps: float
-    norm: str
-    bounds: _check.Bounds
-    seed: int
-
-
 class Suite:
-    """Puts together the attacks on a defence: on images `x` `(n, *S)`, from `nets`, the base first.
+    """Puts together the attacks on a defence under one threat: on images `x` `(n, *S)`, from `nets`, the base first.
 
     `subject`: the defence as it is asked; `randomised`: whether its answers are random.
     """
@@ -168,7 +171,8 @@ class Suite:
     def __init__(
         self, subject: Subject, nets: Sequence[nn.Module], x: Tensor, threat: Threat, budget: Budget, randomised: bool
     ) -> None:
-        self.subject, self.budget, self.randomised, self.x, self.seed = subject, budget, randomised, x, threat.seed
+        self.subject, self.budget, self.randomised, self.x = subject, budget, randomised, x
+        self.threat, self.seed = threat, threat.seed
         self.base, *self.others = nets
         self.common: dict[str, Any] = {"eps": threat.eps, "norm": threat.norm, "bounds": threat.bounds}
         self.pgd = attacks.PGD(step=threat.eps / 4, iterations=20, random_start=False, **self.common)
@@ -176,23 +180,14 @@ class Suite:
         if isinstance(defence, Defence) and (light := defence.light()) is not defence:
             self.light = Subject(light, classes=subject.classes)
 
-    def attacks(self, others: Sequence[Attack] = ()) -> list[Planned]:
-        """Return the attacks, the clean images first and those that only ask last; `others`: a caller's own."""
-        clean = Planned(name="none", n=len(self.x))
-        gradient = [clean, *self._transferred(), *self._knowing(), *self._direct()]
-        own = [self._own(attack, i) for i, attack in enumerate(others, 1)]
-        return [*gradient, *(a for a in own if not a.asks), *self._asking(), *(a for a in own if a.asks)]
+    def attacks(self, others: Mapping[int, Attack]) -> list[Planned]:
+        """Return the attacks, those that only ask last; `others`: a caller's own by their places."""
+        own = [self._own(attack, place) for place, attack in others.items()]
+        gradient = [*self._transferred(), *self._knowing(), *self._direct(), *(a for a in own if not a.asks)]
+        return [*gradient, *self._asking(), *(a for a in own if a.asks)]
 
     def _own(self, attack: Attack, place: int) -> Planned:
         """Return the plan of a caller's own attack: on the defence, or where it needs a gradient, on what has one."""
-        argument, allowed, norm = f"attacks[{place - 1}]", self.common["eps"], self.common["norm"]
-        if not isinstance(attack, Attack):
-            raise TypeError(f"{argument} must be an immunonet.attacks.Attack, got {type(attack).__name__}")
-        if attack.norm != norm or attack.eps is None or attack.eps > allowed:
-            found = f"got eps={attack.eps} in {attack.norm}"
-            raise ValueError(f"{argument} must stay within eps={allowed:g} in {norm}, {found}")
-        if attack.targeted:
-            raise ValueError(f"{argument} must not be targeted: the labels that it gets are those to lead away from")
         name, defence = f"{type(attack).__name__.lower()}-{place}", self.subject.defence
         attack = dataclasses.replace(attack, bounds=self.common["bounds"])
         if attack.needs != "gradient":
@@ -208,7 +203,7 @@ class Suite:
 
     def _plan(self, name: str, method: Any, target: Model, *roles: str, most: int | None = None) -> Planned:
         n = len(self.x) if most is None else min(most, len(self.x))
-        return Planned(name=name, roles=frozenset(roles), n=n, method=method, target=target)
+        return Planned(name=name, roles=frozenset(roles), n=n, method=method, target=target, threat=self.threat)
 
     def _apgds(self, name: str, target: Model, *roles: str) -> Iterator[Planned]:
         classes, budget = self.subject.classes, self.budget
@@ -294,6 +289,35 @@ class Suite:
     def _undefended(self) -> bool:
         defence = self.subject.defence
         return isinstance(defence, Undefended) and defence.model is self.base
+
+
+def planned(suites: Sequence[Suite], others: Sequence[Attack] = ()) -> list[Planned]:
+    """Return the attacks of suites, one per threat, under unique names: the clean images first, what only asks last.
+
+    `others`: a caller's own, each under the threat of its norm; ValueError or TypeError for one that fits none.
+    """
+    own = _assigned(others, [suite.threat for suite in suites])
+    found = [attack for suite in suites for attack in suite.attacks(own[suite.threat.norm])]
+    if len(suites) > 1:
+        found = [dataclasses.replace(a, name=f"{a.threat.norm} {a.name}") for a in found if a.threat is not None]
+    return [Planned(name="none", n=len(suites[0].x)), *sorted(found, key=lambda attack: attack.asks)]
+
+
+def _assigned(others: Sequence[Attack], threats: Sequence[Threat]) -> dict[str, dict[int, Attack]]:
+    """Return a caller's own attacks, by their places from 1 on, by the norm of the threat that they keep to."""
+    eps = {threat.norm: threat.eps for threat in threats}
+    own: dict[str, dict[int, Attack]] = {norm: {} for norm in eps}
+    for place, attack in enumerate(others, 1):
+        argument = f"attacks[{place - 1}]"
+        if not isinstance(attack, Attack):
+            raise TypeError(f"{argument} must be an immunonet.attacks.Attack, got {type(attack).__name__}")
+        if attack.norm not in own or attack.eps is None or attack.eps > eps[attack.norm]:
+            allowed = " or ".join(f"eps={radius:g} in {norm}" for norm, radius in eps.items())
+            raise ValueError(f"{argument} must stay within {allowed}, got eps={attack.eps} in {attack.norm}")
+        if attack.targeted:
+            raise ValueError(f"{argument} must not be targeted: the labels that it gets are those to lead away from")
+        own[attack.norm][place] = attack
+    return own
 
 
 def has_gradient(model: Model, x: Tensor) -> bool:

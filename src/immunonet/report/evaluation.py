@@ -16,21 +16,54 @@ def page(record: Mapping[str, Any], gallery: Iterable[Any] = ()) -> str:
     `(*S)`, `truth`, `answer` and `attack`; those of another shape than an image are left out.
     """
     *rows, base, verdict = record["results"]
-    losses = {name: attack["losses"] for name, attack in record["attacks"].items() if len(attack["losses"]) > 2}
+    worst = [row for row in rows if row["attack"] == "worst-case"]
     return pages.template("evaluation.html.j2").render(
         record=record,
-        rows=rows,
+        rows=[row for row in rows if row["attack"] != "worst-case"],
         base=base,
         verdict=verdict,
+        aims=_aims(verdict),
+        threats=list(zip(worst[::2], worst[1::2], strict=True)),
         clean=[row for row in rows if row["attack"] == "none"],
-        broken=Counter(image["attack"] for image in record["per_example"] if image["worst"] <= 0.5).most_common(),
-        curves=figures.svg_uri(figures.accuracy_curves(record["curves"])) if record["curves"] else None,
-        losses=figures.svg_uri(figures.loss_curves(losses)) if losses else None,
+        broken=Counter(map(_breaker, filter(_is_broken, record["per_example"]))).most_common(),
+        plots=[_plots(record, row["norm"] if worst else None) for row in worst[::2] or [verdict]],
         gallery=[_drawn(one, record["threat_model"]["bounds"]) for one in gallery if images.is_image(one.clean.shape)],
-        checks={check["name"]: check for check in record["checks"]},
+        checks=record["checks"],
         flags={flag["name"]: flag for flag in record["flags"]},
         roles=_roles(record["attacks"]),
+        noise=[attack for name, attack in record["attacks"].items() if name.split()[-1] == "noise"],
     )
+
+
+def _aims(verdict: Mapping[str, Any]) -> list[str]:
+    """Return how far each threat of a verdict goes, in words."""
+    threats = verdict["settings"].get("threats", {verdict["norm"]: verdict["eps"]})
+    return [f"{eps:.4g} ({norm})" for norm, eps in threats.items()]
+
+
+def _is_broken(image: Mapping[str, Any]) -> bool:
+    return bool(image["worst"] <= 0.5)
+
+
+def _breaker(image: Mapping[str, Any]) -> str:
+    """Return the attack that broke an image, its norm before it where there are several threats."""
+    named = "norm" in image and image["attack"] != "none"
+    return f"{image['norm']} {image['attack']}" if named else image["attack"]
+
+
+def _plots(record: Mapping[str, Any], norm: str | None) -> dict[str, Any]:
+    """Return the curves and losses of the attacks in one norm, or of all."""
+    own = {
+        name: attack for name, attack in record["attacks"].items()
+        if norm is None or attack.get("attack", {}).get("norm") == norm
+    }  # fmt: skip
+    curves = {name: curve for name, curve in record["curves"].items() if name in own}
+    losses = {name: attack["losses"] for name, attack in own.items() if len(attack["losses"]) > 2}
+    return {
+        "norm": norm,
+        "curves": figures.svg_uri(figures.accuracy_curves(curves)) if curves else None,
+        "losses": figures.svg_uri(figures.loss_curves(losses)) if losses else None,
+    }
 
 
 def _roles(attacks: Mapping[str, Any]) -> dict[str, list[str]]:

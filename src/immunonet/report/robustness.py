@@ -63,15 +63,16 @@ def _runs(record: Record) -> list[Record]:
 def cases(record: Record) -> list[Case]:
     """Return one case per evaluation of a merged record: what stands in a line of the tables, each under its own name.
 
-    Of evaluations of the same defence with the same settings the lower worst case counts. ValueError for runs on
-    others than test images, and for a run of two evaluations that its rows do not tell apart.
+    An evaluation under several threats gives one case for each of them, and one for their union. Of evaluations of the
+    same defence with the same settings the lower worst case counts. ValueError for runs on others than test images, and
+    for a run of two evaluations that its rows do not tell apart.
     """
     once: dict[str, Case] = {}
     for run in _runs(record):
         rows = run["results"]
         if rows[0]["settings"].get("split", "test") != "test":
             raise ValueError(f"results come from test images, got a run on others: {run['command']}")
-        for case in (_case(evaluation, rows) for evaluation in run["evaluations"]):
+        for case in (_case(*view) for evaluation in run["evaluations"] for view in _views(evaluation, rows)):
             key = json.dumps([case[key] for key in ("kind", "network", "n", "settings")], sort_keys=True)
             if key not in once or case["worst"]["accuracy"] < once[key]["worst"]["accuracy"]:
                 once[key] = case
@@ -82,13 +83,45 @@ def cases(record: Record) -> list[Case]:
     return every
 
 
-def _case(evaluation: Record, rows: Sequence[Record]) -> Case:
-    """Return the case of one evaluation of a run, from the run's rows."""
-    key = kind, layers, weights = evaluation["defence"], evaluation["layers"], evaluation["weights"]
+def _views(evaluation: Record, rows: Sequence[Record]) -> list[tuple[Record, dict[str, Record]]]:
+    """Return an evaluation of a run and its own rows by attack, from the run's rows.
+
+    One under several threats is told as one for each, and one for their union, whose row of an attack is the lowest.
+    """
+    key = evaluation["defence"], evaluation["layers"], evaluation["weights"]
     own = [row for row in rows if (row["defence"], row["settings"]["layers"], row["settings"]["weights"]) == key]
-    by = {row["attack"]: row for row in own}
-    if len(by) < len(own):
+    if len({(row["attack"], row["norm"]) for row in own}) < len(own):
         raise ValueError(f"two evaluations of one run have the same defence, layers and weights, got {key}: merge runs")
+    norms = [threat["norm"] for threat in evaluation.get("threat_model", {}).get("threats", ())]
+    if len(norms) < 2:
+        return [(evaluation, {row["attack"]: row for row in own})]
+    views = [(_under(evaluation, norm), _by_attack(own, norm)) for norm in norms]
+    # What belongs to one threat stands in its own case.
+    checks = [one for one in evaluation["checks"] if one["name"].partition(": ")[0] not in norms]
+    attacks = {name: attack for view, _ in views for name, attack in view["attacks"].items()}
+    lowest = {row["attack"]: row for row in sorted(own, key=lambda row: -float(row["accuracy"]))}
+    lowest["worst-case"] = next(row for row in own if row["attack"] == "worst-case" and row["norm"] not in norms)
+    return [*views, (evaluation | {"checks": checks, "attacks": attacks}, lowest)]
+
+
+def _under(evaluation: Record, norm: str) -> Record:
+    """Return what an evaluation under several threats says of one, as if there were no other."""
+    named = {name: attack for name, attack in evaluation["attacks"].items() if name.split()[0] in (norm, "none")}
+    attacks = {name.removeprefix(f"{norm} "): attack for name, attack in named.items()}
+    checks = [one for one in evaluation["checks"] if one["name"].startswith(f"{norm}: ")]
+    told = [image | image["threats"][norm] for image in evaluation["per_example"]]
+    only = {"attacks": attacks, "checks": checks, "flags": [], "per_example": told, "ablations": []}
+    return {**evaluation, **only, **evaluation["by_threat"][norm]}
+
+
+def _by_attack(rows: Sequence[Record], norm: str) -> dict[str, Record]:
+    """Return the rows of one threat, and of the clean images, by attack."""
+    return {row["attack"]: row for row in rows if row["norm"] == norm or row["attack"] == "none"}
+
+
+def _case(evaluation: Record, by: dict[str, Record]) -> Case:
+    """Return the case of an evaluation and its rows by attack."""
+    kind, layers, weights = evaluation["defence"], evaluation["layers"], evaluation["weights"]
     worst, attacks = by["worst-case"], evaluation["attacks"]
     settings = worst["settings"]
 
@@ -103,17 +136,18 @@ def _case(evaluation: Record, rows: Sequence[Record]) -> Case:
     name = [tables.title(kind), " and ".join(layers)]
     name += [f"k {neighbours}" if neighbours else cells(settings.get("maturation", ()))]
     name += ["cells there" if settings.get("space") else "", f"voice {voice:g}" if voice else ""]
-    net, norm, eps = settings["net"], worst["norm"], worst["eps"]
+    net, aims = settings["net"], tuple(settings.get("threats", {worst["norm"]: worst["eps"]}).items())
+    within = " or ".join(f"{norm} {eps:.3g}" for norm, eps in aims)
     broken = Counter(image["attack"] for image in evaluation["per_example"] if image["worst"] <= 0.5)
     return {
         "kind": kind,
         "title": ", ".join(filter(None, name)),
-        "where": f"{worst['dataset']}, {net}, {norm} {eps:.3g}, {worst['n']} images",
+        "where": f"{worst['dataset']}, {net}, {within}, {worst['n']} images",
         "layers": layers,
         "bare": tables.bare(kind),
         "evolves": "maturation" in settings,
         "settings": {key: value for key, value in settings.items() if key not in _REACHED},
-        "network": (worst["dataset"], net, weights, norm, eps),
+        "network": (worst["dataset"], net, weights, aims),
         "n": worst["n"],
         "images": _images(settings["slice"]),
         "protocol": settings["protocol"],

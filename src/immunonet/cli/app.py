@@ -11,11 +11,11 @@ import typer
 
 from immunonet.cli.common import note
 
-_COMMANDS = ("demo", "train", "fit", "predict", "evaluate", "reproduce")
+_COMMANDS = ("demo", "train", "connect", "fit", "predict", "evaluate", "reproduce")
 
 app = typer.Typer(
     name="immunonet",
-    help="Classify through an adaptive immune response: train, fit, predict, evaluate, reproduce.",
+    help="Classify through an adaptive immune response: train, connect, fit, predict, evaluate, reproduce.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

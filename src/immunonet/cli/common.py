@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from immunonet import _store, data, models, zoo
+from immunonet import _check, _store, data, models, zoo
+from immunonet._check import nearest
 from immunonet._imports import blame, called
+from immunonet.attacks.norms import NORMS
 from immunonet.evaluation.records import Row, envelope
 from immunonet.features.names import Layer, layer_parts
 
@@ -47,6 +49,9 @@ ChunkOption = Annotated[int, typer.Option(min=1, help="Images per part that is k
 RayOption = Annotated[
     str | None, typer.Option(metavar="auto|HOST:PORT", help="Do the parts on a Ray cluster, not only here.")
 ]
+ThreatOption = Annotated[
+    list[str] | None, typer.Option(metavar="NORM=EPS", help="A radius to withstand, such as l2=0.5; repeat it.")
+]
 ModelOption = Annotated[
     str | None, typer.Option(help=f"{', '.join(zoo.NAMES)}, package.module:factory. Default: by image size.")
 ]
@@ -65,6 +70,45 @@ def progress() -> Progress:
     """Return a progress bar on stderr, to be used in a `with` block; without a terminal it draws nothing."""
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+
+
+def threats(texts: Sequence[str] | None) -> dict[str, float] | None:
+    """Return the radii by norm that texts such as "l2=0.5" or "linf=8/255" say; None where there are none."""
+    found: dict[str, float] = {}
+    for text in texts or ():
+        name, equals, radius = text.partition("=")
+        if not equals or name not in NORMS:
+            near = nearest(name, tuple(NORMS)) if equals else ""
+            raise ValueError(f"--threat must be NORM=EPS, such as l2=0.5, got {text!r}{near}")
+        if name in found:
+            raise ValueError(f"--threat {name} must be given once, got {text!r} as well: one radius for each norm")
+        found[name] = _check.fraction(f"--threat {name}", radius)
+    return found or None
+
+
+def trained(
+    what: str, checkpoint: Path, epochs: int, train: Callable[..., list[zoo.Epoch]], *args: Any, **settings: Any
+) -> list[zoo.Epoch]:
+    """Return the epochs of a training under a bar of progress; each is told, and the checkpoint is gone at the end."""
+    if checkpoint.exists():
+        note(f"continuing from {checkpoint}")
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    with progress() as bar:
+        task = bar.add_task(what)
+        reported: list[zoo.Epoch] = []
+
+        def show(step: int, steps: int, history: list[zoo.Epoch]) -> None:
+            bar.update(task, completed=step, total=steps)
+            for row in history[len(reported) :]:
+                text = f"loss {row['loss']:.4f}, validation accuracy {row['validation_accuracy']:.4f}"
+                if (robust := row.get("validation_robust_accuracy")) is not None:
+                    text += f", {robust:.4f} under attack"
+                note(f"epoch {row['epoch']} of {epochs}: {text}")
+                reported.append(row)
+
+        history = train(*args, **settings, epochs=epochs, checkpoint=checkpoint, on_progress=show)
+    checkpoint.unlink()
+    return history
 
 
 def resolve_device(name: str) -> torch.device:

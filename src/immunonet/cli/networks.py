@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ class Nursery:
 
     study: Study
     models: dict[str, str]
-    images: Sequence[data.Images]
+    images: tuple[data.Images, data.Images]
     device: torch.device
     out: Path
     own: bool
@@ -46,14 +46,12 @@ class Nursery:
         made_of = {"model": self.models[name], "training": recipe, **self._made_of(net)}
         path = self.out / "weights" / f"{name}-{_store.fingerprint(made_of)[:12]}.safetensors"
         if not path.with_suffix(".json").exists():
-            history = self._trained(
-                name, path, lambda **how: zoo.train(net, *self.images, **dict(base.training), **how)
-            )
+            history = _trained(name, path, zoo.train, net, *self.images, **dict(base.training))
             zoo.save_weights(net, path, recipe={**envelope([]), **made_of, "history": history})
         zoo.load_weights(net, path)
         return net.eval()
 
-    def path(self, name: str, ends: Sequence[nn.Module]) -> ModePath:
+    def path(self, name: str, ends: list[nn.Module]) -> ModePath:
         """Return a path between networks, its bends trained, if they are, and not kept yet."""
         join = self.study.paths[name]
         chosen = data.sample(len(self.images[0]), min(zoo.STATISTICS, len(self.images[0]))).sort().values
@@ -65,7 +63,7 @@ class Nursery:
         made_of = {"training": settings, **self._made_of(*ends)}
         folder = self.out / "paths" / f"{name}-{_store.fingerprint(made_of)[:12]}"
         if not (folder / "path.json").exists():
-            self._trained(name, folder / "path", lambda **how: zoo.connect(found, *self.images, **settings, **how))
+            _trained(name, folder / "path", zoo.connect, found, *self.images, **settings)
             found.save(folder)
         return ModePath.load(folder, ends[0], images=found.images)
 
@@ -74,17 +72,8 @@ class Nursery:
         first = _store.digest([value for net in nets for value in net.state_dict().values()])
         return {"first": first, "images": _store.digest([training.x, training.y])}
 
-    def _trained(self, name: str, path: Path, train: Callable[..., list[zoo.Epoch]]) -> list[zoo.Epoch]:
-        """Run a training that leaves checkpoints beside `path`, with a bar of progress; return its epochs."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint = path.with_suffix(".checkpoint.safetensors")
-        with common.progress() as bar:
-            task = bar.add_task(f"training {name}")
 
-            def show(step: int, steps: int, history: list[zoo.Epoch]) -> None:
-                bar.update(task, completed=step, total=steps)
-
-            history = train(checkpoint=checkpoint, on_progress=show)
-        checkpoint.unlink()
-        common.note(f"trained {name}")
-        return history
+def _trained(name: str, path: Path, train: Callable[..., list[zoo.Epoch]], *args: Any, **how: Any) -> list[zoo.Epoch]:
+    common.note(f"training {name}")
+    checkpoint = path.with_suffix(".checkpoint.safetensors")
+    return common.trained(f"training {name}", checkpoint, how.pop("epochs"), train, *args, **how)

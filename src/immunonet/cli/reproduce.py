@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,6 @@ from immunonet.cli.networks import Nursery
 from immunonet.evaluation import cluster
 from immunonet.evaluation.bench import Bench, Part
 from immunonet.evaluation.lab import Lab, Tables
-from immunonet.evaluation.records import envelope
 from immunonet.report import studies as reports
 from immunonet.report import tables
 from immunonet.studies import Study, connectivity, experiments, outcomes
@@ -83,8 +82,9 @@ def reproduce(
         _store.write_json(json, result)
         if reports.write_readme(json.parent) is None:
             typer.echo(f"{json.parent / 'README.md'} is not one of these reports, and was left as it is")
+    printed = {"Main table", "Targets", *(contest["title"] for contest in result["contests"])}
     for section in reports.sections(result):
-        if section.title in ("Main table", "Targets"):
+        if section.title in printed:
             tables.console(section, 160)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from immunonet import _check, data, zoo
 from immunonet.cli import common
 from immunonet.evaluation.records import envelope
-from immunonet.zoo.adversarial import LOSSES
+from immunonet.zoo.adversarial import COMBINED, LOSSES
 
 
 def train(
@@ -44,6 +44,13 @@ def train(
     beta: Annotated[float | None, typer.Option(help="Weight of robustness in trades. Default: 6.")] = None,
     ramp: Annotated[int | None, typer.Option(help="Epochs over which eps rises from 0. Default: 0.")] = None,
     validation_eps: Annotated[str | None, typer.Option(help="Size of the attack on validation. Default: eps.")] = None,
+    threat: common.ThreatOption = None,
+    combine: Annotated[
+        str | None, typer.Option(help=f"How several threats make one loss: {', '.join(COMBINED)}. Default: max.")
+    ] = None,
+    ema: Annotated[
+        float | None, typer.Option(help="Keep a running mean of the weights, the older ones times this at every step.")
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the files that are written. Default: the dataset's.")
     ] = None,
@@ -66,7 +73,7 @@ def train(
     target = common.resolve_device(device)
     hardening = _hardening(
         adversarial, eps=eps, attack_step=attack_step, attack_iterations=attack_iterations, beta=beta, ramp=ramp,
-        validation_eps=validation_eps,
+        validation_eps=validation_eps, threats=common.threats(threat), combine=combine,
     )  # fmt: skip
     common.prepare(out, json)
     how: dict[str, Any] = {"image": image, "label": label, "size": size, "background": background}
@@ -83,30 +90,19 @@ def train(
     path = out / f"{name or Path(dataset).stem}.safetensors"
     checkpoint = path.with_suffix(".checkpoint.safetensors")
     settings: dict[str, Any] = {
-        "epochs": epochs, "batch_size": batch_size, "lr": lr, "patience": patience, "augment": augment,
-        "bfloat16": bfloat16, "seed": seed,
+        "batch_size": batch_size, "lr": lr, "patience": patience, "augment": augment,
+        "bfloat16": bfloat16, "seed": seed, "ema": ema,
     }  # fmt: skip
-    if checkpoint.exists():
-        common.note(f"continuing from {checkpoint}")
-    with common.progress() as bar:
-        task = bar.add_task("training")
-        reported: list[zoo.Epoch] = []
-
-        def show(step: int, steps: int, history: list[zoo.Epoch]) -> None:
-            bar.update(task, completed=step, total=steps)
-            for row in history[len(reported) :]:
-                text = f"loss {row['loss']:.4f}, validation accuracy {row['validation_accuracy']:.4f}"
-                if (robust := row.get("validation_robust_accuracy")) is not None:
-                    text += f", {robust:.4f} under attack"
-                common.note(f"epoch {row['epoch']} of {epochs}: {text}")
-                reported.append(row)
-
-        history = zoo.train(
-            net, images[training], images[held_out], **settings, adversarial=hardening, checkpoint=checkpoint,
-            on_progress=show,
-        )  # fmt: skip
+    history = common.trained(
+        "training", checkpoint, epochs, zoo.train, net, images[training], images[held_out], adversarial=hardening,
+        **settings,
+    )  # fmt: skip
     net.half().float()  # what is measured below is what the file will hold
-    settings |= common.told(how) | {"start": start and start.name, "adversarial": hardening and asdict(hardening)}
+    settings |= common.told(how) | {
+        "epochs": epochs,
+        "start": start and start.name,
+        "adversarial": hardening and asdict(hardening),
+    }
     results = [
         {
             "dataset": dataset, "model": network, "split": split, "n": len(part), "accuracy": zoo.accuracy(net, part),
@@ -116,12 +112,10 @@ def train(
     ]  # fmt: skip
     zoo.save_weights(net, path, recipe={**envelope(results), "classes": images.classes, "history": history})
     common.write_results(json, results)
-    checkpoint.unlink()
     for row in results:
         typer.echo(f"{row['split']} accuracy {row['accuracy']:.4f} on {row['n']} images")
-        if hardening is not None:
-            under = f"{row['robust_accuracy']:.4f} under attack (eps {hardening.measured:g})"
-            typer.echo(f"{row['split']} accuracy {under} on {row['robust_n']} images")
+        for under, accuracy in row.get("robust_accuracies", {}).items():
+            typer.echo(f"{row['split']} accuracy {accuracy:.4f} under attack ({under}) on {row['robust_n']} images")
     typer.echo(f"weights: {path}")
 
 
@@ -129,15 +123,20 @@ def _attacked(net: nn.Module, images: data.Images, hardening: zoo.Adversarial | 
     """Return the accuracy under attack, and of how many and which images; nothing of plain training."""
     if hardening is None:
         return {}
-    n = min(1000, len(images))
-    accuracy = zoo.robust_accuracy(net, images, eps=hardening.measured, most=n)
-    return {"robust_accuracy": accuracy, "robust_n": n, "robust_slice": {"sample": [n, len(images)], "seed": 0}}
+    n, radii = min(1000, len(images)), hardening.measured
+    found = zoo.robust_accuracies(net, images, threats=radii, most=n)
+    union = found.pop("union")
+    each = {f"{'eps' if norm == 'linf' else norm} {eps:g}": found[norm] for norm, eps in radii.items()}
+    return {
+        "robust_accuracy": union, "robust_accuracies": each | ({"all of them": union} if len(radii) > 1 else {}),
+        "robust_n": n, "robust_slice": {"sample": [n, len(images)], "seed": 0},
+    }  # fmt: skip
 
 
 def _hardening(adversarial: str | None, **settings: Any) -> zoo.Adversarial | None:
     """Return the settings of adversarial training; ValueError names the options that are given without it."""
     given = {key: value for key, value in settings.items() if value is not None}
-    options = {key: f"--{key.replace('_', '-')}" for key in given}
+    options = {key: f"--{key.replace('_', '-').replace('threats', 'threat')}" for key in given}
     if adversarial is None:
         if given:
             raise ValueError(f"{' and '.join(options.values())} need --adversarial pgd or trades")

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from immunonet import _check, _store, incoming, models
+from immunonet import _store, incoming, models
 from immunonet.defences.base import Answer, Defence
 from immunonet.paths import curves, statistics
 
 _FORMAT = 1
-_FILE, _TENSORS = "path.json", "path.safetensors"
+FILE, _TENSORS = "path.json", "path.safetensors"
 
 
 class ModePath(nn.Module):
@@ -48,7 +48,7 @@ class ModePath(nn.Module):
             nn.ParameterList(nn.Parameter(point[name].detach().clone()) for name in self.names)
             for point in inner or middle
         )
-        self.images = None if images is None else incoming.inputs("images", images, own=True)
+        self.images = None if images is None else _images(images)
         self.settings: dict[str, Any] = {}
         self._kept: dict[float, dict[str, Tensor]] = {}
         self._template = _frozen(networks[0])
@@ -67,11 +67,16 @@ class ModePath(nn.Module):
         """Return the share of every point, ends and bends, at `t` in [0, 1]."""
         return curves.CURVES[self.curve](curves.place(t), 2 + len(self.bends))
 
+    @property
+    def corners(self) -> list[dict[str, Tensor]]:
+        """The weights by name of the first end, of the bends, which are its parameters, and of the last end."""
+        first, last = (dict[str, Tensor](end.named_parameters()) for end in self.ends)
+        bends = [dict[str, Tensor](zip(self.names, bend.parameters(), strict=True)) for bend in self.bends]
+        return [first, *bends, last]
+
     def weights(self, t: float) -> dict[str, Tensor]:
         """Return the parameters at `t` in [0, 1] by name, differentiable in the bends."""
-        first, last = (dict(end.named_parameters()) for end in self.ends)
-        bends = [dict(zip(self.names, bend, strict=True)) for bend in self.bends]
-        return curves.mixed([first, *bends, last], self.shares(t))
+        return curves.mixed(self.corners, self.shares(t))
 
     def between(self, t: float, *, training: bool = False) -> Callable[[Tensor], Tensor]:
         """Return the network at `t` as a function of inputs `(B, *S)`, differentiable in them and in the bends.
@@ -119,9 +124,9 @@ class ModePath(nn.Module):
         return net
 
     def settle(self, net: nn.Module) -> None:
-        """Give a network of this architecture batch statistics of its own, computed from the path's images, if it has any.
+        """Give a network of this architecture batch statistics computed from the path's images, if it keeps any.
 
-        ValueError where it has and the path has no images.
+        ValueError where it does and the path has no images.
         """
         if self.normalises and self.images is None:
             raise ValueError(
@@ -144,7 +149,7 @@ class ModePath(nn.Module):
         return self.between(0.5)(x)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for net in (*self._ends, self._template):
             net._apply(fn)
         self.images = None if self.images is None else fn(self.images)
@@ -159,8 +164,8 @@ class ModePath(nn.Module):
         folder, tensors = Path(folder), dict[str, Tensor]()
         for i, net in enumerate(self.ends):
             tensors |= {f"end.{i}.{name}": value for name, value in net.state_dict().items()}
-        for i, bend in enumerate(self.bends):
-            tensors |= {f"bend.{i}.{n}": v.detach() for n, v in zip(self.names, bend, strict=True)}
+        for i, bend in enumerate(self.corners[1:-1]):
+            tensors |= {f"bend.{i}.{name}": value.detach() for name, value in bend.items()}
         places = sorted(self._kept)
         for i, t in enumerate(places):
             tensors |= {f"kept.{i}.{name}": value for name, value in self._kept[t].items()}
@@ -169,7 +174,7 @@ class ModePath(nn.Module):
             "format": _FORMAT, "curve": self.curve, "bends": len(self.bends), "kept": places,
             "settings": self.settings, "file": _TENSORS, "sha256": checksum,
         }  # fmt: skip
-        _store.write_json(folder / _FILE, record)
+        _store.write_json(folder / FILE, record)
 
     @classmethod
     @torch.no_grad()
@@ -178,7 +183,7 @@ class ModePath(nn.Module):
 
         FileNotFoundError or ValueError for a file that is missing, edited, truncated, or of another architecture.
         """
-        path = Path(folder) / _FILE
+        path = Path(folder) / FILE
         record = _store.read_json(path)
         if not isinstance(record, dict) or "curve" not in record or "sha256" not in record:
             raise ValueError(f"{path} does not describe a path; give the folder that save() wrote")
@@ -191,9 +196,9 @@ class ModePath(nn.Module):
             for net, prefix in ((nets[0], "end.0."), (nets[-1], "end.1.")):
                 net.load_state_dict(part(prefix))
             found = cls(*nets, images=images)
-            for i, bend in enumerate(found.bends):
+            for i, bend in enumerate(found.corners[1:-1]):
                 own = part(f"bend.{i}.")
-                for name, parameter in zip(found.names, bend, strict=True):
+                for name, parameter in bend.items():
                     parameter.copy_(own[name])
         except (RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())
@@ -269,6 +274,15 @@ class PathEnsemble(Defence):
 def _frozen(net: nn.Module) -> nn.Module:
     """Return a copy of a network, in eval mode, whose parameters need no gradient."""
     return copy.deepcopy(net).requires_grad_(False).eval()
+
+
+def _images(images: Any) -> Tensor:
+    """Return inputs `(N, *S)` of whatever range, of their own memory; ValueError unless they are finite."""
+    found = torch.as_tensor(images).detach().clone()
+    if found.ndim < 2 or not len(found) or not found.is_floating_point() or not bool(torch.isfinite(found).all()):
+        shape = f"{tuple(found.shape)} of {found.dtype}"
+        raise ValueError(f"images must be one or more finite floating inputs (N, *S), got {shape}")
+    return found
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

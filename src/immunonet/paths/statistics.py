@@ -42,7 +42,7 @@ def recompute(net: nn.Module, x: Tensor, *, batch_size: int = BATCH) -> None:
     in float64, the variance unbiased. The published code takes the mean of the batches' variances, which lacks the
     variance between them. A network without such layers stays as it is.
     """
-    layers, sums = normalisers(net), dict[str, tuple[float, Tensor, Tensor]]()
+    layers, sums = normalisers(net), dict[str, tuple[int, Tensor, Tensor]]()
     if not layers:
         return
 

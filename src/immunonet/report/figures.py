@@ -287,7 +287,8 @@ def path_curves(places: Sequence[float], panels: Mapping[str, Mapping[str, Row]]
 def loss_plane(planes: Mapping[str, Row]) -> Figure:
     """Return a figure of the loss in the plane through both ends and the bend of paths, a panel each.
 
-    `planes`: by title the coordinates `x`, `y`, the `loss` `(y, x)`, the `bend` and the `curve`; ends at (0, 0), (1, 0).
+    `planes`: by title the coordinates `x`, `y`, the `loss` `(y, x)`, the `bend` and the `curve`. Ends are at (0, 0) and
+    (1, 0).
     """
     figure = blank(4.6 * len(planes), 3.6)
     for axes, (title, plane) in zip(figure.subplots(1, len(planes), squeeze=False)[0], planes.items(), strict=True):

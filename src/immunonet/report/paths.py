@@ -17,7 +17,7 @@ _SHOWN = 5
 
 
 def sections(record: Record, words: Any) -> list[Section]:
-    """Return what a study says of its contests and paths; `words`: the macros of the template. None of older records."""
+    """Return what a study says of its contests and paths, if it has any; `words`: the macros of the template."""
     found = []
     for contest in record.get("contests", ()):
         found.append(Section(contest["title"], (words.contest(contest).strip(),), _contest(contest)))

@@ -73,7 +73,7 @@ def sections(record: Record) -> list[Section]:
 
 def drawn(record: Record) -> dict[str, Figure]:
     """Return the figures of a record, by the name of their experiment."""
-    found = {}
+    found = paths.drawn(record)
     for name, heading in record["study"]["curves"]:
         rows = [row for row in record["results"] if row["settings"]["experiment"] == name]
         found[name] = figures.value_curves(heading, rows[0]["settings"]["vary"], _lines(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from immunonet.defences.path import ModePath
 from immunonet.defences.spec import Spec
 from immunonet.evaluation import protocol
 from immunonet.evaluation.bench import Part, Value, chunks
-from immunonet.evaluation.lab import Lab, Measured, Measurement
+from immunonet.evaluation.lab import Lab, Measurement
 from immunonet.evaluation.outcome import Evaluation
 from immunonet.evaluation.threats import UNION
 from immunonet.studies.experiments import Run
@@ -29,7 +30,7 @@ _AS_GOOD = 0.02
 # How far the plane reaches beyond ends and bend, as a share of the distance between the ends.
 _MARGIN = 0.2
 
-Make = Callable[[str, Sequence[nn.Module]], ModePath]
+Make = Callable[[str, list[nn.Module]], ModePath]
 """What gives a path of the study, its bends trained, between networks."""
 
 
@@ -55,7 +56,7 @@ class Joined:
             found[attack, norm] = [
                 Measurement(
                     spec=Spec(kind="cnn"), base=self.point(name, (t,)), attack=attack, method=method,
-                    split="validation", images=images, place=f"{name} {attack} {norm}".strip(),
+                    split="validation", images=images, told={"model": self.model(name)}, place=f"{name} {attack} {norm}".strip(),
                 )
                 for t in self.places
             ]  # fmt: skip
@@ -85,7 +86,8 @@ class Joined:
         """Return so many places, evenly over the longest stretch of a path whose union is as good as the best."""
         union, _ = self._scores(name)
         good = [i for i, score in enumerate(union) if score >= max(union) - _AS_GOOD]
-        runs = [list(run) for _, run in itertools.groupby(good, key=lambda i, c=itertools.count(): i - next(c))]  # type: ignore[misc]
+        # Of neighbours the distance from their place in the list is the same.
+        runs = [[i for _, i in run] for _, run in itertools.groupby(enumerate(good), key=lambda one: one[1] - one[0])]
         longest = max(runs, key=lambda run: (len(run), max(union[i] for i in run)))
         first, last = self.places[longest[0]], self.places[longest[-1]]
         if len(longest) < count:  # its neighbours join
@@ -101,6 +103,12 @@ class Joined:
         each = [torch.stack([one for key, one in attacked.items() if key[1] == norm]).all(0) for norm in norms]
         least = torch.stack([one.double().mean(1) for one in each]).amin(0)
         return torch.stack(each).all(0).double().mean(1).tolist(), least.tolist()
+
+    def model(self, name: str) -> str:
+        """Return the name of the network that a base is, or that the ends of a path are."""
+        while name in self.paths:
+            name = self.run.study.paths[name].ends[0].partition("@")[0]
+        return self.run.models[name]
 
     def point(self, name: str, places: Sequence[float]) -> str:
         """Return the name, in the lab, of the network at some places of a path, an ensemble of several."""
@@ -162,7 +170,8 @@ def told(found: Joined) -> list[dict[str, Any]]:
     records, bench, study = [], found.run.tables.bench, found.run.study
     for name, join in study.paths.items():
         right = found.right(name)
-        losses = {norm: [value[norm] for value in bench.get(_losses(found, name))] for norm in ("", *study.threats or {})}
+        lost = bench.get(_losses(found, name))
+        losses = {norm: [value[norm] for value in lost] for norm in ("", *(study.threats or {}))}
         records.append({
             "name": name, "title": join.title or name, "ends": list(join.ends), "t": found.places,
             "n": next(iter(right.values())).shape[1], "curve": found.paths[name].curve,
@@ -232,9 +241,19 @@ def _rows(found: Joined, name: str) -> list[Part]:
         for norm, eps in (study.threats or {}).items()
     )
     images = min(study.profile.plane_images, m.images)
-    about = [_store.digest(path.state_dict().values()), *(_store.digest(net.state_dict().values()) for net in path.ends)]
+    about = [
+        _store.digest(path.state_dict().values()),
+        *(_store.digest(net.state_dict().values()) for net in path.ends),
+    ]
     for y in grid[1]:
-        key = ["plane", about, [method.describe() for method in methods], grid[0], y, lab.digest("validation", slice(0, images))]
+        key = [
+            "plane",
+            about,
+            [method.describe() for method in methods],
+            grid[0],
+            y,
+            lab.digest("validation", slice(0, images)),
+        ]
         out.append(Part(
             key=_store.fingerprint(key), run=_around, args=(path, grid[0], y, methods, images), about=f"{name} plane",
             cost=float(images * side * 10),
@@ -243,27 +262,32 @@ def _rows(found: Joined, name: str) -> list[Part]:
 
 
 def _plane(found: Joined, name: str) -> dict[str, Any] | None:
-    """Return the losses around a path with their coordinates: the ends at (0, 0) and (1, 0), in units of their distance."""
+    """Return the losses around a path with their coordinates, in units of the distance between its ends.
+
+    The ends lie at (0, 0) and (1, 0).
+    """
     if not (rows := _rows(found, name)):
         return None
     path = found.paths[name]
     grid = _grid(path, found.run.study.profile.plane)
     curve = [list(_coordinates(path, path.weights(t))) for t in found.places]
     values = found.run.tables.bench.get(rows)
-    return {"x": grid[0], "y": grid[1], "loss": values, "bend": list(_coordinates(path, _bend(path))), "curve": curve}
+    return {
+        "x": grid[0],
+        "y": grid[1],
+        "loss": values,
+        "bend": list(_coordinates(path, path.corners[1])),
+        "curve": curve,
+    }
 
 
 def _grid(path: ModePath, side: int) -> tuple[list[float], list[float]]:
-    x, y = _coordinates(path, _bend(path))
+    x, y = _coordinates(path, path.corners[1])
     spans = []
     for values in ((0.0, 1.0, x), (0.0, y)):
         low, high = min(values) - _MARGIN, max(values) + _MARGIN
         spans.append([round(low + (high - low) * i / (side - 1), 6) for i in range(side)])
     return spans[0], spans[1]
-
-
-def _bend(path: ModePath) -> dict[str, Tensor]:
-    return dict(zip(path.names, path.bends[0], strict=True))  # type: ignore[arg-type]
 
 
 def _flat(weights: dict[str, Tensor]) -> Tensor:
@@ -274,7 +298,7 @@ def _axes(path: ModePath) -> tuple[Tensor, Tensor, Tensor]:
     """Return the first end, and two directions of the length between the ends, at a right angle."""
     first, last = (_flat(dict(end.named_parameters())) for end in path.ends)
     across = last - first
-    off = _flat(_bend(path)) - first
+    off = _flat(path.corners[1]) - first
     off = off - across * (off @ across) / (across @ across)
     size = off.norm()
     return first, across, off * (across.norm() / size) if size > 0 else off
@@ -338,16 +362,20 @@ def contested(found: Joined, contest: Contest, say: Callable[[str], None]) -> li
         told = lab.told | {
             "base": base, "weights": lab.weights[base], "split": "test", "slice": lab.where("test", n),
             "layers": layers, "experiment": contest.name, "network": entrant.network, "t": list(places),
-            "model": run.models.get(base, ""),
+            "model": found.model(entrant.network.partition("@")[0]),
         }  # fmt: skip
         evaluation = protocol.evaluate(
             defence, x, y, base=under, threats=run.study.threats, protocol=contest.protocol,
             dataset=lab.told["dataset"], name=defence.kind, base_name="cnn", settings=told, folder=bench.folder,
-            workers=bench.workers, seed=run.seed, on_progress=lambda text, name=called(entrant): say(f"{name}: {text}"),
+            workers=bench.workers, seed=run.seed, on_progress=functools.partial(_say, say, called(entrant)),
         )  # fmt: skip
         right = torch.tensor([image["worst"] for image in evaluation.record["per_example"]], dtype=torch.float64)
         out.append(Contested(called(entrant), entrant, places, evaluation, right))
     return out
+
+
+def _say(say: Callable[[str], None], name: str, text: str) -> None:
+    say(f"{name}: {text}")
 
 
 def called(entrant: Entrant) -> str:
@@ -373,7 +401,8 @@ def of_contest(contest: Contest, several: Sequence[Contested]) -> dict[str, Any]
     """Return what the record holds of a contest: every entrant's accuracies, and comparisons in pairs."""
     return {
         "name": contest.name, "title": contest.title or contest.name, "protocol": contest.protocol,
-        "entrants": [_entered(one) for one in several], "pairs": [_pair(a, b) for a, b in itertools.combinations(several, 2)],
+        "entrants": [_entered(one) for one in several],
+        "pairs": [_pair(a, b) for a, b in itertools.combinations(several, 2)],
     }  # fmt: skip
 
 
@@ -401,9 +430,10 @@ def _pair(a: Contested, b: Contested) -> dict[str, Any]:
     """Return how two entrants compare on the images of their union, in most runs each."""
     n = min(len(a.right), len(b.right))
     left, right = a.right[:n] > 0.5, b.right[:n] > 0.5
+    p = statistics.mcnemar(left, right)
     return {
         "a": a.name, "b": b.name, "n": n, "gain": 100 * float(a.right[:n].mean() - b.right[:n].mean()),
-        "only_a": int((left & ~right).sum()), "only_b": int((right & ~left).sum()), "p": statistics.mcnemar(left, right),
+        "only_a": int((left & ~right).sum()), "only_b": int((right & ~left).sum()), "p": p,
     }  # fmt: skip
 
 
@@ -413,7 +443,9 @@ def complete(
     """Add to a study's record the rows of its contests, their comparisons, goals, and what came of its paths."""
     told_of = [of_contest(contest, several) for contest, several in contests.items()]
     for one in itertools.chain(*contests.values()):
-        own = [row for row in one.evaluation.rows if (row.attack, row.defence) == ("none", one.evaluation.verdict.defence)]
+        own = [
+            row for row in one.evaluation.rows if (row.attack, row.defence) == ("none", one.evaluation.verdict.defence)
+        ]
         record["results"] += [row.to_json() for row in (*own[-1:], *one.evaluation.verdicts.values())]
     record["targets"] += reached(study.goals, told_of)
     record |= {"paths": paths, "contests": told_of, "threats": study.threats}
@@ -425,7 +457,9 @@ def reached(goals: Sequence[Goal], contests: Sequence[dict[str, Any]]) -> list[d
 
 
 def _reached(goal: Goal, contests: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    entrants = {one["name"]: one for contest in contests if contest["name"] == goal.contest for one in contest["entrants"]}
+    entrants = {
+        one["name"]: one for contest in contests if contest["name"] == goal.contest for one in contest["entrants"]
+    }
     own, others = entrants[goal.entrant], [entrants[name] for name in goal.over]
     figure = own["worst"][UNION][0]
     if others:

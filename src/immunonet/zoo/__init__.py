@@ -1,7 +1,7 @@
 """Small reference networks, their training and their weights."""
 
-from immunonet.zoo.adversarial import Adversarial, robust_accuracies, robust_accuracy
-from immunonet.zoo.connecting import STATISTICS, connect
+from immunonet.zoo.adversarial import Adversarial, reach, robust_accuracies, robust_accuracy
+from immunonet.zoo.connecting import STATISTICS, best_of, connect, profile
 from immunonet.zoo.loop import Epoch
 from immunonet.zoo.networks import NAMES, DigitsNet, MnistNet, MnistSmallNet, ResidualNet, TinyViT, build, mnist_affine
 from immunonet.zoo.training import accuracy, train
@@ -18,10 +18,13 @@ __all__ = [
     "ResidualNet",
     "TinyViT",
     "accuracy",
+    "best_of",
     "build",
     "connect",
     "load_weights",
     "mnist_affine",
+    "profile",
+    "reach",
     "robust_accuracies",
     "robust_accuracy",
     "save_weights",

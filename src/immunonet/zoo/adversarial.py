@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from immunonet import _check, models
+from immunonet import _check
 from immunonet.attacks import PGD
 from immunonet.attacks._losses import log_odds
 from immunonet.attacks.norms import NORMS, Norm, spread
 from immunonet.data import Images, sample
 
 LOSSES = ("pgd", "trades")
+COMBINED = ("max", "average", "msd", "random")
 
 Ask = Callable[[Tensor], Tensor]
 Climb = Callable[[Tensor], Tensor]
@@ -57,7 +58,7 @@ class Adversarial:
 
     def __post_init__(self) -> None:
         _check.keep(self, _check.choice, "loss", options=LOSSES)
-        _check.keep(self, _check.choice, "combine", options=tuple(_COMBINED))
+        _check.keep(self, _check.choice, "combine", options=COMBINED)
         if self.threats is None:
             object.__setattr__(self, "eps", 8 / 255 if self.eps is None else self.eps)
         else:
@@ -216,7 +217,7 @@ def _msd(own: Adversary, ask: Ask, climb: Climb, x: Tensor, balls: list[Ball], g
     return [best], None
 
 
-_COMBINED: dict[str, Callable[..., Combined]] = {"max": _max, "average": _average, "msd": _msd, "random": _random}
+_COMBINED: dict[str, Callable[..., Combined]] = dict(zip(COMBINED, (_max, _average, _msd, _random), strict=True))
 
 
 @torch.no_grad()
@@ -255,6 +256,11 @@ def radii(name: str, threats: Any) -> dict[str, float]:
     for norm in threats:
         _check.among(norm, NORMS, f"norm (in {name})")
     return {n: _check.number(f"{name}[{n!r}]", eps, least=0) for n, eps in threats.items()}
+
+
+def reach(norm: str, shape: Sequence[int]) -> float:
+    """Return the size of the largest perturbation by a norm that inputs of this shape have room for in [0, 1]."""
+    return NORMS[norm].reach(torch.ones(tuple(shape)))
 
 
 def robust_accuracies(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from immunonet import _store
+from immunonet import _check, _store
 from immunonet.data import Images, sample
 from immunonet.defences.path import ModePath
 from immunonet.zoo.adversarial import Adversarial, Adversary, robust_accuracies
@@ -75,6 +75,26 @@ def connect(
     path.moved()
     path.settings = dataclasses.asdict(plan) | {"adversarial": known["adversarial"]}
     return history
+
+
+def profile(
+    path: ModePath, images: Images, *, threats: Mapping[str, float], points: int = 21, iterations: int = 20
+) -> list[dict[str, float]]:
+    """Return what the networks at even places of a path keep of `images`, a row per place.
+
+    A row: `t`, `clean`, the accuracy by norm of each of `threats`, and `union` (see `robust_accuracies`).
+    """
+    rows = []
+    for i in range(_check.integer("points", points, least=2)):
+        net = path.at(t := i / (points - 1))
+        under = robust_accuracies(net, images, threats=threats, iterations=iterations)
+        rows.append({"t": t, "clean": accuracy(net, images), **under})
+    return rows
+
+
+def best_of(rows: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    """Return the row of a profile with the highest union, of equals the one whose least accuracy is highest."""
+    return max(rows, key=lambda row: (row["union"], min(v for k, v in row.items() if k not in ("t", "clean"))))
 
 
 class _Connecting(Task):

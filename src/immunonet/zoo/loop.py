@@ -73,10 +73,11 @@ class Task(abc.ABC):
     def better(self, row: Epoch) -> tuple[float, ...]:
         """Return what the best epoch has the highest of."""
 
+    @abc.abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """Return what training depends on beside the module."""
-        return {}
 
+    @abc.abstractmethod
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `tensors` gave."""
 

@@ -61,8 +61,6 @@ def connect(
     common.prepare(out, json)
     how: dict[str, Any] = {"image": image, "label": label, "size": size, "background": background}
     images = common.resolve_dataset(dataset, "train", data_dir, **how)
-    for norm, eps in radii.items():
-        _check.number(f"--threat {norm}", eps, least=0, most=zoo.reach(norm, images.x.shape[1:]), above=True)
     training, held_out = (images[chosen] for chosen in data.split(len(images), validation))
     name, first = common.network(model, networks[0], target, images)
     nets = [first, *(common.load_model(name, one, target, classes=len(images.classes)) for one in networks[1:])]

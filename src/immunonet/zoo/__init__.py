@@ -1,6 +1,6 @@
 """Small reference networks, their training and their weights."""
 
-from immunonet.zoo.adversarial import Adversarial, reach, robust_accuracies, robust_accuracy
+from immunonet.zoo.adversarial import Adversarial, robust_accuracies, robust_accuracy
 from immunonet.zoo.connecting import STATISTICS, best_of, connect, profile
 from immunonet.zoo.loop import Epoch
 from immunonet.zoo.networks import NAMES, DigitsNet, MnistNet, MnistSmallNet, ResidualNet, TinyViT, build, mnist_affine
@@ -24,7 +24,6 @@ __all__ = [
     "load_weights",
     "mnist_affine",
     "profile",
-    "reach",
     "robust_accuracies",
     "robust_accuracy",
     "save_weights",

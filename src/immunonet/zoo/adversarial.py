@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -80,6 +80,13 @@ class Adversarial:
     def measured(self) -> dict[str, float]:
         """The radii by norm within which validation attacks."""
         return self.balls if self.validation_eps is None else {"linf": self.validation_eps}
+
+    def check_room(self, x: Tensor) -> None:
+        """Raise ValueError for a radius that is larger than any perturbation of `x` `(B, *S)` within [0, 1]."""
+        for norm, eps in self.balls.items():
+            most = NORMS[norm].reach(torch.ones(x.shape[1:]))
+            name = "eps" if self.threats is None else f"threats[{norm!r}]"
+            _check.number(f"{name} (images have room for {most:.4g})", eps, least=0, most=most)
 
     def steps(self, strength: float = 1.0) -> dict[str, Ball]:
         """Return the balls and steps by norm, at a share `strength` of their size; those of size 0 are left out."""
@@ -256,11 +263,6 @@ def radii(name: str, threats: Any) -> dict[str, float]:
     for norm in threats:
         _check.among(norm, NORMS, f"norm (in {name})")
     return {n: _check.number(f"{name}[{n!r}]", eps, least=0) for n, eps in threats.items()}
-
-
-def reach(norm: str, shape: Sequence[int]) -> float:
-    """Return the size of the largest perturbation by a norm that inputs of this shape have room for in [0, 1]."""
-    return NORMS[norm].reach(torch.ones(tuple(shape)))
 
 
 def robust_accuracies(

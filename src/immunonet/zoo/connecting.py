@@ -59,6 +59,7 @@ def connect(
     against = None
     if threats is not None:
         against = Adversarial(threats=threats, combine=combine, iterations=iterations, ramp=ramp)
+        against.check_room(images.x)
     chosen = sample(len(images), min(STATISTICS, len(images))).sort().values
     device = next(path.parameters()).device
     path.images = images.x[chosen].to(device)

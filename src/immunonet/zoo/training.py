@@ -53,6 +53,8 @@ def train(
     for name, images in (("train_images", train_images), ("validation_images", validation_images)):
         if not len(images):
             raise ValueError(f"{name} is empty")
+    if adversarial is not None:
+        adversarial.check_room(train_images.x)
     known = {
         "adversarial": None if adversarial is None else dataclasses.asdict(adversarial),
         "first_weights": hashlib.sha256(safetensors.torch.save(net.state_dict())).hexdigest()[:12],

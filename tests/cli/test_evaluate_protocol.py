@@ -116,12 +116,12 @@ def test_three_defences_are_attacked_and_the_document_is_written(run, monkeypatc
 def test_several_threats_are_told_in_table_page_record_and_document(run, monkeypatch):
     monkeypatch.setattr(figures, "svg_uri", lambda figure: "data:,")
     monkeypatch.setattr(robustness, "save", lambda *_: None)
-    command = [*COMMAND[:6], "--n", "8", "--threat", "linf=51/255", "--threat", "l2=0.5", "--threat", "l1=2"]
+    command = [*COMMAND[:6], "--n", "8", "--threat", "linf=51/255", "--threat", "l1=2"]
     specs = ("--defence", "cnn", "--defence", "dknn input tuned")
     code, out, err = run(*command, *specs, "--json", "r.json")
     assert code == 0, err
     record = json.loads(Path("r.json").read_text())
-    threats = {"linf": 0.2, "l2": 0.5, "l1": 2.0}
+    threats = {"linf": 0.2, "l1": 2.0}
     for name in ("cnn", "dknn-tuned"):
         rows = [row for row in record["results"] if row["defence"] == name]
         assert len({(row["norm"], row["attack"]) for row in rows}) == len(rows)
@@ -131,25 +131,22 @@ def test_several_threats_are_told_in_table_page_record_and_document(run, monkeyp
         *each, whole = (row["accuracy"] for row in worst.values())
         assert 1 - sum(1 - one for one in each) - 1e-9 <= whole <= min(each)
         (line,) = (line for line in out.splitlines() if f" {name} " in line)
-        assert [f"{one:.4f}" in line for one in (*each, whole)] == [True] * 4
+        assert [f"{one:.4f}" in line for one in (*each, whole)] == [True] * 3
     head = out.splitlines()[1]
-    assert head.index("linf 0.2") < head.index("l2 0.5") < head.index("l1 2") < head.index("union")
+    assert head.index("linf 0.2") < head.index("l1 2") < head.index("union")
     assert "l1 pgd: " in err
     page = Path("evaluation/cnn.html").read_text()
-    assert "in the worst case of 3 threats" in page
-    assert "by at most 0.2 (linf), 0.5 (l2) or 2 (l1)" in page
+    assert "in the worst case of 2 threats" in page
+    assert "by at most 0.2 (linf) or 2 (l1)" in page
     tuned = worst["union"]["settings"]["tuning"]
     assert tuned["knowing"] is True
     # The document has a case for each threat and one for all.
     robustness.main(["r.json", "--json", "all.json", "--doc", "doc.md"])
     cases = robustness.cases(robustness.merge([record]))
-    ends = [
-        " or ".join(f"{norm} {eps:g}" for norm, eps in one)
-        for one in (*([item] for item in threats.items()), [*threats.items()])
-    ]
+    ends = ["linf 0.2", "l1 2", "linf 0.2 or l1 2"]
     assert [case["where"] for case in cases] == 2 * [f"digits, digits, {end}, 8 images" for end in ends]
     by = {(case["kind"], case["where"]): case for case in cases}
-    assert len(by) == 8
+    assert len(by) == 6
     for case in cases:
         (row,) = (
             row for row in record["results"]
@@ -160,7 +157,7 @@ def test_several_threats_are_told_in_table_page_record_and_document(run, monkeyp
         assert sum(left) / 8 == pytest.approx(row["accuracy"])
     names = {check["name"] for case in cases for check in case["evaluation"]["checks"]}
     assert {check["name"] for one in record["evaluations"] for check in one["checks"]} == names
-    assert "### digits, digits, linf eps 0.2 or l2 eps 0.5 or l1 eps 2, 8 images" in Path("doc.md").read_text()
+    assert "### digits, digits, linf eps 0.2 or l1 eps 2, 8 images" in Path("doc.md").read_text()
 
 
 def test_a_file_that_holds_no_evaluation_is_refused():

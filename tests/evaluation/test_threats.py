@@ -12,7 +12,8 @@ from trials import BOUNDS, bands, campaign
 from immunonet import RAILS, DkNN, Maturation, attacks
 from immunonet.attacks import PGD
 from immunonet.defences.base import Undefended
-from immunonet.evaluation import evaluate, sanity
+from immunonet.evaluation import evaluate, protocol, sanity
+from immunonet.evaluation.bench import Here
 from immunonet.evaluation.campaign import WorstCase, union
 from immunonet.evaluation.suite import PROTOCOLS, Planned
 from immunonet.evaluation.threats import Threat, held
@@ -353,6 +354,26 @@ def test_an_interrupted_evaluation_of_two_threats_gives_what_the_whole_one_gives
     assert (again.rows, again.checks, again.verdicts) == (resumed.rows, resumed.checks, resumed.verdicts)
 
 
+def test_work_that_is_done_ahead_and_elsewhere_gives_the_same(problem):
+    base, x, y = problem
+    asked = []
+
+    class Elsewhere:
+        """Does parts in another order, the last first."""
+
+        def run(self, scene, parts, kept, done):
+            asked.append(len(parts))
+            Here().run(scene, parts[::-1], kept, done)
+
+    told = {"base": base, "threats": {"linf": 0.2, "l1": 0.3}, "name": "d"}
+    here = evaluate(Noisy(base), x[:12], y[:12], **told)
+    assert timeless(evaluate(Noisy(base), x[:12], y[:12], **told, workers=Elsewhere())) == timeless(here)
+    gradient = [name for name, one in here.record["attacks"].items() if one["kind"] != "black box"]
+    assert (
+        2 * len([name for name in gradient if not name.endswith(" doubled")]) in asked
+    )  # those of both threats at once
+
+
 def test_what_was_made_on_the_network_under_one_threat_serves_several(problem, tmp_path, monkeypatch):
     base, x, y = problem
     alone = evaluate(Undefended(base), x[:12], y[:12], base=base, eps=0.2, folder=tmp_path)
@@ -371,27 +392,33 @@ def test_what_was_made_on_the_network_under_one_threat_serves_several(problem, t
     assert both.verdicts["linf"].accuracy == alone.verdict.accuracy
 
 
-def test_minutes_are_those_of_all_threats(problem):
+def test_minutes_are_those_of_all_threats(problem, monkeypatch):
     base, x, y = problem
-    said = []
-    told = {"base": base, "name": "d", "on_progress": said.append}
-    result = evaluate(Undefended(base), x[:40], y[:40], threats=THREE, minutes=1e-9, **told)
-    assert {row.n for row in result.rows} == {10, 5}
-    assert {row.n for row in result.verdicts.values()} == {10}
-    cut = result.checks[-1]
+
+    def timed(scene):
+        named = {name for name, attack in scene.plan.items() if attack.target is not None}
+        return {"alone": 0.01, "asking": 0.01, "calls": dict.fromkeys(named, 0.001)}
+
+    monkeypatch.setattr(protocol, "_timed", timed)
+    said, plans = [], {}
+    for threats in ({"linf": 0.2}, THREE):
+        found = evaluate(Noisy(base), x[:80], y[:80], base=base, threats=threats, minutes=0.5, on_progress=said.append)
+        plans[len(threats)] = {name: found.record["plan"]["attacks"][name] for name in found.record["plan"]["attacks"]}
+    seconds = {count: sum(attack["seconds"] for attack in plan.values()) for count, plan in plans.items()}
+    assert 0.7 * 20 < seconds[3] <= 20  # half a minute, less what comes after the attacks
+    assert seconds[1] <= 20
+    images = {norm: plans[3][f"{norm} pgd"]["n"] for norm in THREE}
+    assert len(set(images.values())) == 1
+    assert images["linf"] < plans[1]["pgd"]["n"]
+    # The draws that choose are asked for under every threat.
+    each = {count: plan["none"]["seconds"] / plan["none"]["n"] - 0.01 for count, plan in plans.items()}
+    assert each[3] == pytest.approx(3 * each[1])
+    cut = found.checks[-1]
     assert (cut.name, cut.passed) == ("all planned images were attacked", False)
-    assert "l1 pgd 10 of 40" in cut.detail
-    holds_together(result)
-    assert any(line.startswith("  l1 noise: 5 images") for line in said)
-    plan = result.record["plan"]["attacks"]
-    assert {f"{norm} pgd" for norm in THREE} <= set(plan)
-    # The draws that choose and count are asked for under each threat.
-    one, three = (
-        evaluate(Noisy(base), x[:12], y[:12], base=base, threats=threats).record["plan"]
-        for threats in ({"linf": 0.1}, {"linf": 0.1, "l2": 0.1, "l1": 0.1})
-    )
-    finals = [plan["attacks"]["none"]["seconds"] / plan["seconds_per_answer"] for plan in (one, three)]
-    assert finals[1] > 1.5 * finals[0]
+    assert f"l1 pgd {images['l1']} of 80" in cut.detail
+    assert {row.n for row in found.verdicts.values()} == {images["l1"]}
+    holds_together(found)
+    assert any(line.startswith(f"  l1 pgd: {images['l1']} images, 21 calls each") for line in said)
 
 
 @pytest.mark.parametrize("kind", ["rails", "dknn"])

@@ -155,6 +155,10 @@ def test_several_threats_are_told_in_table_page_record_and_document(run, monkeyp
         assert case["worst"] == row
         left = [image["worst"] for image in case["evaluation"]["per_example"]]
         assert sum(left) / 8 == pytest.approx(row["accuracy"])
+    both = by["cnn", "digits, digits, linf 0.2 or l1 2, 8 images"]
+    pgds = [row for row in record["results"] if (row["defence"], row["attack"]) == ("cnn", "pgd")]
+    assert both["paper"]["accuracy"] == min(row["accuracy"] for row in pgds)
+    assert both["paper"]["attack"] == f"{both['paper']['norm']} pgd"
     names = {check["name"] for case in cases for check in case["evaluation"]["checks"]}
     assert {check["name"] for one in record["evaluations"] for check in one["checks"]} == names
     assert "### digits, digits, linf eps 0.2 or l1 eps 2, 8 images" in Path("doc.md").read_text()

@@ -113,6 +113,57 @@ def test_three_defences_are_attacked_and_the_document_is_written(run, monkeypatc
     assert Path("again.md").read_text().replace("all.json", "") == document.replace("all.json", "")
 
 
+def test_several_threats_are_told_in_table_page_record_and_document(run, monkeypatch):
+    monkeypatch.setattr(figures, "svg_uri", lambda figure: "data:,")
+    monkeypatch.setattr(robustness, "save", lambda *_: None)
+    command = [*COMMAND[:6], "--n", "8", "--threat", "linf=51/255", "--threat", "l1=2"]
+    specs = ("--defence", "cnn", "--defence", "dknn input tuned")
+    code, out, err = run(*command, *specs, "--json", "r.json")
+    assert code == 0, err
+    record = json.loads(Path("r.json").read_text())
+    threats = {"linf": 0.2, "l1": 2.0}
+    for name in ("cnn", "dknn-tuned"):
+        rows = [row for row in record["results"] if row["defence"] == name]
+        assert len({(row["norm"], row["attack"]) for row in rows}) == len(rows)
+        worst = {row["norm"]: row for row in rows if row["attack"] == "worst-case"}
+        assert {norm: row["eps"] for norm, row in worst.items()} == threats | {"union": 2.0}
+        assert worst["union"]["settings"]["threats"] == threats
+        *each, whole = (row["accuracy"] for row in worst.values())
+        assert 1 - sum(1 - one for one in each) - 1e-9 <= whole <= min(each)
+        (line,) = (line for line in out.splitlines() if f" {name} " in line)
+        assert [f"{one:.4f}" in line for one in (*each, whole)] == [True] * 3
+    head = out.splitlines()[1]
+    assert head.index("linf 0.2") < head.index("l1 2") < head.index("union")
+    assert "l1 pgd: " in err
+    page = Path("evaluation/cnn.html").read_text()
+    assert "in the worst case of 2 threats" in page
+    assert "by at most 0.2 (linf) or 2 (l1)" in page
+    tuned = worst["union"]["settings"]["tuning"]
+    assert tuned["knowing"] is True
+    # The document has a case for each threat and one for all.
+    robustness.main(["r.json", "--json", "all.json", "--doc", "doc.md"])
+    cases = robustness.cases(robustness.merge([record]))
+    ends = ["linf 0.2", "l1 2", "linf 0.2 or l1 2"]
+    assert [case["where"] for case in cases] == 2 * [f"digits, digits, {end}, 8 images" for end in ends]
+    by = {(case["kind"], case["where"]): case for case in cases}
+    assert len(by) == 6
+    for case in cases:
+        (row,) = (
+            row for row in record["results"]
+            if row["attack"] == "worst-case" and row["defence"] == case["kind"] and row["norm"] == case["worst"]["norm"]
+        )  # fmt: skip
+        assert case["worst"] == row
+        left = [image["worst"] for image in case["evaluation"]["per_example"]]
+        assert sum(left) / 8 == pytest.approx(row["accuracy"])
+    both = by["cnn", "digits, digits, linf 0.2 or l1 2, 8 images"]
+    pgds = [row for row in record["results"] if (row["defence"], row["attack"]) == ("cnn", "pgd")]
+    assert both["paper"]["accuracy"] == min(row["accuracy"] for row in pgds)
+    assert both["paper"]["attack"] == f"{both['paper']['norm']} pgd"
+    names = {check["name"] for case in cases for check in case["evaluation"]["checks"]}
+    assert {check["name"] for one in record["evaluations"] for check in one["checks"]} == names
+    assert "### digits, digits, linf eps 0.2 or l1 eps 2, 8 images" in Path("doc.md").read_text()
+
+
 def test_a_file_that_holds_no_evaluation_is_refused():
     with pytest.raises(ValueError, match="run 0 holds no evaluations"):
         robustness.merge([{"results": []}])
@@ -138,7 +189,30 @@ def test_a_mistake_is_told_in_one_line(run, arguments, told):
     assert out == ""
 
 
-@pytest.mark.parametrize("option", [("--minutes", "3"), ("--black-box", "5")])
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--threat", "linf"], "--threat must be NORM=EPS, such as l2=0.5, got 'linf'"),
+        (["--threat", "l7=1"], "--threat must be NORM=EPS, such as l2=0.5, got 'l7=1'; nearest: l"),
+        (["--threat", "l2=much"], "--threat l2 must be a number such as 0.1 or 60/255, got 'much'"),
+        (["--threat", "l2=1", "--threat", "l2=2"], "--threat l2 must be given once, got 'l2=2' as well"),
+        (["--threat", "l2=1", "--eps", "0.1"], "--eps does not go with --threat"),
+        (["--threat", "l2=1", "--norm", "l2"], "--norm does not go with --threat"),
+        (["--threat", "l2=1", "--threat", "linf=1.5"], "threats['linf'] must be a finite number in [0, 1], got 1.5"),
+        (["--threat", "l2=-1"], "must be a finite number in [0"),
+        (["--norm", "l9"], "--norm must be one of 'linf', 'l2', 'l1', got 'l9'"),
+    ],
+)
+def test_a_wrong_threat_is_told_in_one_line(run, arguments, told):
+    code, out, err = run(
+        *(COMMAND[:6] if "--threat" in arguments else COMMAND), "--n", "4", "--defence", "cnn", *arguments
+    )
+    assert code == 2
+    assert told in err
+    assert out == ""
+
+
+@pytest.mark.parametrize("option", [("--minutes", "3"), ("--black-box", "5"), ("--threat", "l2=1")])
 def test_options_of_the_protocol_need_it(run, option):
     code, _, err = run("--dataset", "digits", "--weights", "digits.safetensors", *option)
     assert code == 2

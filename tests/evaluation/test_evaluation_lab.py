@@ -355,3 +355,20 @@ def test_tuning_by_attacks_that_know_the_neighbours_counts_inputs_right_in_all_v
     assert told["accuracy"] == pytest.approx(float(right.float().mean()))
     assert (told["knowing"], told["images"]) == (True, 15)
     assert best.settings == {"neighbours": told["neighbours"], "metric": told["metric"]}
+
+
+def test_tuning_against_several_norms_counts_inputs_right_in_all_of_them(problem, make):
+    net, x, y = problem
+    other = dataclasses.replace(WEAK, eps=0.3, step=0.1, norm="l2")
+    tuning = Tuning(attacks={"none": None, "pgd": WEAK, "pgd l2": other}, images=15, knowing=True)
+    _, told = tuned(make(), TUNED.changed(neighbours=5, metric="euclidean"), tuning)
+    dknn = DkNN(net, "input", neighbours=5, metric="euclidean")
+    dknn.fit(x[:60], y[:60], calibration=(x[60:80], y[60:80]))
+    right = dknn.predict(x[60:75]) == y[60:75]
+    shares = [float(right.float().mean())]
+    for attack in (WEAK, other):
+        for target in (net, *dknn.challengers()):
+            right &= dknn.predict(attack(target, x[60:75], y[60:75]).adversarials) == y[60:75]
+        shares.append(float(right.float().mean()))
+    assert told["accuracy"] == pytest.approx(shares[-1])
+    assert shares[-1] < shares[1]

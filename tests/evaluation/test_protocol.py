@@ -380,6 +380,29 @@ def test_the_page_gives_the_verdict_first_answers_the_checklist_and_escapes_name
         assert "data:image/png" in page
 
 
+def test_the_page_of_several_threats_tells_each_of_them_and_draws_them_apart(tmp_path, problem):
+    base, x, y = problem
+    told = {"base": base, "name": "d", "threats": {"linf": 0.2, "l2": 0.25}}
+    result = evaluate(lambda z, seed=None: base(z).log_softmax(1), x[:20], y[:20], **told)
+    result.to_html(tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert f"d: {100 * result.verdict.accuracy:.1f} % right in the worst case of 2 threats" in page
+    assert "perturbed by at most 0.2 (linf) or 0.25 (l2)" in page
+    first, *_ = page.split("Sanity checks")
+    for norm, name, eps in (("linf", "linf", "0.2"), ("l2", "l2", "0.25"), ("union", "all of them", "")):
+        own, bare = result.verdicts[norm], result.base_verdicts[norm]
+        cells = f"<td>{name}</td><td>{eps}</td><td>{100 * own.accuracy:.1f} %</td>"
+        assert cells in first
+        assert f"<td>{100 * bare.accuracy:.1f} %</td>" in first[first.index(cells) + len(cells) :].split("</tr>")[0]
+    assert "on the draws that count" in first
+    assert page.count("data:image/svg") == 4  # curves and losses of each
+    assert "<td>base</td><td>l2</td><td>0.25</td><td>pgd</td>" in page
+    assert "<td>base</td><td></td><td></td><td>none</td>" in page
+    assert "l2: passed: " in page
+    assert "linf pgd" in page
+    assert "not tested here" not in page
+
+
 def wide(z):
     return z.log_softmax(1)
 

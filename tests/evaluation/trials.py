@@ -54,19 +54,14 @@ def trial(name, correct, *, role="adaptive", attempted=None, familiarity=None):
     )
 
 
-def campaign(defence, x, y, *, base=None, classes=2, draws=None, attacks=(), folder=None, **budget):
+def campaign(defence, x, y, *, base=None, classes=2, draws=None, attacks=(), folder=None, threats=(THREAT,), **budget):
     """A campaign against `defence` on images `x` labelled `y`, by planned attacks; `budget`: changes of "quick"."""
     draws = draws or Draws()
     subject = Subject(defence, classes=classes)
     claim = Claim(
-        name="d",
-        base_name="base",
-        dataset="toy",
-        protocol="quick",
-        threats=(THREAT,),
-        told={},
+        name="d", base_name="base", dataset="toy", protocol="quick", threats=threats, told={},
         order=tuple(range(len(y))),
-    )
+    )  # fmt: skip
     scene = Scene(
         subject=subject, base=Subject(Undefended(base or nn.Identity()), classes=classes), x=x, y=y,
         plan={attack.name: attack for attack in attacks}, seeds=draws.seeds,

@@ -230,7 +230,8 @@ def evaluate(
 def _threats(threat: list[str] | None, eps: str | None, norm: str | None) -> dict[str, float]:
     """Return the radii by norm that --threat tells, or --eps and --norm; ValueError for both, or for no such threat."""
     if not threat:
-        return {_check.choice("--norm", norm or "linf", tuple(NORMS)): _check.fraction("--eps", eps or "8/255")}
+        name = _check.choice("--norm", "linf" if norm is None else norm, tuple(NORMS))
+        return {name: _check.fraction("--eps", "8/255" if eps is None else eps)}
     for option, value in {"--eps": eps, "--norm": norm}.items():
         if value is not None:
             raise ValueError(f"{option} does not go with --threat, which tells both, as in --threat linf=8/255")

@@ -77,7 +77,8 @@ class Tuning:
     """What settings are chosen on: the first `images` of the validation split, by accuracy over `attacks` on the base.
 
     `choices`: for settings, values in place of those that the kind itself tries. `knowing`: an image counts only if it
-    is right under all attacks, those that know the defence among them; else the mean over attacks counts.
+    is right under all attacks, those that know the defence among them, in every norm of `attacks`; else the mean over
+    attacks counts.
     """
 
     images: int = 300

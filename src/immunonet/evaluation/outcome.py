@@ -149,7 +149,7 @@ def _on_base(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def _aim(claim: Claim, norm: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what a row of a worst case says of whom it was up to: `norm`, `eps`, and its settings."""
+    """Return what a row says of the threats whose worst case it is: `attack`, `norm`, `eps`, and its settings."""
     settings = settings | ({"threats": claim.radii} if norm == UNION else {})
     return {
         "attack": "worst-case", "norm": norm, "eps": max(threat.eps for threat in claim.meant(norm)),

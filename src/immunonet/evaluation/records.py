@@ -28,8 +28,9 @@ class Row:
 
     `dataset`, `defence` ("cnn", "dknn", "rails", ...), `attack` ("none", "pgd", ...) are names; `knows` is what the
     attacker differentiates or queries, "base" (also without an attack) or "defence". `eps` in units of the input,
-    `norm` "linf" or "l2". `n` images, of which `correct` were right, a mean over `seeds` of a randomised defence (else
-    empty); `accuracy` is `correct / n`, `ci95` its 95 % interval. `seconds_per_image`: wall time of one answer.
+    `norm` "linf", "l2" or "l1"; the row of several threats together has the norm "union", the largest `eps`, and all
+    `threats` in its settings. `n` images, of which `correct` were right, a mean over `seeds` of a randomised defence
+    (else empty); `accuracy` is `correct / n`, `ci95` its 95 % interval. `seconds_per_image`: wall time of one answer.
     `settings`: every hyper-parameter. `foreign`: the share that looked foreign, None for a defence that flags nothing.
     """
 

@@ -99,9 +99,20 @@ def _views(evaluation: Record, rows: Sequence[Record]) -> list[tuple[Record, dic
     # What belongs to one threat stands in its own case.
     checks = [one for one in evaluation["checks"] if one["name"].partition(": ")[0] not in norms]
     attacks = {name: attack for view, _ in views for name, attack in view["attacks"].items()}
+    told = [image | {"attack": _named(image)} for image in evaluation["per_example"]]
     lowest = {row["attack"]: row for row in sorted(own, key=lambda row: -float(row["accuracy"]))}
-    lowest["worst-case"] = next(row for row in own if row["attack"] == "worst-case" and row["norm"] not in norms)
-    return [*views, (evaluation | {"checks": checks, "attacks": attacks}, lowest)]
+    named = {name: row | {"attack": _named(row)} for name, row in lowest.items() if row["norm"] in norms}
+    worst = {"worst-case": next(row for row in own if row["attack"] == "worst-case" and row["norm"] not in norms)}
+    return [
+        *views,
+        (evaluation | {"checks": checks, "attacks": attacks, "per_example": told}, lowest | named | worst),
+    ]
+
+
+def _named(found: Record) -> str:
+    """Return the name of an attack, of a row or of what broke an image, with its norm."""
+    name = str(found["attack"])
+    return name if name == "none" else f"{found['norm']} {name}"
 
 
 def _under(evaluation: Record, norm: str) -> Record:

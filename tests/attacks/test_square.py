@@ -10,7 +10,7 @@ from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
 from immunonet.attacks import Square
-from immunonet.attacks.square import _bump
+from immunonet.attacks.square import _WAYS
 
 
 def test_it_breaks_as_much_as_art_does(digits):
@@ -106,7 +106,7 @@ def test_draws_average_the_margin_of_a_random_model(linear_model):
 
 
 @pytest.mark.parametrize("shape", [(5,), (1,), (2, 7), (3, 4, 5), (2, 1, 1)])
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_inputs_of_any_shape_stay_in_the_ball(shape, norm):
     x = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
     model = lambda z: torch.stack([z.flatten(1).sum(1), 3 * z.flatten(1)[:, 0]], 1)  # noqa: E731
@@ -119,8 +119,9 @@ def test_inputs_of_any_shape_stay_in_the_ball(shape, norm):
 
 @pytest.mark.parametrize(("height", "width"), [(3, 3), (5, 5), (1, 3), (4, 1), (3, 7)])
 @pytest.mark.parametrize("turned", [False, True])
-def test_bumps_have_size_one_and_two_halves(height, width, turned):
-    bump = _bump(height, width, torch.zeros(1), turned)
+@pytest.mark.parametrize(("norm", "order"), [("l2", 2), ("l1", 1)])
+def test_bumps_have_size_one_and_two_halves(height, width, turned, norm, order):
+    bump = _WAYS[norm].bump(height, width, torch.zeros(1), turned=turned)
     assert bump.shape == (height, width)
-    torch.testing.assert_close(bump.norm(), torch.tensor(1.0))
+    torch.testing.assert_close(torch.linalg.vector_norm(bump, order), torch.tensor(1.0))
     assert bump.min() < 0 < bump.max()

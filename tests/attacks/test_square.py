@@ -1,4 +1,4 @@
-"""Square: ART as oracle, the optimum on linear models, random models, inputs of any shape."""
+"""Square: ART and AutoAttack as oracles, the optimum on linear models, random models, inputs of any shape."""
 
 import dataclasses
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from art.attacks.evasion import SquareAttack
 from art.estimators.classification import PyTorchClassifier
+from pyautoattack.square import SquareAttack as AutoSquare
 from torch import nn
 
 from immunonet.attacks import Square
@@ -28,6 +29,19 @@ def test_it_breaks_as_much_as_art_does(digits):
     assert 0.2 < accuracy < 0.9
     assert 1 - float(ours.success.float().mean()) <= accuracy + 0.01
     assert bool((ours.distance <= 0.1 + 1e-5).all())
+
+
+def test_in_l1_it_breaks_as_much_of_a_robust_network_as_autoattack_does(robust_digits):
+    net, x, y = robust_digits
+    ours = Square(eps=2.0, norm="l1", queries=300)(net, x, y)
+    state = torch.random.get_rng_state()
+    found = AutoSquare(net, norm="L1", n_queries=300, eps=2.0, device="cpu").perturb(x, y)
+    torch.random.set_rng_state(state)
+    with torch.no_grad():
+        accuracy = float((net(found).argmax(1) == y).float().mean())
+    assert 0.2 < accuracy < 0.9
+    assert 1 - float(ours.success.float().mean()) <= accuracy + 0.01
+    assert bool((ours.distance <= 2.0).all())
 
 
 def test_the_optimum_on_a_linear_model_within_one_percent(linear_model):

@@ -1,6 +1,7 @@
 """APGD: ART and AutoAttack as oracles, the optimum on linear models, targets, too few classes."""
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -54,7 +55,9 @@ def test_in_l1_it_breaks_as_much_of_a_robust_network_as_autoattack_does(robust_d
     ours = APGD(eps=eps, norm="l1", loss=loss, iterations=50)(net, x, y)
     state = torch.random.get_rng_state()
     oracle = APGDAttack(net, n_iter=50, norm="L1", eps=eps, loss=loss, device="cpu", use_largereps=True)
-    found = oracle.perturb(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of gradients that are 0
+        found = oracle.perturb(x, y)
     torch.random.set_rng_state(state)
     with torch.no_grad():
         accuracy = float((net(found).argmax(1) == y).float().mean())
@@ -65,7 +68,7 @@ def test_in_l1_it_breaks_as_much_of_a_robust_network_as_autoattack_does(robust_d
 @pytest.mark.parametrize("iterations", [9, 60])
 @pytest.mark.parametrize("random_start", [False, True])
 def test_in_l1_it_attains_the_optimum_of_ball_and_bounds_on_a_linear_model(linear_model, iterations, random_start):
-    """Values at a bound, near one and in the middle; few iterations come near from the input itself."""
+    """Values at a bound, near one and in the middle; few iterations come nearly as far."""
     weight = torch.randn(20, generator=torch.Generator().manual_seed(0))
     x = torch.tensor([0.0, 0.02, 0.5, 0.97, 1.0]).repeat(3, 4)
     attack = APGD(eps=2.0, iterations=iterations, norm="l1", random_start=random_start)
@@ -73,7 +76,7 @@ def test_in_l1_it_attains_the_optimum_of_ball_and_bounds_on_a_linear_model(linea
     best = NORMS["l1"].farthest(weight.expand_as(x), x, 2.0, torch.tensor(0.0), torch.tensor(1.0))
     gain, most = (result.adversarials - x) @ weight, (best - x) @ weight
     assert bool((gain <= most * (1 + 1e-5)).all())
-    assert bool((gain >= (0.99 if iterations > 9 else 0.9) * most).all())
+    assert bool((gain >= (0.985 if iterations > 9 else 0.95) * most).all())
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 9, 10, 11, 20, 100, 999])

@@ -125,24 +125,15 @@ def test_pgd_walks_the_path_of_foolbox(net, batch, norm, eps, oracle):
     assert bool((ours.success | ~success).all())
 
 
-def test_pgd_in_l1_walks_the_path_of_foolbox_away_from_the_bounds(net, batch):
-    """At the bounds theirs projects onto the ball alone."""
+def test_pgd_in_l1_takes_the_steps_of_foolbox_within_the_ball(net, batch):
+    """Not on its surface: what theirs projects onto is not the ball exactly."""
     x, y = 0.4 + 0.2 * batch[0], batch[1]
-    ours = PGD(eps=0.6, step=0.15, iterations=8, norm="l1", random_start=False)(net, x, y)
-    theirs, _ = with_foolbox(
-        foolbox.attacks.SparseL1DescentAttack(quantile=0.99, abs_stepsize=0.15, steps=8, random_start=False),
-        net,
-        x,
-        y,
-        0.6,
-    )
+    ours = PGD(eps=0.65, step=0.15, iterations=4, norm="l1", random_start=False)(net, x, y)
+    oracle = foolbox.attacks.SparseL1DescentAttack(quantile=0.99, abs_stepsize=0.15, steps=4, random_start=False)
+    theirs, _ = with_foolbox(oracle, net, x, y, 0.65)
     with torch.no_grad():
         loss = nn.functional.cross_entropy(net(theirs), y, reduction="none")
-    touched = ((theirs == 0) | (theirs == 1)).flatten(1).any(1)
-    assert (~touched).sum() > 12
-    torch.testing.assert_close(
-        nn.functional.softplus(ours.losses[-1]).float()[~touched], loss[~touched], atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(nn.functional.softplus(ours.losses[-1]).float(), loss, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from immunonet import data, zoo
+
 
 @pytest.fixture
 def linear_model() -> Callable[[Tensor], nn.Module]:
@@ -38,3 +40,13 @@ def digits() -> tuple[nn.Module, Tensor, Tensor, Tensor, Tensor]:
         optimiser.step()
     net.zero_grad(set_to_none=True)
     return net.eval(), x[1200:1400], y[1200:1400], x[:1200], y[:1200]
+
+
+@pytest.fixture(scope="session")
+def robust_digits() -> tuple[nn.Module, Tensor, Tensor]:
+    """An adversarially trained network, and 360 test images `(1, 8, 8)` with labels."""
+    train, test = data.load("digits", "train"), data.load("digits", "test")
+    net = zoo.build("digits")
+    adversarial = zoo.Adversarial(eps=0.15, iterations=5)
+    zoo.train(net, train[:1100], train[1100:], epochs=5, batch_size=64, lr=3e-3, adversarial=adversarial)
+    return net, test.x, test.y

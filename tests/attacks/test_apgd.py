@@ -1,17 +1,19 @@
-"""APGD: ART as oracle, the optimum on linear models, targets, too few classes."""
+"""APGD: ART and AutoAttack as oracles, the optimum on linear models, targets, too few classes."""
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from art.attacks.evasion import AutoProjectedGradientDescent
 from art.estimators.classification import PyTorchClassifier
+from pyautoattack.autopgd_base import APGDAttack
 from torch import nn
 
-from immunonet.attacks import APGD, PGD
+from immunonet.attacks import APGD, NORMS, PGD
 from immunonet.attacks._losses import dlr, margin, targeted_dlr
-from immunonet.attacks.apgd import _checkpoints
+from immunonet.attacks.apgd import _checkpoints, _Thinning
 
 BUDGETS = [("linf", 0.1, np.inf), ("l2", 0.6, 2)]
 
@@ -47,7 +49,54 @@ def test_the_optimum_on_a_linear_model_within_one_percent(linear_model, norm, ra
     assert bool((gain >= 0.99 * most).all())
 
 
-@pytest.mark.parametrize(("norm", "eps", "order"), BUDGETS)
+@pytest.mark.parametrize(("loss", "eps"), [("ce", 2.0), ("dlr", 1.5)])
+def test_in_l1_it_breaks_as_much_of_a_robust_network_as_autoattack_does(robust_digits, loss, eps):
+    net, x, y = robust_digits
+    ours = APGD(eps=eps, norm="l1", loss=loss, iterations=50)(net, x, y)
+    state = torch.random.get_rng_state()
+    oracle = APGDAttack(net, n_iter=50, norm="L1", eps=eps, loss=loss, device="cpu", use_largereps=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of gradients that are 0
+        found = oracle.perturb(x, y)
+    torch.random.set_rng_state(state)
+    with torch.no_grad():
+        accuracy = float((net(found).argmax(1) == y).float().mean())
+    assert 0.2 < accuracy < 0.8
+    assert 1 - float(ours.success.float().mean()) <= accuracy + 0.01
+
+
+@pytest.mark.parametrize("iterations", [9, 60])
+@pytest.mark.parametrize("random_start", [False, True])
+def test_in_l1_it_attains_the_optimum_of_ball_and_bounds_on_a_linear_model(linear_model, iterations, random_start):
+    """Values at a bound, near one and in the middle; few iterations come nearly as far."""
+    weight = torch.randn(20, generator=torch.Generator().manual_seed(0))
+    x = torch.tensor([0.0, 0.02, 0.5, 0.97, 1.0]).repeat(3, 4)
+    attack = APGD(eps=2.0, iterations=iterations, norm="l1", random_start=random_start)
+    result = attack(linear_model(weight), x, torch.zeros(3, dtype=torch.long))
+    best = NORMS["l1"].farthest(weight.expand_as(x), x, 2.0, torch.tensor(0.0), torch.tensor(1.0))
+    gain, most = (result.adversarials - x) @ weight, (best - x) @ weight
+    assert bool((gain <= most * (1 + 1e-5)).all())
+    assert bool((gain >= (0.985 if iterations > 9 else 0.95) * most).all())
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 9, 10, 11, 20, 100, 999])
+def test_in_l1_the_balls_shrink_to_eps_and_all_iterations_are_spent(iterations):
+    balls = _Thinning.balls(iterations)
+    assert sum(asked for _, asked in balls) == iterations + 1
+    assert min(asked for _, asked in balls) >= 2
+    assert [times for times, _ in balls] == ([3, 2, 1] if iterations >= 10 else [1])
+
+
+def test_in_l1_a_success_that_only_a_larger_ball_holds_does_not_count():
+    """The answer changes at twice eps; what is found on the way there is brought back."""
+    model = lambda x: torch.stack([0.5 + 0 * x[:, 0], x.sum(1)], 1)  # noqa: E731
+    result = APGD(eps=0.25, norm="l1", iterations=20)(model, torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))
+    assert bool((result.losses[:6] > 0).any(0).all())
+    assert not result.success.any()
+    torch.testing.assert_close(result.distance, torch.full((4,), 0.25))
+
+
+@pytest.mark.parametrize(("norm", "eps", "order"), [*BUDGETS, ("l1", 1.5, 1)])
 def test_targets_break_at_least_as_much_as_one_ascent(digits, norm, eps, order):
     net, x, y, _, _ = digits
     one = APGD(eps=eps, norm=norm, loss="dlr", iterations=20)(net, x[:80], y[:80])

@@ -17,7 +17,7 @@ def problem():
 
 def test_it_keeps_the_worst_point_and_losses_only_grow():
     model, x, y = problem()
-    for norm in ("linf", "l2"):
+    for norm in ("linf", "l2", "l1"):
         few, many = (Noise(eps=0.3, points=n, norm=norm)(model, x, y) for n in (1, 30))
         assert (many.losses[-1] >= few.losses[-1]).all()
         assert (many.losses.diff(dim=0) >= 0).all()

@@ -1,5 +1,6 @@
 """FGSM and PGD: closed forms on linear models, foolbox as oracle, properties, bad input."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -59,6 +60,38 @@ def test_pgd_attains_the_optimum_on_a_linear_model(norm, random_start):
     assert torch.equal(result.success, best @ weight > 0)
 
 
+# Values at a bound, near one and in the middle.
+CENTRE = torch.tensor([0.0, 0.02, 0.5, 0.97, 1.0]).repeat(4)
+
+
+def best_gain(weight, centre, eps):
+    """Return the most that weight . (x - centre) can be in the L1 ball and [0, 1], by trying values one by one."""
+    room = torch.where(weight > 0, 1 - centre, centre)
+    gain = 0.0
+    for i in weight.abs().argsort(descending=True).tolist():
+        spent = min(eps, float(room[i]))
+        gain, eps = gain + spent * abs(float(weight[i])), eps - spent
+    return gain
+
+
+@pytest.mark.parametrize("eps", [0.01, 0.4, 3.0, 100.0])
+def test_fgsm_in_l1_attains_the_optimum_of_ball_and_bounds(eps):
+    weight = torch.randn(20, generator=torch.Generator().manual_seed(0))
+    result = FGSM(eps=eps, norm="l1")(linear(weight), CENTRE[None], torch.tensor([0]))
+    assert float((result.adversarials - CENTRE) @ weight) == pytest.approx(best_gain(weight, CENTRE, eps), rel=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_pgd_in_l1_comes_within_a_thousandth_of_the_optimum_of_ball_and_bounds(momentum, targeted):
+    weight = torch.randn(20, generator=torch.Generator().manual_seed(0))
+    attack = PGD(eps=2.0, step=0.5, iterations=60, norm="l1", momentum=momentum, random_start=False)
+    attack = dataclasses.replace(attack, targeted=targeted)
+    result = attack(linear(weight), CENTRE.expand(3, -1), torch.full((3,), int(targeted)))
+    gain = (result.adversarials - CENTRE) @ weight
+    torch.testing.assert_close(gain, torch.full((3,), best_gain(weight, CENTRE, 2.0)), rtol=1e-3, atol=0)
+
+
 def test_targeted_climbs_towards_the_target_and_counts_reaching_it():
     weight = torch.tensor([1.0, -2.0])
     x = torch.full((2, 2), 0.5)
@@ -90,6 +123,17 @@ def test_pgd_walks_the_path_of_foolbox(net, batch, norm, eps, oracle):
     torch.testing.assert_close(ours.adversarials[last_is_best], theirs[last_is_best], atol=1e-4, rtol=0)
     assert 0 < success.sum() < len(x)
     assert bool((ours.success | ~success).all())
+
+
+def test_pgd_in_l1_takes_the_steps_of_foolbox_within_the_ball(net, batch):
+    """Not on its surface: what theirs projects onto is not the ball exactly."""
+    x, y = 0.4 + 0.2 * batch[0], batch[1]
+    ours = PGD(eps=0.65, step=0.15, iterations=4, norm="l1", random_start=False)(net, x, y)
+    oracle = foolbox.attacks.SparseL1DescentAttack(quantile=0.99, abs_stepsize=0.15, steps=4, random_start=False)
+    theirs, _ = with_foolbox(oracle, net, x, y, 0.65)
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(net(theirs), y, reduction="none")
+    torch.testing.assert_close(nn.functional.softplus(ours.losses[-1]).float(), loss, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Square: ART as oracle, the optimum on linear models, random models, inputs of any shape."""
+"""Square: ART and AutoAttack as oracles, the optimum on linear models, random models, inputs of any shape."""
 
 import dataclasses
 
@@ -7,10 +7,11 @@ import pytest
 import torch
 from art.attacks.evasion import SquareAttack
 from art.estimators.classification import PyTorchClassifier
+from pyautoattack.square import SquareAttack as AutoSquare
 from torch import nn
 
 from immunonet.attacks import Square
-from immunonet.attacks.square import _bump
+from immunonet.attacks.square import _WAYS
 
 
 def test_it_breaks_as_much_as_art_does(digits):
@@ -28,6 +29,19 @@ def test_it_breaks_as_much_as_art_does(digits):
     assert 0.2 < accuracy < 0.9
     assert 1 - float(ours.success.float().mean()) <= accuracy + 0.01
     assert bool((ours.distance <= 0.1 + 1e-5).all())
+
+
+def test_in_l1_it_breaks_as_much_of_a_robust_network_as_autoattack_does(robust_digits):
+    net, x, y = robust_digits
+    ours = Square(eps=2.0, norm="l1", queries=300)(net, x, y)
+    state = torch.random.get_rng_state()
+    found = AutoSquare(net, norm="L1", n_queries=300, eps=2.0, device="cpu").perturb(x, y)
+    torch.random.set_rng_state(state)
+    with torch.no_grad():
+        accuracy = float((net(found).argmax(1) == y).float().mean())
+    assert 0.2 < accuracy < 0.9
+    assert 1 - float(ours.success.float().mean()) <= accuracy + 0.01
+    assert bool((ours.distance <= 2.0).all())
 
 
 def test_the_optimum_on_a_linear_model_within_one_percent(linear_model):
@@ -106,7 +120,7 @@ def test_draws_average_the_margin_of_a_random_model(linear_model):
 
 
 @pytest.mark.parametrize("shape", [(5,), (1,), (2, 7), (3, 4, 5), (2, 1, 1)])
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_inputs_of_any_shape_stay_in_the_ball(shape, norm):
     x = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
     model = lambda z: torch.stack([z.flatten(1).sum(1), 3 * z.flatten(1)[:, 0]], 1)  # noqa: E731
@@ -119,8 +133,9 @@ def test_inputs_of_any_shape_stay_in_the_ball(shape, norm):
 
 @pytest.mark.parametrize(("height", "width"), [(3, 3), (5, 5), (1, 3), (4, 1), (3, 7)])
 @pytest.mark.parametrize("turned", [False, True])
-def test_bumps_have_size_one_and_two_halves(height, width, turned):
-    bump = _bump(height, width, torch.zeros(1), turned)
+@pytest.mark.parametrize(("norm", "order"), [("l2", 2), ("l1", 1)])
+def test_bumps_have_size_one_and_two_halves(height, width, turned, norm, order):
+    bump = _WAYS[norm].bump(height, width, torch.zeros(1), turned=turned)
     assert bump.shape == (height, width)
-    torch.testing.assert_close(bump.norm(), torch.tensor(1.0))
+    torch.testing.assert_close(torch.linalg.vector_norm(bump, order), torch.tensor(1.0))
     assert bump.min() < 0 < bump.max()

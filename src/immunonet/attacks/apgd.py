@@ -14,7 +14,7 @@ from torch import Tensor
 from immunonet import _check, models
 from immunonet.attacks._base import Attack, Found, Loss, Model, Problem, generator_of
 from immunonet.attacks._losses import dlr, gradient, log_odds, targeted_dlr
-from immunonet.attacks.norms import Norm, largest, spread
+from immunonet.attacks.norms import Norm, inward, largest, spread
 
 LOSSES = ("ce", "dlr", "targeted-dlr")
 _LEAST_CLASSES = {"ce": 2, "dlr": 3, "targeted-dlr": 4}
@@ -24,6 +24,7 @@ _PLAIN, _RISING = 0.75, 0.75
 # the best point has moved is divided for later ones; the share of that number which counts as fewer; what a step is
 # divided by, and most by in all; and the share of iterations between two looks.
 _MOVED, _THINNED, _FEWER, _SHORTENED, _SHORTEST, _LOOKS = 0.2, 1.5, 0.95, 1.5, 10, 0.04
+# Below so many iterations one ball is searched: every ball costs a question about its first point.
 _LEAST_STAGED = 10
 
 
@@ -105,7 +106,8 @@ class APGD(Attack):
 
     def _climb(self, problem: Problem, start: Tensor, loss: Loss) -> Found:
         """Return the best point of one ascent from `start`, and the losses of all its points."""
-        curves, point = [], start
+        curves: list[Tensor] = []
+        point = start
         for times, asked in self._pace.balls(self.iterations):
             eps = times * self.eps
             if curves:
@@ -234,7 +236,6 @@ class _Thinning(_Pace):
 
     @staticmethod
     def balls(iterations: int) -> list[tuple[float, int]]:
-        # Every ball begins with a point that is asked about, so that of few iterations no steps would be left.
         if iterations < _LEAST_STAGED:
             return [(1.0, iterations + 1)]
         first, second = 3 * iterations // 10, 6 * iterations // 10
@@ -244,6 +245,8 @@ class _Thinning(_Pace):
         return self.eps
 
     def moved(self, point: Tensor, slope: Tensor) -> Tensor:
+        # Values at a bound would take up the step of those that can still move.
+        slope = inward(slope, point, self.problem.low, self.problem.high)
         step = largest(slope, self.moving.clamp(min=1, max=self.size).long())
         return self.inside(point + spread(self.step, point).to(point) * step)
 

@@ -23,12 +23,12 @@ class PGD(Attack):
     Of all points visited, start included, in all restarts, it keeps per input a successful one before a
     failed one, then the one of the highest loss. `y` is the true label, or the wanted one with `targeted`.
 
-    `eps` >= 0 and `step` >= 0 in units of the input, measured in the norm: a step in "l1" is that of SLIDE, shared by the
-    1 % of values whose slope is largest, for which `eps / 4` is a good length. With `momentum` above 0 it follows the running sum of
-    gradients of mean size 1, each earlier one times `momentum` (Dong et al. 2018, MI-FGSM), which transfers
-    better. With `random_start` every restart begins at a random point of the ball, without it the first one
-    begins at `x` itself. `seed` None draws a fresh one. The rest: see `Attack`; a model whose output has no
-    gradient is a ValueError.
+    `eps` >= 0 and `step` >= 0 in units of the input, measured in the norm: a step in "l1" is that of SLIDE (Tramer &
+    Boneh 2019), shared by the 1 % of values of the largest slope; `eps / 4` is a good length. With `momentum` above 0
+    it follows the running sum of gradients of mean size 1, each earlier one times `momentum` (Dong et al. 2018,
+    MI-FGSM), which transfers better. With `random_start` every restart begins at a random point of the ball, without it
+    the first one begins at `x` itself. `seed` None draws a fresh one. The rest: see `Attack`; a model whose output has
+    no gradient is a ValueError.
     """
 
     eps: float = 8 / 255
@@ -66,7 +66,7 @@ class PGD(Attack):
 
     def _climb(self, problem: Problem, start: Tensor) -> Found:
         """Return the best point of one ascent from `start`, and the losses of all its points."""
-        model, x, y, low, high, _ = problem
+        model, _, y, *_ = problem
         point, curve, best, velocity = start, [], Found.nothing(start, 0), torch.zeros_like(start)
         for iteration in range(self.iterations + 1):
             last = iteration == self.iterations
@@ -95,8 +95,8 @@ class FGSM(Attack):
     """The fast gradient (sign) method (Goodfellow et al. 2015): one step of size `eps` from `x`.
 
     Called as `attack(model, x, y)`. It is `PGD` with one iteration and no random start, with PGD's settings,
-    arguments and errors; where the step lowers the loss, `x` itself is kept. In "l1" the step leads to the best point of
-    ball and bounds for the gradient at `x`.
+    arguments and errors; where the step lowers the loss, `x` itself is kept. In "l1" the step leads to the best point
+    of ball and bounds for the gradient at `x`.
     """
 
     eps: float = 8 / 255

@@ -154,8 +154,7 @@ class L1(Norm):
 
         The step of SLIDE (Tramer & Boneh 2019); only moves that lead out of the bounds are forbidden.
         """
-        held = ((point <= low) & (gradient < 0)) | ((point >= high) & (gradient > 0))
-        moved = gradient.masked_fill(held, 0.0)
+        moved = inward(gradient, point, low, high)
         return largest(moved, torch.full((len(moved),), math.ceil(_SLIDE * moved[:1].numel()), device=moved.device))
 
     def farthest(self, gradient: Tensor, centre: Tensor, eps: float, low: Tensor, high: Tensor) -> Tensor:
@@ -198,8 +197,8 @@ class L1(Norm):
     def extreme(self, x: Tensor, eps: float, generator: torch.Generator, low: Tensor, high: Tensor) -> Tensor:
         """Return random corners of ball and bounds, like `x` `(B, *S)`.
 
-        Values in random order, each as far as the bounds let it either way, until `eps` is spent: a uniform point of the
-        ball moves every value by next to nothing.
+        Values in random order, each as far as the bounds let it either way, until `eps` is spent: a uniform point of
+        the ball moves every value by next to nothing.
         """
         way = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
         return self.farthest(way, x, eps, low, high) - x
@@ -235,11 +234,16 @@ def largest(gradient: Tensor, counts: Tensor) -> Tensor:
     return (steps / column(chosen.sum(1).to(flat), steps)).view_as(gradient)
 
 
+def inward(gradient: Tensor, point: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return the gradient `(B, *S)` with 0 where it leads out of the bounds that `point` lies on."""
+    return gradient.masked_fill(((point <= low) & (gradient < 0)) | ((point >= high) & (gradient > 0)), 0.0)
+
+
 def _shrinkage(wish: Tensor, room: Tensor, eps: float) -> Tensor:
     """Return by how much `wish` `(B, D)` must shrink, before `room` cuts it, to add up to `eps`: `(B, 1)` float64.
 
     The sum falls along straight pieces, on whose slope the next guess lies (Newton), and where that leaves the bracket
-    it is halved. Exact as soon as a guess is on the right piece. As they are the sums are larger.
+    it is halved. Exact as soon as a guess is on the right piece. Unless they shrink, the sums are larger than `eps`.
     """
     least, most = torch.zeros_like(wish[:, :1]), wish.amax(1, keepdim=True)
     guess, close = least, torch.zeros_like(least, dtype=torch.bool)

@@ -26,8 +26,8 @@ class Square(Attack):
 
     It climbs the margin (the best other class above `y`; of a targeted attack, `y` above the best other) by changing
     one square at a time, and keeps a change where the margin grew: with "linf" by -`eps` or `eps` per channel, with
-    "l2" and "l1" by moving size from one square to another. Squares begin with the share `p` of the image and shrink. Inputs
-    `(F,)` are taken as one row of pixels.
+    "l2" and "l1" by moving size from one square to another. Squares begin with the share `p` of the image and shrink.
+    Inputs `(F,)` are taken as one row of pixels.
 
     `queries`: calls per input after the one on `x`; with `draws` above 1 each is the mean margin over as many calls of
     a random model, and success what most of them say. With `early_stop` an input that is fooled is left alone;
@@ -224,7 +224,7 @@ class _Bumps(_Way):
         return delta.square().sum((2, 3), keepdim=True).sqrt()
 
     def _granted(self, delta: Tensor, both: Tensor, eps: float) -> Tensor:
-        """Return the size that the square may have in every channel: what `both` squares have, and a share of the rest."""
+        """Return the size of the square in every channel: what `both` squares have, and a share of what is left."""
         left = (eps**2 - delta.square().sum((1, 2, 3), keepdim=True)).clamp(min=0) / delta.shape[1]
         return (left + both.square().sum((2, 3), keepdim=True)).sqrt()
 
@@ -264,7 +264,8 @@ class _Bumps(_Way):
         return self._of_size_one(weights.flip(0).cumsum(0).flip(0)[ring])
 
     def _of_size_one(self, pattern: Tensor) -> Tensor:
-        return pattern / torch.linalg.vector_norm(pattern)
+        scaled: Tensor = pattern / torch.linalg.vector_norm(pattern)
+        return scaled
 
 
 class _Peaks(_Bumps):

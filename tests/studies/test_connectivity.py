@@ -88,10 +88,18 @@ def test_a_study_of_paths_from_raw_data_to_tables_and_figures(run, tiny):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('ends = ["linf", "l1"]', 'ends = ["linf", "l7"]', r"paths.curve.ends\[1\]: there is no base, or path above, 'l7'"),
+        (
+            'ends = ["linf", "l1"]',
+            'ends = ["linf", "l7"]',
+            r"paths.curve.ends\[1\]: there is no base, or path above, 'l7'",
+        ),
         ('ends = ["linf", "l1"]', 'ends = ["linf", "line@0.5"]', r"paths.curve.ends\[1\]: there is no base, or path"),
         ('ends = ["linf", "l1"]', 'ends = ["linf"]', r"paths.curve.ends: .* at least 2"),
-        ('"curve@best",\n', '"curve",\n', r"contests\[0\].entrants\[1\].network: must be a base, or a path with a place"),
+        (
+            '"curve@best",\n',
+            '"curve",\n',
+            r"contests\[0\].entrants\[1\].network: must be a base, or a path with a place",
+        ),
         ('"curve@best",\n', '"curve@1.5",\n', r"contests\[0\].entrants\[1\].*t must be a finite number in \[0, 1\]"),
         ('"curve@best",\n', '"curve@bestof",\n', r"must be curve@best, curve@best3 or curve@0.5"),
         ("[threats]\nlinf = 0.1\nl1 = 1.5", "", "threats: must be given where there are paths"),

@@ -26,6 +26,8 @@ class Norm(abc.ABC):
     """
 
     name: ClassVar[str]
+    effort: ClassVar[int] = 1
+    """How many times the steps a search in its ball takes until more change little, beside those in "linf"."""
     sparse: ClassVar[bool] = False
     """Whether the steepest step moves a single value, so that an ascent has to say how many it moves."""
 
@@ -140,6 +142,7 @@ class L1(Norm):
 
     name = "l1"
     sparse = True
+    effort = 4
 
     def size(self, delta: Tensor) -> Tensor:
         """Return the sum of absolute values of each perturbation `(B, *S)`: `(B,)`."""

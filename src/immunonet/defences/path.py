@@ -39,8 +39,8 @@ class ModePath(nn.Module):
         curves.check_alike(networks)
         self.curve = "bezier" if len(networks) == 2 else "chain"
         ends = [_frozen(net) for net in (networks[0], networks[-1])]
-        # Out of the module's own parameters, which are those that training moves.
-        self._ends = tuple(ends)
+        # In a tuple, out of the module's own parameters: those are what training moves. The last is for asking between.
+        self._held = (*ends, _frozen(networks[0]))
         self.names = [name for name, _ in networks[0].named_parameters()]
         inner = [dict(net.named_parameters()) for net in networks[1:-1]]
         middle = [curves.mixed([dict(end.named_parameters()) for end in ends], [0.5, 0.5])]
@@ -51,17 +51,16 @@ class ModePath(nn.Module):
         self.images = None if images is None else _images(images)
         self.settings: dict[str, Any] = {}
         self._kept: dict[float, dict[str, Tensor]] = {}
-        self._template = _frozen(networks[0])
 
     @property
     def ends(self) -> tuple[nn.Module, nn.Module]:
         """The first and the last network, copies in eval mode."""
-        return self._ends[0], self._ends[-1]
+        return self._held[0], self._held[1]
 
     @property
     def normalises(self) -> bool:
         """Whether its networks have layers that keep statistics of batches."""
-        return bool(curves.normalisers(self._template))
+        return bool(curves.normalisers(self._held[-1]))
 
     def shares(self, t: float) -> list[float]:
         """Return the share of every point, ends and bends, at `t` in [0, 1]."""
@@ -88,7 +87,7 @@ class ModePath(nn.Module):
 
     def at_weights(self, weights: Mapping[str, Tensor], *, training: bool = False) -> Callable[[Tensor], Tensor]:
         """Return the network with some `weights` by name in the same way."""
-        net = self._template
+        net = self._held[-1]
 
         def asked(x: Tensor) -> Tensor:
             net.train(training)
@@ -107,7 +106,7 @@ class ModePath(nn.Module):
         t = curves.place(t)
         if t in (0.0, 1.0):
             return _frozen(self.ends[int(t)])
-        net = _frozen(self._template)
+        net = _frozen(self._held[-1])
         for name, value in self.weights(t).items():
             net.get_parameter(name).copy_(value)
         if not self.normalises:
@@ -150,7 +149,7 @@ class ModePath(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for net in (*self._ends, self._template):
+        for net in self._held:
             net._apply(fn)
         self.images = None if self.images is None else fn(self.images)
         self._kept = {t: {name: fn(value) for name, value in own.items()} for t, own in self._kept.items()}

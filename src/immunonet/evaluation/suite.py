@@ -212,7 +212,8 @@ class Suite:
             *(["dlr"] if classes > 2 else []),
             *(["targeted-dlr"] if budget.targets and classes > 3 else []),
         ]
-        strong = self.common | {"iterations": budget.iterations, "restarts": budget.restarts, "seed": self.seed}
+        steps = budget.iterations * NORMS[self.common["norm"]].effort
+        strong = self.common | {"iterations": steps, "restarts": budget.restarts, "seed": self.seed}
         for loss in losses:
             targeted = {"targets": min(budget.targets, classes - 1)} if loss == "targeted-dlr" else {}
             method = attacks.APGD(loss=loss, **strong | targeted)

@@ -63,8 +63,11 @@ def affine(function: FeatureMap, cells: Tensor) -> AffineMap | None:
     noise = torch.randn(len(cells), *cells.shape[1:], generator=generator, dtype=torch.float32).to(cells.device)
     scale = float(cells.abs().max()) or 1.0
     for other in (cells.flip(0), noise * scale, noise * 100 * scale):
-        a, b = function(cells), function(other)
-        bend = (2 * function((cells + other) / 2) - a - b).abs().max()
+        try:
+            a, b, middle = function(cells), function(other), function((cells + other) / 2)
+        except ValueError:  # a defence within refuses what is outside its bounds: affine there it is not
+            return None
+        bend = (2 * middle - a - b).abs().max()
         if not bool(bend <= 2e-5 * torch.maximum(a.abs().max(), b.abs().max())):
             return None
     zero = function(torch.zeros_like(cells[:1]))

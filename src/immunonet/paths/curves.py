@@ -31,9 +31,8 @@ def place(t: object) -> float:
 
 def mixed(points: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:
     """Return tensors by name, the sum of those of all `points`, each times its share; differentiable in them."""
-    pairs = [(point, share) for point, share in zip(points, shares, strict=True) if share]
-    out = {name: value * pairs[0][1] for name, value in pairs[0][0].items()}
-    for point, share in pairs[1:]:
+    out = {name: value * shares[0] for name, value in points[0].items()}
+    for point, share in zip(points[1:], shares[1:], strict=True):
         out = {name: value + point[name] * share for name, value in out.items()}
     return out
 

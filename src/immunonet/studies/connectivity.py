@@ -56,7 +56,8 @@ class Joined:
             found[attack, norm] = [
                 Measurement(
                     spec=Spec(kind="cnn"), base=self.point(name, (t,)), attack=attack, method=method,
-                    split="validation", images=images, told={"model": self.model(name)}, place=f"{name} {attack} {norm}".strip(),
+                    split="validation", images=images, told={"model": self.model(name)},
+                    place=f"{name} {attack} {norm}".strip(),
                 )
                 for t in self.places
             ]  # fmt: skip
@@ -365,7 +366,8 @@ def contested(found: Joined, contest: Contest, say: Callable[[str], None]) -> li
             "model": found.model(entrant.network.partition("@")[0]),
         }  # fmt: skip
         evaluation = protocol.evaluate(
-            defence, x, y, base=under, threats=run.study.threats, protocol=contest.protocol,
+            defence, x, y, base=under, threats=run.study.threats, protocol=contest.protocol, black_box=contest.black_box,
+            attacks=[method for name in contest.attacks if (method := run.study.attack(name)) is not None],
             dataset=lab.told["dataset"], name=defence.kind, base_name="cnn", settings=told, folder=bench.folder,
             workers=bench.workers, seed=run.seed, on_progress=functools.partial(_say, say, called(entrant)),
         )  # fmt: skip

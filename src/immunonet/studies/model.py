@@ -17,14 +17,16 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from immunonet import _check, zoo
 from immunonet._check import among
 from immunonet._words import show
-from immunonet.attacks import FGSM, PGD, Attack
+from immunonet.attacks import APGD, FGSM, PGD, Attack, HopSkipJump, Square
 from immunonet.defences.base import REGISTRY, kind_of
 from immunonet.defences.spec import Spec, read
 from immunonet.evaluation import lab
 from immunonet.paths import curves
 from immunonet.zoo.adversarial import radii
 
-METHODS: dict[str, type[Attack]] = {"fgsm": FGSM, "pgd": PGD}
+METHODS: dict[str, type[Attack]] = {
+    "fgsm": FGSM, "pgd": PGD, "apgd": APGD, "square": Square, "hopskipjump": HopSkipJump,
+}  # fmt: skip
 # What every study may call by these names, with titles; [defences] says otherwise, or adds to them.
 DEFENCES = {
     "cnn": ("cnn", ""),

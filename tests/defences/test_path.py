@@ -365,7 +365,7 @@ def test_an_interrupted_path_resumes_exactly(tmp_path, make, combine, within):
     resumed = path()
     assert zoo.connect(resumed, *some, checkpoint=tmp_path / "path.safetensors", **options) == expected
     assert same(resumed, whole)
-    with pytest.raises(ValueError, match="was made with lr=0.01"):
+    with pytest.raises(ValueError, match=r"was made with lr=0\.01"):
         zoo.connect(path(), *some, checkpoint=tmp_path / "path.safetensors", **{**options, "lr": 0.02})
     with pytest.raises(ValueError, match="was made with path="):
         zoo.connect(ModePath(make(0), make(3)), *some, checkpoint=tmp_path / "path.safetensors", **options)

@@ -365,9 +365,10 @@ def contested(found: Joined, contest: Contest, say: Callable[[str], None]) -> li
             "layers": layers, "experiment": contest.name, "network": entrant.network, "t": list(places),
             "model": found.model(entrant.network.partition("@")[0]),
         }  # fmt: skip
+        more = [method for name in contest.attacks if (method := run.study.attack(name)) is not None]
         evaluation = protocol.evaluate(
-            defence, x, y, base=under, threats=run.study.threats, protocol=contest.protocol, black_box=contest.black_box,
-            attacks=[method for name in contest.attacks if (method := run.study.attack(name)) is not None],
+            defence, x, y, base=under, threats=run.study.threats, protocol=contest.protocol,
+            black_box=contest.black_box, attacks=more,
             dataset=lab.told["dataset"], name=defence.kind, base_name="cnn", settings=told, folder=bench.folder,
             workers=bench.workers, seed=run.seed, on_progress=functools.partial(_say, say, called(entrant)),
         )  # fmt: skip

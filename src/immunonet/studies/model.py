@@ -385,12 +385,18 @@ class Entrant(Table):
 
 
 class Contest(Table):
-    """Networks and defences under a whole protocol and all threats of the study, on the same test images, in pairs."""
+    """Networks and defences under a whole protocol and all threats of the study, on the same test images.
+
+    `black_box`: how many of the images attacks that only ask are made on (None: the protocol's number). `attacks`:
+    further ones, by name.
+    """
 
     name: Stem
     title: str = ""
     images: Count
     protocol: Literal["quick", "standard", "full"] = "quick"
+    black_box: Count | None = None
+    attacks: tuple[Attacked, ...] = ()
     entrants: Annotated[
         tuple[Annotated[Entrant, BeforeValidator(lambda v: {"network": v} if isinstance(v, str) else v)], ...], Some
     ]

@@ -66,6 +66,7 @@ def test_train_writes_weights_that_do_what_it_prints(command, digits):
         "seed": 0,
         "start": None,
         "adversarial": None,
+        "ema": None,
     }
 
 
@@ -110,6 +111,8 @@ def test_adversarial_training_goes_on_from_weights(command, digits):
             "beta": 3,
             "ramp": 0,
             "validation_eps": 0.2,
+            "threats": None,
+            "combine": "max",
         }
         assert row["robust_n"] == row["n"]
         attacked = f"{row['split']} accuracy {row['robust_accuracy']:.4f} under attack (eps 0.2) on {row['n']} images"
@@ -121,6 +124,37 @@ def test_adversarial_training_goes_on_from_weights(command, digits):
         torch.testing.assert_close(before, after, rtol=2e-3, atol=1e-6)  # the learning rate is nearly 0
     images = data.read_parquet(digits)[data.split(80, 16)[1]]
     assert recipe["results"][1]["robust_accuracy"] == zoo.robust_accuracy(hardened, images, eps=0.2)
+
+
+def test_train_against_several_threats(command, digits):
+    words = ("train", digits, "--epochs", 2, "--batch-size", 16, "--adversarial", "pgd", "--ema", 0.5)
+    threats = ("--threat", "linf=1/10", "--threat", "l1=1.5", "--combine", "msd", "--attack-iterations", 2)
+    code, out, err = command(*words, *threats)
+    assert code == 0, err
+    recipe = json.loads(Path("weights/tiny.json").read_text())
+    assert recipe["results"][0]["settings"]["adversarial"]["threats"] == {"linf": 0.1, "l1": 1.5}
+    assert recipe["results"][0]["settings"]["ema"] == 0.5
+    row = recipe["results"][1]
+    assert row["robust_accuracies"].keys() == {"eps 0.1", "l1 1.5", "all of them"}
+    assert row["robust_accuracy"] == row["robust_accuracies"]["all of them"] <= row["robust_accuracies"]["l1 1.5"]
+    assert f"test accuracy {row['robust_accuracy']:.4f} under attack (all of them) on 16 images" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--threat", "l1=2"), "--threat need --adversarial pgd or trades"),
+        (("--adversarial", "pgd", "--threat", "l1"), "--threat must be NORM=EPS, such as l2=0.5, got 'l1'"),
+        (("--adversarial", "pgd", "--threat", "l3=1"), "got 'l3=1'; nearest: l"),
+        (("--adversarial", "pgd", "--threat", "l1=1", "--threat", "l1=2"), "--threat l1 must be given once"),
+        (("--adversarial", "pgd", "--threat", "l1=100"), "threats['l1'] (images have room for 64)"),
+        (("--adversarial", "pgd", "--threat", "l1=1", "--eps", "0.1"), "eps goes with one radius in linf"),
+    ],
+)
+def test_threats_that_make_no_sense_are_refused(command, digits, words, message):
+    code, _, err = command("train", digits, *words)
+    assert code == 2
+    assert message in " ".join(err.split())
 
 
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_continues(command, digits, monkeypatch):

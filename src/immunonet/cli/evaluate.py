@@ -235,16 +235,7 @@ def _threats(threat: list[str] | None, eps: str | None, norm: str | None) -> dic
     for option, value in {"--eps": eps, "--norm": norm}.items():
         if value is not None:
             raise ValueError(f"{option} does not go with --threat, which tells both, as in --threat linf=8/255")
-    threats: dict[str, float] = {}
-    for text in threat:
-        name, equals, radius = text.partition("=")
-        if not equals or name not in NORMS:
-            near = nearest(name, tuple(NORMS))
-            raise ValueError(f"--threat must be NORM=EPS, such as l2=0.5, got {text!r}{near if equals else ''}")
-        if name in threats:
-            raise ValueError(f"--threat {name} must be given once, got {text!r} as well: one radius for each norm")
-        threats[name] = _check.fraction(f"--threat {name}", radius)
-    return threats
+    return common.threats(threat) or {}
 
 
 def _between(text: str) -> tuple[int, int]:

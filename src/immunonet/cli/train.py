@@ -16,6 +16,10 @@ from immunonet.evaluation.records import envelope
 from immunonet.zoo.adversarial import COMBINED, LOSSES
 
 
+# Settings of attacks that may be given as fractions.
+_FRACTIONS = ("eps", "attack_step", "validation_eps")
+
+
 def train(
     dataset: common.DatasetArgument,
     model: common.ModelOption = None,
@@ -143,7 +147,7 @@ def _hardening(adversarial: str | None, **settings: Any) -> zoo.Adversarial | No
         return None
     _check.choice("--adversarial", adversarial, LOSSES)
     fields: dict[str, Any] = {
-        key.removeprefix("attack_"): _check.fraction(options[key], value) if isinstance(value, str) else value
+        key.removeprefix("attack_"): _check.fraction(options[key], value) if key in _FRACTIONS else value
         for key, value in given.items()
     }
     return zoo.Adversarial(loss=adversarial, **fields)

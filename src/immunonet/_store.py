@@ -61,10 +61,20 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
     """Write tensors as safetensors, whole or not at all; return the file's sha256."""
     with replacing(path) as temporary:
         try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+            save_file(_apart({k: v.detach().cpu().contiguous() for k, v in tensors.items()}), temporary, metadata)
         except SafetensorError as error:
             raise OSError(f"{path} could not be written ({error})") from error
         return sha256(temporary)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of which none shares memory with another, as tied weights do: the format refuses them."""
+    seen, found = set[int](), dict[str, Tensor]()
+    for key, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        found[key] = value.clone() if place in seen else value
+        seen.add(place)
+    return found
 
 
 def read_tensors(path: str | Path, *, checksum: str | None = None, device: str = "cpu") -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -205,8 +206,14 @@ def test_saved_and_loaded_it_is_the_same(tmp_path, nets):
     assert all(same(again.at(t), path.at(t)) for t in (0, 1))
     with pytest.raises(ValueError, match="does not fit Sequential"):
         ModePath.load(tmp_path, plain())
-    (tmp_path / "path.safetensors").write_bytes((tmp_path / "path.safetensors").read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"path\.safetensors"):
+    record = (tmp_path / "path.json").read_text()
+    (tmp_path / "path.json").write_text(record.replace("0.3", "0.4", 1))
+    with pytest.raises(ValueError, match=r"path.json was edited"):
+        ModePath.load(tmp_path, normalised())
+    (tmp_path / "path.json").write_text(record)
+    (tensors,) = tmp_path.glob("path-*.safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=tensors.name):
         ModePath.load(tmp_path, normalised())
 
 
@@ -266,8 +273,46 @@ def test_networks_that_cannot_be_joined_are_refused_by_name():
         ModePath(plain(), wide)
     narrow = plain()
     narrow.register_buffer("scale", torch.zeros(()))
-    with pytest.raises(ValueError, match=r"networks\[1\] has another buffer scale: only what is learnt may differ"):
+    with pytest.raises(ValueError, match=r"networks\[1\] has another buffer scale: only what is trained may differ"):
         ModePath(narrow, wide)
+    relu = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    with pytest.raises(ValueError, match=r"networks\[1\] is of another architecture: 2 is a ReLU, not a Tanh"):
+        ModePath(plain(), relu)
+    still = [plain(seed) for seed in (0, 1)]
+    for net in still:
+        net[1].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"networks\[1\] has another parameter 1.weight: only what is trained"):
+        ModePath(*still)
+
+
+def test_what_nobody_trains_stays_as_it_is():
+    nets = [plain(seed) for seed in (0, 1)]
+    nets[1][1].load_state_dict(nets[0][1].state_dict())
+    for net in nets:
+        net[1].requires_grad_(False)
+    path = ModePath(*nets)
+    zoo.connect(path, blobs(), blobs(30, 1), **OPTIONS)
+    point = path.at(0.4)
+    assert torch.equal(point[1].weight, nets[0][1].weight)
+    assert not torch.equal(point[3].weight, ModePath(*nets).at(0.4)[3].weight)
+    assert [p.requires_grad for p in point.parameters()] == [False, False, True, True]
+
+
+def test_a_point_can_be_trained_on():
+    point = ModePath(plain(0), plain(1)).at(0.5)
+    before = copy.deepcopy(point)
+    zoo.train(point, blobs(), blobs(30, 1), epochs=1, batch_size=16)
+    assert not same(point, before)
+
+
+def test_tied_weights_are_saved(tmp_path):
+    nets = [nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(2)]
+    for net in nets:
+        net[3].weight = net[1].weight
+    path = moved(ModePath(*nets))
+    path.save(tmp_path)
+    again = ModePath.load(tmp_path, nets[0])
+    torch.testing.assert_close(again.at(0.3)(images().x), path.at(0.3)(images().x))
 
 
 @pytest.mark.parametrize("t", [-0.1, 1.1, float("nan")])
@@ -276,6 +321,15 @@ def test_places_beyond_the_ends_are_refused(t):
     for ask in (path.at, path.weights, lambda t: path.ensemble([0.5, t])):
         with pytest.raises(ValueError, match=r"t must be a finite number in \[0, 1\]"):
             ask(t)
+
+
+def test_points_of_an_ensemble_may_be_arrays_and_do_not_change():
+    path = moved(ModePath(plain(0), plain(1)))
+    for points in (torch.tensor([0.25, 0.75]), np.array([0.25, 0.75]), (0.25, 0.75)):
+        assert path.ensemble(points).points == (0.25, 0.75)
+    assert path.ensemble(torch.tensor(0.5)).points == (0.5,)
+    with pytest.raises(ValueError, match="points must stay"):
+        path.ensemble([0.25, 0.75]).with_settings(points=(0.0, 1.0))
 
 
 def test_an_ensemble_needs_a_path_and_points():
@@ -313,7 +367,9 @@ def test_equal_ends_give_one_point_and_the_step_is_that_of_adversarial_training(
     task = _Connecting(path, some, settings, 0.0)
     task.loss(some.x, some.y, torch.Generator().manual_seed(0), 0.0, contextlib.nullcontext).backward()
     twin = copy.deepcopy(net).requires_grad_(True)
-    Adversary(settings).loss(twin, twin, some.x, some.y, generator, 0.0).backward()
+    adversary = Adversary(settings)
+    points, _ = adversary.attacked(twin, some.x, some.y, generator, 0.0)
+    adversary.objective(twin, some.x, points, some.y).backward()
     for bend, parameter in zip(path.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(bend.grad, 2 * t * (1 - t) * parameter.grad, rtol=1e-4, atol=1e-7)
 
@@ -375,6 +431,8 @@ def test_what_cannot_be_trained_is_refused():
     path = ModePath(plain(0), plain(1))
     with pytest.raises(ValueError, match=r"threats\['l1'\] \(images have room for 4\) must be a finite number"):
         zoo.connect(path, blobs(), blobs(), threats={"l1": 5.0})
+    with pytest.raises(ValueError, match="validation is empty"):
+        zoo.connect(path, blobs(), blobs()[:0], threats={"l1": 0.1})
     with pytest.raises(ValueError, match="patience must be left out"):
         zoo.connect(path, blobs(), blobs(), patience=2)
     with pytest.raises(ValueError, match="threats must name at least one of the norms linf, l2, l1, got none"):

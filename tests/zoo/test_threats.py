@@ -196,7 +196,8 @@ def test_a_mean_of_weights_is_what_is_kept():
     [
         ({"threats": {}}, ValueError, "threats must name at least one of the norms linf, l2, l1, got none"),
         ({"threats": {"l3": 1}}, ValueError, r"there is no norm \(in threats\) 'l3'; nearest: l"),
-        ({"threats": {"l1": -1}}, ValueError, r"threats\['l1'\] must be a finite number in \[0, inf\], got -1"),
+        ({"threats": {"l1": -1}}, ValueError, r"threats\['l1'\] must be a finite number in \(0, inf\], got -1"),
+        ({"threats": {"linf": 0.0, "l1": 1}}, ValueError, r"threats\['linf'\] must be a finite number in \(0, inf\]"),
         ({"threats": {"l1": float("nan")}}, ValueError, r"threats\['l1'\] must be a finite number"),
         ({"threats": {"l1": "many"}}, TypeError, r"threats\['l1'\] must be a number, got 'many'"),
         ({"threats": 0.3}, TypeError, "threats must be a table of radii by norm"),

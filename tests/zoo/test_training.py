@@ -203,3 +203,56 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"run\.safetensors is not a training checkpoint"):
         fit(linear(), checkpoint=path)
+
+
+class Edge(nn.Module):
+    """A net at whose first weights the loss is finite and its slope is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return torch.stack([self.weight.sqrt() * x.flatten(1).sum(1), x.flatten(1).sum(1)], 1)
+
+
+def test_weights_that_blow_up_at_the_last_step_name_step_and_rate():
+    with pytest.raises(
+        ValueError, match=r"the weights became NaN or infinite at step 1 of 1, lr 0.0\d+: give a smaller"
+    ):
+        zoo.train(Edge(), toy(), toy(), epochs=1, batch_size=100, lr=0.05)
+
+
+def test_checkpoints_of_other_settings_are_refused_in_either_direction(tmp_path):
+    path = tmp_path / "run.safetensors"
+    fit(linear(), ema=0.9, checkpoint=path)
+    with pytest.raises(ValueError, match=r"was made with ema=0.9 \(now None\)"):
+        fit(linear(), checkpoint=path)
+    path.unlink()
+    settings = [
+        zoo.Adversarial(threats=dict(order)) for order in ((("linf", 0.1), ("l1", 0.2)), (("l1", 0.2), ("linf", 0.1)))
+    ]
+    fit(linear(), adversarial=settings[0], checkpoint=path)
+    with pytest.raises(ValueError, match="was made with adversarial="):
+        fit(linear(), adversarial=settings[1], checkpoint=path)
+
+
+def test_a_last_batch_of_one_joins_the_one_before():
+    history = fit(linear(), images=toy(33), epochs=1, batch_size=16)
+    assert len(history) == 1
+
+
+def test_dropout_is_the_same_in_every_run_and_touches_no_other_numbers():
+    def net():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+
+    torch.manual_seed(1)
+    nets = [net(), net()]
+    before = torch.random.get_rng_state()
+    fit(nets[0])
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(7)
+    fit(nets[1])
+    assert same(weights(nets[0]), weights(nets[1]))

@@ -89,7 +89,7 @@ def threats(texts: Sequence[str] | None) -> dict[str, float] | None:
 def trained(
     what: str, checkpoint: Path, epochs: int, train: Callable[..., list[zoo.Epoch]], *args: Any, **settings: Any
 ) -> list[zoo.Epoch]:
-    """Return the epochs of a training under a bar of progress; each is told, and the checkpoint is gone at the end."""
+    """Return the epochs of a training under a bar of progress; each is told. The checkpoint stays for the caller."""
     if checkpoint.exists():
         note(f"continuing from {checkpoint}")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -106,9 +106,7 @@ def trained(
                 note(f"epoch {row['epoch']} of {epochs}: {text}")
                 reported.append(row)
 
-        history = train(*args, **settings, epochs=epochs, checkpoint=checkpoint, on_progress=show)
-    checkpoint.unlink()
-    return history
+        return train(*args, **settings, epochs=epochs, checkpoint=checkpoint, on_progress=show)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -69,9 +69,8 @@ def connect(
         "threats": radii, "combine": combine, "iterations": iterations, "batch_size": batch_size,
         "lr": lr, "weight_decay": weight_decay, "ema": ema, "augment": augment, "bfloat16": bfloat16, "seed": seed,
     }  # fmt: skip
-    history = common.trained(
-        "connecting", out / "path.checkpoint.safetensors", epochs, zoo.connect, path, training, held_out, **settings
-    )
+    checkpoint = out / "path.checkpoint.safetensors"
+    history = common.trained("connecting", checkpoint, epochs, zoo.connect, path, training, held_out, **settings)
     rows = zoo.profile(path, held_out, threats=radii, points=points)
     best = zoo.best_of(rows)
     path.settings |= {"ends": [str(one.name) for one in networks], "dataset": dataset, "model": name, "best": best["t"]}
@@ -79,6 +78,7 @@ def connect(
     results = [{"dataset": dataset, "split": "validation", "model": name, "settings": settings, **row} for row in rows]
     _store.write_json(out / "connect.json", envelope(results) | {"history": history})
     common.write_results(json, results)
+    checkpoint.unlink()
     for row in rows:
         told = ", ".join(f"{norm} {row[norm]:.3f}" for norm in (*radii, "union"))
         typer.echo(f"t {row['t']:.3f}: clean {row['clean']:.3f}, {told}{'  <- best' if row is best else ''}")

@@ -48,14 +48,14 @@ class Nursery:
         if not path.with_suffix(".json").exists():
             history = _trained(name, path, zoo.train, net, *self.images, **dict(base.training))
             zoo.save_weights(net, path, recipe={**envelope([]), **made_of, "history": history})
+            _checkpoint(path).unlink()
         zoo.load_weights(net, path)
         return net.eval()
 
     def path(self, name: str, ends: list[nn.Module]) -> ModePath:
         """Return a path between networks, its bends trained, if they are, and not kept yet."""
         join = self.study.paths[name]
-        chosen = data.sample(len(self.images[0]), min(zoo.STATISTICS, len(self.images[0]))).sort().values
-        found = ModePath(*ends, images=self.images[0].x[chosen].to(self.device))
+        found = ModePath(*ends, images=zoo.statistics_of(self.images[0]).to(self.device))
         if join.training is None:
             return found
         settings = dict(join.training)
@@ -65,6 +65,7 @@ class Nursery:
         if not (folder / "path.json").exists():
             _trained(name, folder / "path", zoo.connect, found, *self.images, **settings)
             found.save(folder)
+            _checkpoint(folder / "path").unlink()
         return ModePath.load(folder, ends[0], images=found.images)
 
     def _made_of(self, *nets: nn.Module) -> dict[str, Any]:
@@ -75,5 +76,8 @@ class Nursery:
 
 def _trained(name: str, path: Path, train: Callable[..., list[zoo.Epoch]], *args: Any, **how: Any) -> list[zoo.Epoch]:
     common.note(f"training {name}")
-    checkpoint = path.with_suffix(".checkpoint.safetensors")
-    return common.trained(f"training {name}", checkpoint, how.pop("epochs"), train, *args, **how)
+    return common.trained(f"training {name}", _checkpoint(path), how.pop("epochs"), train, *args, **how)
+
+
+def _checkpoint(path: Path) -> Path:
+    return path.with_suffix(".checkpoint.safetensors")

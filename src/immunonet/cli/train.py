@@ -15,7 +15,6 @@ from immunonet.cli import common
 from immunonet.evaluation.records import envelope
 from immunonet.zoo.adversarial import COMBINED, LOSSES
 
-
 # Settings of attacks that may be given as fractions.
 _FRACTIONS = ("eps", "attack_step", "validation_eps")
 
@@ -116,6 +115,7 @@ def train(
     ]  # fmt: skip
     zoo.save_weights(net, path, recipe={**envelope(results), "classes": images.classes, "history": history})
     common.write_results(json, results)
+    checkpoint.unlink()
     for row in results:
         typer.echo(f"{row['split']} accuracy {row['accuracy']:.4f} on {row['n']} images")
         for under, accuracy in row.get("robust_accuracies", {}).items():

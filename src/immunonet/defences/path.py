@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -18,7 +19,7 @@ from immunonet.defences.base import Answer, Defence
 from immunonet.paths import curves, statistics
 
 _FORMAT = 1
-FILE, _TENSORS = "path.json", "path.safetensors"
+FILE = "path.json"
 
 
 class ModePath(nn.Module):
@@ -29,8 +30,9 @@ class ModePath(nn.Module):
     first and the last network stay as they are. What lies between, `bends`, is what `zoo.connect` trains, and all that
     this module has parameters of. The networks given are copied, not changed.
 
-    `networks`: two or more classifiers with the same parameters and, but for statistics of batch-norm layers, the same
-    buffers. `images` `(N, *S)`: what those statistics are computed anew from at every point that is kept; None where
+    `networks`: two or more classifiers of the same modules and parameters, on one device, and but for statistics of
+    batch-norm layers with the same buffers; so must be parameters that need no gradient in any of them, unless none
+    does. `images` `(N, *S)`: what those statistics are computed anew from at every point that is kept; None where
     the networks have none, or points at the ends alone are wanted. ValueError or TypeError otherwise.
     """
 
@@ -41,7 +43,8 @@ class ModePath(nn.Module):
         ends = [_frozen(net) for net in (networks[0], networks[-1])]
         # In a tuple, out of the module's own parameters: those are what training moves. The last is for asking between.
         self._held = (*ends, _frozen(networks[0]))
-        self.names = [name for name, _ in networks[0].named_parameters()]
+        self.names = curves.trainable(networks)
+        self._needs = {name: value.requires_grad for name, value in networks[0].named_parameters()}
         inner = [dict(net.named_parameters()) for net in networks[1:-1]]
         middle = [curves.mixed([dict(end.named_parameters()) for end in ends], [0.5, 0.5])]
         self.bends = nn.ModuleList(
@@ -69,7 +72,7 @@ class ModePath(nn.Module):
     @property
     def corners(self) -> list[dict[str, Tensor]]:
         """The weights by name of the first end, of the bends, which are its parameters, and of the last end."""
-        first, last = (dict[str, Tensor](end.named_parameters()) for end in self.ends)
+        first, last = (dict[str, Tensor]((n, end.get_parameter(n)) for n in self.names) for end in self.ends)
         bends = [dict[str, Tensor](zip(self.names, bend.parameters(), strict=True)) for bend in self.bends]
         return [first, *bends, last]
 
@@ -98,15 +101,17 @@ class ModePath(nn.Module):
 
     @torch.no_grad()
     def at(self, t: float) -> nn.Module:
-        """Return the network at `t` in [0, 1], a copy in eval mode with statistics of its own.
+        """Return the network at `t` in [0, 1], a copy in eval mode with statistics of its own, which may be trained.
 
         At the ends it is the network given, bit for bit. ValueError where it has batch-norm layers and the path no
         images to compute their statistics from.
         """
         t = curves.place(t)
+        net = _frozen(self.ends[int(t)] if t in (0.0, 1.0) else self._held[-1])
+        for name, needs in self._needs.items():
+            net.get_parameter(name).requires_grad_(needs)
         if t in (0.0, 1.0):
-            return _frozen(self.ends[int(t)])
-        net = _frozen(self._held[-1])
+            return net
         for name, value in self.weights(t).items():
             net.get_parameter(name).copy_(value)
         if not self.normalises:
@@ -128,9 +133,10 @@ class ModePath(nn.Module):
         ValueError where it does and the path has no images.
         """
         if self.normalises and self.images is None:
+            kept = ", ".join(f"{t:g}" for t in (0, *sorted(self._kept), 1))
             raise ValueError(
-                "images must be given where batch-norm statistics are wanted between the ends: "
-                "ModePath(..., images=x), a few thousand training images"
+                "images must be given where batch-norm statistics are wanted between ends: ModePath(..., images=x), "
+                f"some thousand training images; without them there are the points at {kept}"
             )
         if self.images is not None:
             statistics.recompute(net, self.images)
@@ -168,12 +174,17 @@ class ModePath(nn.Module):
         places = sorted(self._kept)
         for i, t in enumerate(places):
             tensors |= {f"kept.{i}.{name}": value for name, value in self._kept[t].items()}
-        checksum = _store.write_tensors(folder / _TENSORS, {k: v.contiguous() for k, v in tensors.items()})
+        checksum = _store.write_tensors(folder / "path.new", tensors)
+        name = f"path-{checksum[:12]}.safetensors"
+        (folder / "path.new").replace(folder / name)
         record = {
             "format": _FORMAT, "curve": self.curve, "bends": len(self.bends), "kept": places,
-            "settings": self.settings, "file": _TENSORS, "sha256": checksum,
+            "settings": self.settings, "file": name, "sha256": checksum,
         }  # fmt: skip
-        _store.write_json(folder / FILE, record)
+        _store.write_json(folder / FILE, record | {"checksum": _store.fingerprint(record)})
+        for old in folder.glob("path-*.safetensors"):
+            if old.name != name:
+                old.unlink()
 
     @classmethod
     @torch.no_grad()
@@ -188,12 +199,14 @@ class ModePath(nn.Module):
             raise ValueError(f"{path} does not describe a path; give the folder that save() wrote")
         if record.get("format") != _FORMAT:
             raise ValueError(f"{path} has format {record.get('format')}; this version reads {_FORMAT}")
+        if record.pop("checksum", None) != _store.fingerprint(record):
+            raise ValueError(f"{path} was edited: its content does not match its checksum")
         tensors = _store.read_tensors(path.with_name(record["file"]), checksum=record["sha256"])
         part = functools.partial(_part, tensors)
         nets = [copy.deepcopy(model) for _ in range(2 + (record["bends"] if record["curve"] == "chain" else 0))]
         try:
-            for net, prefix in ((nets[0], "end.0."), (nets[-1], "end.1.")):
-                net.load_state_dict(part(prefix))
+            for net in nets:
+                net.load_state_dict(part("end.1." if net is nets[-1] else "end.0."))
             found = cls(*nets, images=images)
             for i, bend in enumerate(found.corners[1:-1]):
                 own = part(f"bend.{i}.")
@@ -228,8 +241,8 @@ class PathEnsemble(Defence):
         bounds: Any = (0.0, 1.0),
     ) -> None:  # fmt: skip
         super().__init__(model, bounds=bounds)
-        given = points if isinstance(points, Sequence | Tensor) and not isinstance(points, str) else [points]
-        self.points = tuple(map(curves.place, given))
+        given = points.flatten().tolist() if isinstance(points, Tensor | np.ndarray) else points
+        self.points = tuple(map(curves.place, given if isinstance(given, list | tuple) else [given]))
         if not self.points:
             raise ValueError("points must name at least one place on the path, got none")
         if isinstance(path, str | Path):
@@ -263,6 +276,12 @@ class PathEnsemble(Defence):
             reason = " ".join(str(error).split())
             raise ValueError(f"model is not of the architecture of the path: {reason}") from error
         self._joined = True
+
+    def adopt(self, other: Self) -> None:
+        """Share the members of `other`; ValueError where those of other points are asked for."""
+        if self.points != other.points:
+            raise ValueError(f"points must stay {other.points}: ask the path for another ensemble, got {self.points}")
+        super().adopt(other)
 
     def check_current(self) -> None:
         """Raise ValueError unless its members are those of a path."""

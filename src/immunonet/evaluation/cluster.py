@@ -49,8 +49,8 @@ def workers(address: str | None) -> Workers | None:
 class Cluster:
     """Does parts on a Ray cluster, each on one CPU, and on one GPU if the scene's `device` is one.
 
-    A scene is sent once, and each worker keeps the last one: it must not change. `close()` leaves the cluster, or ends
-    it if it was started here; so does the end of this object.
+    A scene is sent once, and each worker keeps the last one: it changes with its `revision` alone. `close()`
+    leaves the cluster, or ends it if it was started here; so does the end of this object.
     """
 
     def __init__(self, address: str) -> None:
@@ -61,7 +61,7 @@ class Cluster:
             _connect(self._ray, address)
             self.close = weakref.finalize(self, self._ray.shutdown)
         self._do = self._ray.remote(max_retries=_RETRIES)(_done)
-        self._sent: tuple[Any, Any] = (None, None)
+        self._sent: tuple[Any, Any, Any] = (None, None, None)  # a scene, its revision, and where it is
 
     def run(self, scene: Any, parts: Sequence[Part], kept: Kept, done: Done) -> None:
         """Do parts, but none that is kept, in any order; `done` is called here, as they come.
@@ -114,15 +114,16 @@ class Cluster:
             raise failed
 
     def _send(self, scene: Any) -> Any:
-        if self._sent[0] is not scene:
+        revision = getattr(scene, "revision", 0)
+        if self._sent[0] is not scene or self._sent[1] != revision:
             try:
-                self._sent = scene, self._ray.put(scene)
+                self._sent = scene, revision, self._ray.put(scene)
             except (TypeError, ValueError, AttributeError) as error:
                 raise TypeError(
                     f"--ray must be left out: network, defence or attacks cannot be sent to other processes "
                     f"({first_line(error)})"
                 ) from error
-        return self._sent[1]
+        return self._sent[2]
 
 
 def blamed(error: Exception, part: Part) -> Exception:

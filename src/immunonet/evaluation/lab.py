@@ -115,6 +115,7 @@ class Lab:
         self.nets, self.splits, self.training = nets, splits, splits["training"]
         self.resolve, self.told, self.where, self.senses = resolve, told, where, senses
         self.device = next(next(iter(nets.values())).parameters()).device
+        self.revision = 0
         self.weights: dict[str, str] = {}
         self._nets: dict[str, str] = {}
         for name, net in nets.items():
@@ -125,7 +126,8 @@ class Lab:
         self._told: dict[Any, Told] = {}
 
     def add(self, name: str, net: nn.Module) -> None:
-        """Take in another base under a name of its own."""
+        """Take in another base under a name of its own; workers get the lab anew."""
+        self.revision += 1
         self.nets[name], self.weights[name] = net, _store.digest(net.state_dict().values())
         self._nets[name] = identity(net)
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from immunonet import _store, models, statistics
+from immunonet import _check, _store, models, statistics
+from immunonet._identity import identity
 from immunonet.attacks import APGD, PGD, Attack
 from immunonet.defences.base import Defence, Undefended
 from immunonet.defences.path import ModePath
@@ -21,6 +22,7 @@ from immunonet.evaluation import protocol
 from immunonet.evaluation.bench import Part, Value, chunks
 from immunonet.evaluation.lab import Lab, Measurement
 from immunonet.evaluation.outcome import Evaluation
+from immunonet.evaluation.records import VERSION
 from immunonet.evaluation.threats import UNION
 from immunonet.studies.experiments import Run
 from immunonet.studies.model import BEST, Contest, Entrant, Goal, Study
@@ -92,7 +94,7 @@ class Joined:
         longest = max(runs, key=lambda run: (len(run), max(union[i] for i in run)))
         first, last = self.places[longest[0]], self.places[longest[-1]]
         if len(longest) < count:  # its neighbours join
-            wide = (count - 1) / 2 / (len(self.places) - 1)
+            wide = min(0.5, (count - 1) / 2 / (len(self.places) - 1))
             middle = min(max((first + last) / 2, wide), 1 - wide)
             first, last = middle - wide, middle + wide
         return tuple(round(first + (last - first) * i / (count - 1), 6) for i in range(count))
@@ -129,7 +131,7 @@ class Joined:
         elif where.startswith(BEST):
             places = self.segment(name, int(where.removeprefix(BEST)))
         else:
-            places = tuple(float(t) for t in where.split("+"))
+            places = tuple(_check.fraction("t", t) for t in where.split("+"))
         return self.point(name, places), places
 
 
@@ -233,28 +235,23 @@ def _rows(found: Joined, name: str) -> list[Part]:
     """Return what gives the losses of a plane, row by row; nothing of a path that is not trained, or has more bends."""
     study, path, lab = found.run.study, found.paths[name], found.run.lab
     side = study.profile.plane
-    if not side or study.paths[name].training is None or len(path.bends) != 1:
+    first, last = (_flat(end) for end in (path.corners[0], path.corners[-1]))
+    if not side or study.paths[name].training is None or len(path.bends) != 1 or torch.equal(first, last):
         return []
     grid, out = _grid(path, side), []
-    m = found.measurements(name)["pgd", next(iter(study.threats or {}))][0]
     methods = tuple(
         PGD(norm=norm, eps=eps, step=eps / 4, iterations=study.profile.plane_iterations)
         for norm, eps in (study.threats or {}).items()
     )
-    images = min(study.profile.plane_images, m.images)
-    about = [
-        _store.digest(path.state_dict().values()),
-        *(_store.digest(net.state_dict().values()) for net in path.ends),
-    ]
+    images = min(study.profile.plane_images, len(lab.splits["validation"]))
+    settings, seen = (
+        [method.describe() for method in methods],
+        "" if path.images is None else _store.digest([path.images]),
+    )
+    about: list[Any] = [_store.digest(part.state_dict().values()) for part in (path, *path.ends)]
+    about += [VERSION, identity(path.ends[0]), seen, settings, lab.digest("validation", slice(0, images))]
     for y in grid[1]:
-        key = [
-            "plane",
-            about,
-            [method.describe() for method in methods],
-            grid[0],
-            y,
-            lab.digest("validation", slice(0, images)),
-        ]
+        key = ["plane", about, grid[0], y]
         out.append(Part(
             key=_store.fingerprint(key), run=_around, args=(path, grid[0], y, methods, images), about=f"{name} plane",
             cost=float(images * side * 10),
@@ -411,7 +408,9 @@ def of_contest(contest: Contest, several: Sequence[Contested]) -> dict[str, Any]
 
 def _entered(one: Contested) -> dict[str, Any]:
     evaluation = one.evaluation
-    own = [row for row in evaluation.rows if row.defence == evaluation.verdict.defence]
+    # An undefended network's rows are there twice, once as its own base.
+    named = {(row.norm, row.attack): row for row in evaluation.rows if row.defence == evaluation.verdict.defence}
+    own = list(named.values())
     clean = next(row for row in own if row.attack == "none")
     return {
         "name": one.name, "title": one.entrant.title or one.name, "t": list(one.places), "n": evaluation.verdict.n,

@@ -345,7 +345,7 @@ class Search(Single):
 
 
 class Join(Table):
-    """A path between networks, and what its points are measured by.
+    """A path between networks.
 
     `ends`: bases, or points of paths that come before it. `training`: how its bends are trained; None: it stays the
     straight line between them.
@@ -360,7 +360,7 @@ class Profile(Table):
     """How the points of all paths are measured: `points` places from 0 to 1 on `images` of the validation split.
 
     Under every threat of the study by the attack that training ends with, PGD of `iterations` steps, and by APGD of
-    `apgd`. `statistics`: training images that batch statistics of points come from. The plane through both ends and
+    `apgd`. The plane through both ends and
     the bend is drawn with `plane` points a side (0: not at all), on `plane_images`, under PGD of `plane_iterations`.
     """
 

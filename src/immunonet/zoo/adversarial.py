@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +48,7 @@ class Adversarial:
 
     loss: str = "pgd"
     eps: float | None = None
-    threats: Mapping[str, float] | None = None
+    threats: Mapping[str, float] | None = field(default=None, hash=False)
     combine: str = "max"
     step: float | None = None
     iterations: int = 7
@@ -62,7 +62,7 @@ class Adversarial:
         if self.threats is None:
             object.__setattr__(self, "eps", 8 / 255 if self.eps is None else self.eps)
         else:
-            object.__setattr__(self, "threats", radii("threats", self.threats))
+            object.__setattr__(self, "threats", radii("threats", self.threats, above=True))
             for name in ("eps", "step", "validation_eps"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} goes with one radius in linf: leave it out where threats are given")
@@ -80,6 +80,10 @@ class Adversarial:
     def measured(self) -> dict[str, float]:
         """The radii by norm within which validation attacks."""
         return self.balls if self.validation_eps is None else {"linf": self.validation_eps}
+
+    def told(self) -> dict[str, Any]:
+        """Return all settings, as JSON that tells the order of threats."""
+        return asdict(self) | {"threats": None if self.threats is None else [list(one) for one in self.threats.items()]}
 
     def check_room(self, x: Tensor) -> None:
         """Raise ValueError for a radius that is larger than any perturbation of `x` `(B, *S)` within [0, 1]."""
@@ -116,8 +120,8 @@ class Ball(NamedTuple):
 class Adversary:
     """Adversarial training at work: its settings, and how often the network was right under each threat so far.
 
-    `ask` is how its attacks ask the network: inputs `(B, *S)` to logits, differentiable, of batch statistics that do
-    not move. `learn`: the network in training mode.
+    `ask` is how its attacks ask the network: inputs `(B, *S)` to logits, differentiable, without a trace in what the
+    network keeps. `learn`: the network in training mode.
     """
 
     def __init__(self, settings: Adversarial) -> None:
@@ -125,15 +129,13 @@ class Adversary:
         self.right = torch.zeros(len(settings.balls), dtype=torch.float64)
         self.seen = torch.zeros_like(self.right)
 
-    def loss(self, ask: Ask, learn: Ask, x: Tensor, y: Tensor, generator: torch.Generator, epoch: float) -> Tensor:
-        """Return the mean loss of a batch `(B, *S)`, `(B,)`, `epoch` >= 0 epochs into training."""
-        points, threat = self.attacked(ask, x, y, generator, epoch)
-        return self.objective(learn, x, points, y, threat)
-
     def attacked(
         self, ask: Ask, x: Tensor, y: Tensor, generator: torch.Generator, epoch: float
     ) -> tuple[list[Tensor], int | None]:
-        """Return attacked inputs, one tensor `(B, *S)` or one per threat, and which threat was drawn, if one was."""
+        """Return attacked inputs, one tensor `(B, *S)` or one per threat, and which threat was drawn, if one was.
+
+        `epoch`: how many epochs into training, at least 0.
+        """
         settings = self.settings
         balls = settings.steps(min(1.0, epoch / settings.ramp) if settings.ramp else 1.0)
         if not balls:
@@ -254,15 +256,15 @@ def divergences(p: Tensor, q: Tensor) -> Tensor:
     return F.kl_div(q.log_softmax(1), p.log_softmax(1), reduction="none", log_target=True).sum(1)
 
 
-def radii(name: str, threats: Any) -> dict[str, float]:
-    """Return radii by the names of norms, checked; TypeError or ValueError names the argument and the norm."""
+def radii(name: str, threats: Any, *, above: bool = False) -> dict[str, float]:
+    """Return radii by the names of norms, checked, `above` 0 or at least 0; an error names argument and norm."""
     if not isinstance(threats, Mapping):
         raise TypeError(f"{name} must be a table of radii by norm, such as {{'linf': 0.3}}, got {threats!r}")
     if not threats:
         raise ValueError(f"{name} must name at least one of the norms {', '.join(NORMS)}, got none")
     for norm in threats:
         _check.among(norm, NORMS, f"norm (in {name})")
-    return {n: _check.number(f"{name}[{n!r}]", eps, least=0) for n, eps in threats.items()}
+    return {n: _check.number(f"{name}[{n!r}]", eps, least=0, above=above) for n, eps in threats.items()}
 
 
 def robust_accuracies(

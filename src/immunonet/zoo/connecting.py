@@ -19,8 +19,12 @@ from immunonet.zoo.loop import Epoch, Progress, Schedule, Task, train_task
 from immunonet.zoo.training import accuracy
 
 STATISTICS = 5000
-"""Training images, a fixed random sample, that batch statistics of points are computed from."""
+"""Training images that batch statistics of points are computed from."""
 
+MOST = 1000
+"""Images that a profile is measured on, at most."""
+# What rows of a profile hold beside accuracies under one threat.
+_BESIDE = ("t", "n", "clean", "union")
 # Where validation looks at the path after an epoch.
 _MIDDLE = 0.5
 
@@ -53,6 +57,9 @@ def connect(
     `validation_robust_accuracy` (right under all of them) and `validation_<norm>_accuracy`. Raises ValueError as
     `train` does.
     """
+    for name, part in (("images", images), ("validation", validation)):
+        if not len(part):
+            raise ValueError(f"{name} is empty")
     if "patience" in schedule:
         raise ValueError("patience must be left out: the last epoch of a path is kept")
     plan = Schedule(**{"epochs": 10, "weight_decay": 0.0, **schedule})
@@ -60,11 +67,9 @@ def connect(
     if threats is not None:
         against = Adversarial(threats=threats, combine=combine, iterations=iterations, ramp=ramp)
         against.check_room(images.x)
-    chosen = sample(len(images), min(STATISTICS, len(images))).sort().values
-    device = next(path.parameters()).device
-    path.images = images.x[chosen].to(device)
+    path.images = statistics_of(images).to(next(path.parameters()).device)
     known = {
-        "adversarial": None if against is None else dataclasses.asdict(against),
+        "adversarial": None if against is None else against.told(),
         "path": [path.curve, *(_store.digest(net.state_dict().values())[:12] for net in path.ends)],
         "first_weights": _store.digest(path.state_dict().values())[:12],
         "images": [_store.digest([part.x, part.y])[:12] for part in (images, validation)],
@@ -78,24 +83,34 @@ def connect(
     return history
 
 
+def statistics_of(images: Images) -> Tensor:
+    """Return the images `(n, *S)` that batch statistics of points are computed from, a fixed random sample."""
+    return images.x[sample(len(images), min(STATISTICS, len(images))).sort().values]
+
+
 def profile(
     path: ModePath, images: Images, *, threats: Mapping[str, float], points: int = 21, iterations: int = 20
 ) -> list[dict[str, float]]:
     """Return what the networks at even places of a path keep of `images`, a row per place.
 
-    A row: `t`, `clean`, the accuracy by norm of each of `threats`, and `union` (see `robust_accuracies`).
+    A row: `t`, `n` (of more than 1,000 images a fixed random sample), `clean`, the accuracy by norm of each of
+    `threats`, and `union` (see `robust_accuracies`).
     """
     rows = []
+    if len(images) > MOST:
+        images = images[sample(len(images), MOST)]
     for i in range(_check.integer("points", points, least=2)):
         net = path.at(t := i / (points - 1))
         under = robust_accuracies(net, images, threats=threats, iterations=iterations)
-        rows.append({"t": t, "clean": accuracy(net, images), **under})
+        rows.append({"t": t, "n": len(images), "clean": accuracy(net, images), **under})
     return rows
 
 
 def best_of(rows: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
-    """Return the row of a profile with the highest union, of equals the one whose least accuracy is highest."""
-    return max(rows, key=lambda row: (row["union"], min(v for k, v in row.items() if k not in ("t", "clean"))))
+    """Return the row of a profile with the highest union, then the highest least accuracy; of equals the middle one."""
+    scores = [(row["union"], min(v for k, v in row.items() if k not in _BESIDE)) for row in rows]
+    top = [i for i, score in enumerate(scores) if score == max(scores)]
+    return rows[top[len(top) // 2]]
 
 
 class _Connecting(Task):

@@ -112,14 +112,12 @@ class _Work:
 
     def __init__(self, task: Task, images: Images, schedule: Schedule, known: dict[str, Any]) -> None:
         self.task, self.images, self.schedule = task, images, schedule
-        # What a newer version added is not told where it is as it was before, so that older checkpoints go on.
-        told = {k: v for k, v in dataclasses.asdict(schedule).items() if (k, v) != ("ema", None)}
-        self.settings = told | known
+        self.settings = dataclasses.asdict(schedule) | known
         self.optimiser = torch.optim.AdamW(task.module.parameters(), lr=schedule.lr, weight_decay=task.decay)
         self.generator = torch.Generator().manual_seed(schedule.seed)
         self.history: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
-        self.steps = schedule.epochs * math.ceil(len(images) / schedule.batch_size)
+        self.steps = schedule.epochs * len(_batches(torch.arange(len(images)), schedule.batch_size))
         self.mean: dict[str, Tensor] | None = None if schedule.ema is None else _state(task.module)
 
     @property
@@ -131,10 +129,12 @@ class _Work:
     def epoch(self, on_progress: Progress | None) -> None:
         task, schedule, n, total = self.task, self.schedule, len(self.images), 0.0
         task.start()
-        for chosen in torch.split(torch.randperm(n, generator=self.generator), schedule.batch_size):
+        for chosen in _batches(torch.randperm(n, generator=self.generator), schedule.batch_size):
             total += self._advance(chosen) * len(chosen)
             if on_progress is not None:
                 on_progress(self.step, self.steps, self.history)
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in task.module.parameters()):
+            raise ValueError(self._blown_up("the weights became NaN or infinite"))
         last = _state(task.module) if self.mean is not None else {}
         if self.mean is not None:
             task.module.load_state_dict(self.mean)
@@ -160,10 +160,12 @@ class _Work:
         def cast() -> torch.autocast:
             return torch.autocast(device.type, torch.bfloat16, enabled=schedule.bfloat16)
 
-        loss = task.loss(x, y, self.generator, self.step * schedule.epochs / self.steps, cast)
+        # Dropout draws from the global generator: the same numbers in every run, and nobody else's.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed((schedule.seed * 1_000_003 + self.step) % 2**63)
+            loss = task.loss(x, y, self.generator, self.step * schedule.epochs / self.steps, cast)
         if not bool(torch.isfinite(loss)):
-            found = f"the loss became {loss.item()} at step {self.step} of {self.steps}, lr {rate:.3g}"
-            raise ValueError(f"{found}: give a smaller lr than {schedule.lr:g}")
+            raise ValueError(self._blown_up(f"the loss became {loss.item()}"))
         loss.backward()
         self.optimiser.step()
         self._step += 1
@@ -174,6 +176,10 @@ class _Work:
             for key, value in task.module.state_dict().items():
                 self.mean[key] = self.mean[key].lerp(value, share) if value.is_floating_point() else value.clone()
         return loss.item()
+
+    def _blown_up(self, what: str) -> str:
+        rate, lr = self.optimiser.param_groups[0]["lr"], self.schedule.lr
+        return f"{what} at step {self.step} of {self.steps}, lr {rate:.3g}: give a smaller lr than {lr:g}"
 
     def _best(self) -> int:
         """Return the place of the best epoch; the first of equals."""
@@ -203,8 +209,9 @@ class _Work:
         if _METADATA not in metadata:
             raise ValueError(f"checkpoint {path} is not a training checkpoint: remove it or name another file")
         saved = json.loads(metadata[_METADATA])
-        if differing := [key for key, value in self.settings.items() if saved["settings"].get(key) != value]:
-            found = ", ".join(f"{key}={saved['settings'].get(key)} (now {self.settings[key]})" for key in differing)
+        both = self.settings | saved["settings"]
+        if differing := [key for key in both if saved["settings"].get(key) != self.settings.get(key)]:
+            found = ", ".join(f"{key}={saved['settings'].get(key)} (now {self.settings.get(key)})" for key in differing)
             raise ValueError(f"checkpoint {path} was made with {found}: use those settings, or remove it to start anew")
         module = self.task.module
         module.load_state_dict(_part(tensors, "net."))
@@ -214,9 +221,18 @@ class _Work:
         self.optimiser.load_state_dict(state)
         self.generator.set_state(tensors["generator"])
         self.task.restore(_part(tensors, "task."))
-        self.mean = None if self.mean is None else _part(tensors, "mean.")
+        if self.mean is not None:
+            self.mean = {key: value.to(self.mean[key].device) for key, value in _part(tensors, "mean.").items()}
         self.history, self.best = saved["history"], _part(tensors, "best.")
         self._step = len(self.history) * (self.steps // self.schedule.epochs)
+
+
+def _batches(order: Tensor, size: int) -> list[Tensor]:
+    """Return places in batches, the last of which is never of one alone: that has no statistics."""
+    parts = list(order.split(size))
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:

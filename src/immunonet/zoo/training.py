@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,8 +53,8 @@ def train(
     if adversarial is not None:
         adversarial.check_room(train_images.x)
     known = {
-        "adversarial": None if adversarial is None else dataclasses.asdict(adversarial),
-        "first_weights": hashlib.sha256(safetensors.torch.save(net.state_dict())).hexdigest()[:12],
+        "adversarial": None if adversarial is None else adversarial.told(),
+        "first_weights": _store.digest(net.state_dict().values())[:12],
         "images": [_store.digest([part.x, part.y])[:12] for part in (train_images, validation_images)],
     }
     plan = Schedule(**schedule)

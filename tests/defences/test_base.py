@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from immunonet import RAILS, DkNN, Maturation, _store, load, models, register
+from immunonet import RAILS, DkNN, Maturation, ModePath, _store, load, models, register
 from immunonet.defences import base
 from immunonet.defences.base import DEFENCE_FILE, REGISTRY, Answer, Defence, Undefended
 
@@ -88,6 +88,8 @@ def test_what_senses_nothing_says_so():
 
 def small(kind, model):
     """A defence of a kind, as small as its settings let it be."""
+    if "path" in kind.options():
+        return ModePath(model, model).ensemble([0.3, 0.5])
     settings = {name: value for name, value in {"population": 60, "neighbours": 3}.items() if name in kind.options()}
     return kind.made(model, ["2"] if kind.takes_layers() else [], settings)
 
@@ -136,7 +138,9 @@ def test_unknown_kinds_and_settings_are_answered_with_the_nearest(functional_con
     assert base.kind_of("dknn") is DkNN
     with pytest.raises(ValueError, match="there is no defence 'rial'; nearest: rails"):
         base.kind_of("rial")
-    with pytest.raises(ValueError, match="there is no defence '?'; there are cnn, dknn, rails".replace("?", "[?]")):
+    with pytest.raises(
+        ValueError, match="there is no defence '?'; there are cnn, dknn, path, rails".replace("?", "[?]")
+    ):
         base.kind_of("?")
     with pytest.raises(ValueError, match="dknn has no setting 'neighbors'; nearest: neighbours"):
         DkNN.made(functional_conv, ["2"], {"neighbors": 3})

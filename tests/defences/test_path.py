@@ -319,7 +319,7 @@ def test_tied_weights_are_saved(tmp_path):
 def test_places_beyond_the_ends_are_refused(t):
     path = ModePath(plain(0), plain(1))
     for ask in (path.at, path.weights, lambda t: path.ensemble([0.5, t])):
-        with pytest.raises(ValueError, match=r"t must be a finite number in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"(t|points) must be a finite number in \[0, 1\]"):
             ask(t)
 
 

@@ -20,7 +20,7 @@ ALLOWED = {
     "normalised.py: self.model": "a module of the user's network itself: whoever asks it came through the door",
     "features/affine.py: function": "a FeatureMap, which asks through the door",
     "zoo/training.py: net": "training, whose network is in train mode and is changed",
-    "zoo/adversarial.py: net": "training: the door's own copy of the inputs, but in train mode",
+    "paths/statistics.py: net": "a copy of this package's own, whose batch statistics are computed",
 }
 
 
@@ -74,7 +74,8 @@ def test_hooks_are_set_in_one_place() -> None:
         "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
         "register_module_forward_hook", "register_module_forward_pre_hook", "register_hook",
     ]  # fmt: skip
-    assert set(places(*hooks)) == {"models.py"}
+    # Statistics are computed in copies of this package's own.
+    assert set(places(*hooks)) == {"models.py", "paths/statistics.py"}
 
 
 def test_modes_are_set_in_one_place() -> None:
@@ -82,13 +83,18 @@ def test_modes_are_set_in_one_place() -> None:
         "models.py": {"network"},
         # Networks of this package, as they are built, trained or read.
         "zoo/networks.py": {"_NETWORKS[name](classes)"},
-        "zoo/training.py": {"net"},
+        "zoo/loop.py": {"task.module"},
         "cli/common.py": {"net"},
-        "cli/reproduce.py": {"net"},
+        "cli/networks.py": {"net"},
+        # Copies of what was given.
+        "defences/path.py": {"copy.deepcopy(net).requires_grad_(False)"},
+        "paths/statistics.py": {"net"},
     }
     # `zoo.train` trains a network.
     assert {file: found - {"zoo"} for file, found in places("train").items() if found != {"zoo"}} == {
-        "zoo/training.py": {"net"}
+        "zoo/training.py": {"self.module"},
+        "defences/path.py": {"net"},
+        "paths/statistics.py": {"layer"},
     }
     setting = {
         file
@@ -104,7 +110,8 @@ def test_modes_are_set_in_one_place() -> None:
 def test_models_are_not_copied() -> None:
     # Shallow copies of modules share what looks like their own.
     assert "copy" not in {of for found in places("copy").values() for of in found}
-    assert places("deepcopy") == {"evaluation/protocol.py": {"copy"}}  # settings of a caller
+    # Settings of a caller; networks of a path, which are only joined if they are whole modules of one architecture.
+    assert places("deepcopy") == {"evaluation/protocol.py": {"copy"}, "defences/path.py": {"copy"}}
 
 
 def test_what_is_beside_the_door() -> None:

@@ -29,7 +29,7 @@ def lab(tmp_path, monkeypatch):
         study = studies.load(HERE / "digits.toml").model_copy(update={"order": order, "validation": 200})
         sizes = {("tiny.parquet", "train"): 50, ("tiny.parquet", "test"): 20, ("digits", "test"): 10}
         monkeypatch.setattr(reproduce, "_images", lambda name, split, *_, **__: ordered(sizes[name, split]))
-        monkeypatch.setattr(reproduce, "_network", lambda *_: torch.nn.Linear(1, 1))
+        monkeypatch.setattr(reproduce.Nursery, "built", lambda *_: torch.nn.Linear(1, 1))
         monkeypatch.setattr(reproduce.common, "check_model", lambda *_: None)
         return reproduce._lab(study, torch.device("cpu"), None, tmp_path, given=False, own=True)[0]
 

@@ -335,8 +335,8 @@ def test_another_dataset_has_networks_of_its_own(run):
     Path("small.toml").write_text(text + '[remarks]\ndigits = "All {n}."\n')
     code, _, err = run("--study", "small.toml", "--dataset", "digits", "--json", "r.json")
     assert code == 0, err
-    assert "trained plain" in err
-    assert "trained hard" in err
+    assert "training plain" in err
+    assert "training hard" in err
     found = record("r.json")
     assert found["study"]["remark"] == "All 360."
     assert {row["dataset"] for row in found["results"]} == {"digits"}
@@ -350,9 +350,9 @@ def test_another_dataset_has_networks_of_its_own(run):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "give STUDY, one of mnist, cifar10, svhn, or --study FILE.toml, and not both"),
+        ([], "give STUDY, one of mnist, cifar10, svhn, connectivity, or --study FILE.toml, and not both"),
         (["mnist", "--study", "small.toml"], "and not both"),
-        (["imagenet"], "STUDY must be one of mnist, cifar10, svhn, got 'imagenet'"),
+        (["imagenet"], "STUDY must be one of mnist, cifar10, svhn, connectivity, got 'imagenet'"),
         (["--study", "none.toml"], "none.toml is no study"),
         (["--study", "small.toml", "--dataset", "nothing"], "there is no 'nothing'"),
         (["--study", "small.toml", "--device", "tpu9"], "--device must be one of"),

@@ -34,10 +34,10 @@ WHOLE = {
             "model": "digits", "weights": "net.safetensors", "start": "other",
             "training": {
                 "epochs": 1, "batch_size": 8, "lr": 0.1, "weight_decay": 0.1, "seed": 0, "patience": 1, "augment": True,
-                "bfloat16": True,
+                "bfloat16": True, "ema": 0.5,
                 "adversarial": {
                     "loss": "trades", "eps": "8/255", "step": 0.1, "iterations": 1, "beta": 6.0, "ramp": 1,
-                    "validation_eps": 0.1,
+                    "validation_eps": 0.1, "combine": "max",
                 },
             },
         },
@@ -72,6 +72,27 @@ WHOLE = {
         "name": "search", "title": "Search", "confirm": 4, "trials": 5, "finalists": 2, "attacks": ["none", "pgd"],
         "defence": "rails", "settings": {"population": 20},
         "space": {"neighbours": {"low": 1, "high": 20, "log": True}, "decay": [0.5, 0.9]},
+    }],
+    "threats": {"linf": "1/8", "l1": 2.0},
+    "paths": {
+        "curve": {
+            "ends": ["plain", "other"], "title": "Curve",
+            "training": {
+                "epochs": 2, "batch_size": 16, "lr": 0.1, "weight_decay": 0.1, "seed": 1, "augment": True,
+                "bfloat16": True, "ema": 0.5, "threats": {"linf": 0.1}, "combine": "max", "iterations": 3, "ramp": 1,
+            },
+        },
+    },
+    "profile": {
+        "points": 3, "images": 5, "iterations": 2, "apgd": 3, "plane": 2, "plane_images": 4, "plane_iterations": 2,
+    },
+    "contests": [{
+        "name": "contest", "title": "Contest", "images": 4, "protocol": "quick", "black_box": 2, "attacks": ["pgd"],
+        "entrants": [{"network": "curve@best", "defence": "dknn input", "title": "Best"}, {"network": "other"}],
+    }],
+    "goals": [{
+        "text": "Goal", "contest": "contest", "entrant": "curve@best dknn input", "over": ["other"],
+        "published": "nothing", "least": 0.1, "goal": 0.2,
     }],
     "targets": [
         {
@@ -124,7 +145,8 @@ def test_the_table_that_is_tried_holds_every_key():
     base = WHOLE["bases"]["plain"]
     kinds = {
         "main": model.Comparison, "curves": model.Curve, "learning": model.Learning, "sensing": model.Sensing,
-        "hardening": model.Hardening, "search": model.Search, "targets": model.Target,
+        "hardening": model.Hardening, "search": model.Search, "targets": model.Target, "contests": model.Contest,
+        "goals": model.Goal,
     }  # fmt: skip
     tables = {
         model.Study: WHOLE,
@@ -133,14 +155,18 @@ def test_the_table_that_is_tried_holds_every_key():
         model.Tuning: WHOLE["tuning"],
         model.Range: WHOLE["search"][0]["space"]["neighbours"],
         model.Named: WHOLE["defences"]["fast"],
+        model.Join: WHOLE["paths"]["curve"],
+        model.Connecting: WHOLE["paths"]["curve"]["training"],
+        model.Profile: WHOLE["profile"],
+        model.Entrant: WHOLE["contests"][0]["entrants"][0],
     } | {kind: {key: value for one in WHOLE[place] for key, value in one.items()} for place, kind in kinds.items()}
     every = {kind for kind in vars(model).values() if isinstance(kind, type) and issubclass(kind, model.Table)}
-    assert tables.keys() == every - {model.Table, model.Entry, model.Single}
+    assert tables.keys() == every - {model.Table, model.Entry, model.Single, model.Schedule}
     for kind, table in tables.items():
         assert table.keys() == kind.model_fields.keys(), kind
     made = {FGSM: WHOLE["attacks"]["fgsm"], PGD: WHOLE["attacks"]["pgd"]}
     for kind, table in (made | {zoo.Adversarial: base["training"]["adversarial"]}).items():
-        assert table.keys() == {field.name for field in dataclasses.fields(kind)} - {"targeted"}, kind
+        assert table.keys() == {field.name for field in dataclasses.fields(kind)} - {"targeted", "threats"}, kind
     train = inspect.signature(zoo.train).parameters
     own = {name: field.default for name, field in model.Training.model_fields.items()}
     assert {name: train[name].default for name in own} == own
@@ -148,10 +174,18 @@ def test_the_table_that_is_tried_holds_every_key():
     assert SETTINGS.keys() == set(REGISTRY["rails"].options()) - {"maturation", "space"}
 
 
+def test_a_study_of_nothing_is_refused():
+    table = {key: WHOLE[key] for key in ("title", "dataset", "bases", "attacks", "defences")}
+    with pytest.raises(ValueError, match="main: must hold at least one experiment where there are no paths"):
+        study_of(table)
+
+
 @pytest.mark.parametrize("part", sorted(WHOLE))
 def test_a_wrong_value_in_any_place_is_told_by_its_key(part):
     taken, unnamed = [], []
-    needed = {"title", "dataset", "bases", "attacks", "defences", "main"} | ({"curves"} if part == "targets" else set())
+    needed = {"title", "dataset", "bases", "attacks", "defences", "main"}
+    needed |= {"targets": {"curves"}, "goals": {"threats", "paths", "contests"}}.get(part, set())
+    needed |= {"threats", "paths"} if part in ("paths", "contests") else set()
     whole = {key: WHOLE[key] for key in (*needed, part)} | {"main": WHOLE["main"] if part == "main" else [CNN]}
     for path in places({part: WHOLE[part]}):
         for value in wrong(path):
@@ -195,7 +229,6 @@ def changed(path, value):
         (("main", 1, "defences"), ["dknn"], "main[1].defences: must be tuned with choose_layers, got 'dknn'"),
         (("main", 0, "name"), "x", "main[0]: there is no key 'name'"),
         (("main",), {}, "main: Input should be a valid list, got {}"),
-        (("main",), [], "main: list should have at least 1 item after validation, not 0, got ()"),
         (("bases",), {}, "bases: table should have at least 1 item"),
         (("bases", "plain", "model"), "resnet", "bases.plain: there is no model 'resnet'; there are"),
         (("bases", "plain", "start"), "odd", "bases.plain.start: there is no base 'odd'; there are other, plain"),

@@ -31,7 +31,7 @@ class Nursery:
     out: Path
     own: bool
 
-    def network(self, name: str) -> nn.Module:
+    def built(self, name: str) -> nn.Module:
         """Return a base network with its weights, or else those of its recipe, trained if they are not kept yet."""
         base, training = self.study.bases[name], self.images[0]
         classes = len(training.classes)
@@ -41,7 +41,7 @@ class Nursery:
                 return common.load_model(self.models[name], path, self.device, classes=classes)
         net = common.build_model(self.models[name], classes=classes, seed=base.training.seed).to(self.device)
         if base.start is not None:
-            net.load_state_dict(self.network(base.start).state_dict())
+            net.load_state_dict(self.built(base.start).state_dict())
         recipe = base.training.model_dump(mode="json", exclude_unset=True)
         made_of = {"model": self.models[name], "training": recipe, **self._made_of(net)}
         path = self.out / "weights" / f"{name}-{_store.fingerprint(made_of)[:12]}.safetensors"

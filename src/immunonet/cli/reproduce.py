@@ -102,7 +102,7 @@ def _lab(
     splits["validation"] = validation[data.sample(len(validation))]
     models = {name: common.model_name(base.model, images) for name, base in study.bases.items()}
     nursery = Nursery(study=study, models=models, images=(training, validation), device=device, out=out, own=own)
-    nets = {name: nursery.network(name) for name in study.bases}
+    nets = {name: nursery.built(name) for name in study.bases}
     for name, net in nets.items():
         common.check_model(models[name], net, images)
 

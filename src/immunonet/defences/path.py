@@ -242,11 +242,17 @@ class PathEnsemble(Defence):
     ) -> None:  # fmt: skip
         super().__init__(model, bounds=bounds)
         given = points.flatten().tolist() if isinstance(points, Tensor | np.ndarray) else points
-        self.points = tuple(map(curves.place, given if isinstance(given, list | tuple) else [given]))
+        self.points = tuple(curves.place(t, "points") for t in (given if isinstance(given, list | tuple) else [given]))
         if not self.points:
             raise ValueError("points must name at least one place on the path, got none")
         if isinstance(path, str | Path):
+            if not (Path(path) / FILE).is_file():
+                raise ValueError(
+                    f"path must be the folder of a path, as connect writes it; there is no {Path(path) / FILE}"
+                )
             path = ModePath.load(path, model)
+        elif path is not None and not isinstance(path, ModePath):
+            raise TypeError(f"path must be a ModePath or the folder of one, got {path!r}")
         nets = [copy.deepcopy(model) for _ in self.points] if path is None else [path.at(t) for t in self.points]
         self.members = nn.ModuleList(_frozen(net) for net in nets)
         self._joined = path is not None
@@ -296,7 +302,7 @@ def _frozen(net: nn.Module) -> nn.Module:
 
 def _images(images: Any) -> Tensor:
     """Return inputs `(N, *S)` of whatever range, of their own memory; ValueError unless they are finite."""
-    found = torch.as_tensor(images).detach().clone()
+    found = incoming.tensor("images", images).detach().clone()
     if found.ndim < 2 or not len(found) or not found.is_floating_point() or not bool(torch.isfinite(found).all()):
         shape = f"{tuple(found.shape)} of {found.dtype}"
         raise ValueError(f"images must be one or more finite floating inputs (N, *S), got {shape}")

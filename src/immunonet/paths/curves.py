@@ -24,9 +24,9 @@ CURVES: dict[str, Callable[[float, int], list[float]]] = {"bezier": _bezier, "ch
 """Curves by name: the weights, which sum to 1, of so many points at a place t in [0, 1]."""
 
 
-def place(t: object) -> float:
-    """Return a place on a path, a number in [0, 1]; ValueError or TypeError otherwise."""
-    return _check.number("t", t, least=0.0, most=1.0)
+def place(t: object, name: str = "t") -> float:
+    """Return a place on a path, a number in [0, 1]; ValueError or TypeError names the argument otherwise."""
+    return _check.number(name, t, least=0.0, most=1.0)
 
 
 def mixed(points: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ class Joined:
             found[attack, norm] = [
                 Measurement(
                     spec=Spec(kind="cnn"), base=self.point(name, (t,)), attack=attack, method=method,
-                    split="validation", images=images, told={"model": self.model(name)},
+                    split="validation", images=images, told={"model": self.model_of(name)},
                     place=f"{name} {attack} {norm}".strip(),
                 )
                 for t in self.places
@@ -107,7 +107,7 @@ class Joined:
         least = torch.stack([one.double().mean(1) for one in each]).amin(0)
         return torch.stack(each).all(0).double().mean(1).tolist(), least.tolist()
 
-    def model(self, name: str) -> str:
+    def model_of(self, name: str) -> str:
         """Return the name of the network that a base is, or that the ends of a path are."""
         while name in self.paths:
             name = self.run.study.paths[name].ends[0].partition("@")[0]
@@ -360,7 +360,7 @@ def contested(found: Joined, contest: Contest, say: Callable[[str], None]) -> li
         told = lab.told | {
             "base": base, "weights": lab.weights[base], "split": "test", "slice": lab.where("test", n),
             "layers": layers, "experiment": contest.name, "network": entrant.network, "t": list(places),
-            "model": found.model(entrant.network.partition("@")[0]),
+            "model": found.model_of(entrant.network.partition("@")[0]),
         }  # fmt: skip
         more = [method for name in contest.attacks if (method := run.study.attack(name)) is not None]
         evaluation = protocol.evaluate(

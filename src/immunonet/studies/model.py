@@ -72,6 +72,13 @@ def _numbers(value: Any) -> Any:
     return {key: _number(one) for key, one in value.items()} if isinstance(value, dict) else _number(value)
 
 
+def _radii(value: Any) -> dict[str, float]:
+    try:
+        return radii("it", _numbers(value), above=True)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
 def _real(value: Any) -> Any:
     if not _check.is_number(value) or not math.isfinite(value):
         raise ValueError(f"must be a finite number, got {value!r}")
@@ -120,7 +127,7 @@ Asked = Annotated[str, _in("attack", "attacks", "clean")]
 Attacks = Annotated[tuple[Asked, ...], Some]
 Split = Literal["test", "validation"]
 Settings = dict[str, Any]
-Radii = Annotated[dict[str, Any], BeforeValidator(lambda value: radii("it", _numbers(value)))]
+Radii = Annotated[dict[str, Any], BeforeValidator(lambda value: _radii(value))]
 # A network of a study: a base, or points of a path: `srmc@0.3`, `srmc@best`, `srmc@0.2+0.5`, `srmc@best3`.
 Place = Annotated[str, AfterValidator(lambda value: _place(value))]
 

@@ -138,6 +138,8 @@ def _check(study: Study) -> None:
         with at("tuning", "choices", key):
             for kind in kinds:
                 Spec(kind=kind.kind, words=(TUNED,)).tried({key: values})
+    if not study.main and not study.paths and not study.contests:
+        raise Wrong("must hold at least one experiment where there are no paths and contests", "main")
     _check_paths(study)
     names: set[Any] = {"main"}
     for place in ("main", "curves", "learning", "sensing", "hardening", "search", "targets"):

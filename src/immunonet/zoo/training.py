@@ -22,16 +22,22 @@ def train(
     train_images: Images,
     validation_images: Images,
     *,
+    epochs: int = 6,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    weight_decay: float = 0.01,
+    seed: int = 0,
+    patience: int | None = None,
+    augment: bool = False,
+    bfloat16: bool = False,
+    ema: float | None = None,
     adversarial: Adversarial | None = None,
     checkpoint: str | Path | None = None,
     on_progress: Progress | None = None,
-    **schedule: Any,
 ) -> list[Epoch]:
     """Train `net` in place with AdamW on cross-entropy; leave it in eval mode with its best weights.
 
-    `schedule`: `epochs` (6), `batch_size` (128), `lr` (1e-3), `weight_decay` (.01), `seed` (0), `patience` (None),
-    `augment`, `bfloat16` (False) and `ema` (None). The learning rate rises linearly to `lr` over the first fifth of
-    all steps and falls to 0 along a cosine.
+    The learning rate rises linearly to `lr` over the first fifth of all steps and falls to 0 along a cosine.
     `augment` flips images and shifts them by up to 4 pixels at random. `bfloat16` computes convolutions and
     products in that type (autocast; the loss and the validation stay in float32), twice as fast where the
     processor has it. `ema` in [0, 1): the weights that are validated and kept are a running mean over steps, the older
@@ -57,7 +63,10 @@ def train(
         "first_weights": _store.digest(net.state_dict().values())[:12],
         "images": [_store.digest([part.x, part.y])[:12] for part in (train_images, validation_images)],
     }
-    plan = Schedule(**schedule)
+    plan = Schedule(
+        epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, patience=patience,
+        augment=augment, bfloat16=bfloat16, ema=ema,
+    )  # fmt: skip
     task = _Training(net, validation_images, adversarial, plan)
     return train_task(task, train_images, plan, known, checkpoint, on_progress)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from immunonet import studies
 from immunonet.evaluation.suite import PROTOCOLS
@@ -66,6 +67,9 @@ def test_a_study_of_paths_from_raw_data_to_tables_and_figures(run, tiny, monkeyp
     layers = found["results"][-1]["settings"]["layers"]
     assert layers == ["members.0.fc1", "members.1.fc1"]
     assert len(contest["pairs"]) == 3
+    right = load_file("results/paths.safetensors")
+    for entrant in contest["entrants"]:
+        assert float(right[f"contest {entrant['name']}"].mean()) == pytest.approx(entrant["worst"]["union"][0])
     (goal,) = found["targets"]
     union = {entrant["name"]: entrant["worst"]["union"][0] for entrant in contest["entrants"]}
     assert goal["figure"] == pytest.approx(100 * (union["curve@best3"] - union["linf"]))

@@ -76,7 +76,8 @@ def reproduce(
     folder, stem = (out, title) if json is None else (json.parent, json.stem)
     if report:
         reports.draw(result, folder, stem)
-    outcomes.write_correctness(folder / f"{stem}.safetensors", found)
+    unions = {f"{contest.name} {one.name}": one.right for contest, several in contests.items() for one in several}
+    outcomes.write_correctness(folder / f"{stem}.safetensors", found, unions)
     _store.write_text(out / "table.md", reports.markdown(result))
     if json is not None:
         _store.write_json(json, result)

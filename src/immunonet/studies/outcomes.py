@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from immunonet import _store
 from immunonet._words import apart, identity
@@ -46,9 +48,9 @@ def record(run: Run, name: str, found: Sequence[Measured], *, drawn: bool) -> di
     }  # fmt: skip
 
 
-def write_correctness(path: Path, found: Sequence[Measured]) -> None:
-    """Write which images were right, bool `(runs, n)` as `row-<place in the results>`, whole or not at all."""
-    _store.write_tensors(path, {f"row-{i}": m.correct for i, m in enumerate(found)})
+def write_correctness(path: Path, found: Sequence[Measured], more: Mapping[str, Tensor]) -> None:
+    """Write which images were right, bool `(runs, n)` as `row-<place in the results>`, and `more`, by name."""
+    _store.write_tensors(path, {f"row-{i}": m.correct for i, m in enumerate(found)} | dict(more))
 
 
 def pairs(found: Sequence[Measured]) -> list[dict[str, Any]]:

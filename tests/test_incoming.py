@@ -27,7 +27,7 @@ PACKAGE = Path(immunonet.__file__).parent
 # --- One door ---
 
 READ_ELSEWHERE = {
-    "studies/connectivity.py",
+    "studies/contests.py",
     # What the program itself wrote or computed, or read from a file.
     "data.py", "features/search.py", "features/affine.py", "immune/noise.py",
     "evaluation/campaign.py", "evaluation/lab.py", "evaluation/outcome.py", "evaluation/protocol.py",

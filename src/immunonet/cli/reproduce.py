@@ -21,6 +21,7 @@ from immunonet.evaluation.lab import Lab, Tables
 from immunonet.report import studies as reports
 from immunonet.report import tables
 from immunonet.studies import Study, connectivity, experiments, outcomes
+from immunonet.studies import contests as contesting
 
 
 def reproduce(
@@ -71,8 +72,8 @@ def reproduce(
         found = experiments.measured(run, wanted)
         result = outcomes.record(run, title, found, drawn=report)
         measured = connectivity.told(paths)
-    contests = {contest: connectivity.contested(paths, contest, common.note) for contest in study.contests}
-    connectivity.complete(result, study, measured, contests)
+    contests = {contest: contesting.contested(paths, contest, common.note) for contest in study.contests}
+    contesting.complete(result, study, measured, contests)
     folder, stem = (out, title) if json is None else (json.parent, json.stem)
     if report:
         reports.draw(result, folder, stem)

@@ -1,11 +1,10 @@
-"""Paths between networks: their points under every threat, which of them are taken, and contests between networks."""
+"""Paths between networks: their points under every threat, and which of them are taken."""
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,24 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from immunonet import _check, _store, models, statistics
-from immunonet._identity import identity
 from immunonet.attacks import APGD, PGD, Attack
-from immunonet.defences.base import Defence, Undefended
 from immunonet.defences.path import ModePath
 from immunonet.defences.spec import Spec
-from immunonet.evaluation import protocol
 from immunonet.evaluation.bench import Part, Value, chunks
 from immunonet.evaluation.lab import Lab, Measurement
-from immunonet.evaluation.outcome import Evaluation
-from immunonet.evaluation.records import VERSION
 from immunonet.evaluation.threats import UNION
 from immunonet.studies.experiments import Run
-from immunonet.studies.model import BEST, Contest, Entrant, Goal, Study
+from immunonet.studies.landscape import Plane
+from immunonet.studies.model import BEST
 
 # Union accuracy that a place may lack of the best to be as good: the rule of the group's own follow-up.
 _AS_GOOD = 0.02
-# How far the plane reaches beyond ends and bend, as a share of the distance between the ends.
-_MARGIN = 0.2
 
 Make = Callable[[str, list[nn.Module]], ModePath]
 """What gives a path of the study, its bends trained, between networks."""
@@ -161,7 +154,8 @@ def parts(found: Joined) -> Iterator[Part]:
             for m in several:
                 yield from found.run.tables.parts(m)
         yield from _losses(found, name)
-        yield from _rows(found, name)
+        if (plane := _plane(found, name)) is not None:
+            yield from plane.parts(found.run.lab, f"{name} plane")
 
 
 def told(found: Joined) -> list[dict[str, Any]]:
@@ -173,7 +167,10 @@ def told(found: Joined) -> list[dict[str, Any]]:
     records, bench, study = [], found.run.tables.bench, found.run.study
     for name, join in study.paths.items():
         right = found.right(name)
-        lost = bench.get(_losses(found, name))
+        lost, plane = bench.get(_losses(found, name)), _plane(found, name)
+        around = (
+            None if plane is None else plane.told(bench.get(plane.parts(found.run.lab, f"{name} plane")), found.places)
+        )
         losses = {norm: [value[norm] for value in lost] for norm in ("", *(study.threats or {}))}
         records.append({
             "name": name, "title": join.title or name, "ends": list(join.ends), "t": found.places,
@@ -188,7 +185,7 @@ def told(found: Joined) -> list[dict[str, Any]]:
             ],
             "best": found.best(name), "best3": list(found.segment(name, 3)),
             "loss": losses, "barrier": {norm: _barrier(found.places, values) for norm, values in losses.items()},
-            "plane": _plane(found, name),
+            "plane": around,
         })  # fmt: skip
     return records
 
@@ -196,9 +193,6 @@ def told(found: Joined) -> list[dict[str, Any]]:
 def _barrier(places: Sequence[float], values: Sequence[float]) -> float:
     straight = [values[0] + t * (values[-1] - values[0]) for t in places]
     return max(a - b for a, b in zip(values, straight, strict=True))
-
-
-# Losses.
 
 
 def _losses(found: Joined, name: str) -> list[Part]:
@@ -228,247 +222,15 @@ def _lost(lab: Lab, m: Measurement, norms: Sequence[str], count: int, *made: Val
     return {norm: float(F.cross_entropy(models.logits(lab.nets[m.base], one), y)) for norm, one in several.items()}
 
 
-# The plane through both ends and the bend.
-
-
-def _rows(found: Joined, name: str) -> list[Part]:
-    """Return what gives the losses of a plane, row by row; nothing of a path that is not trained, or has more bends."""
-    study, path, lab = found.run.study, found.paths[name], found.run.lab
-    side = study.profile.plane
-    first, last = (_flat(end) for end in (path.corners[0], path.corners[-1]))
-    if not side or study.paths[name].training is None or len(path.bends) != 1 or torch.equal(first, last):
-        return []
-    grid, out = _grid(path, side), []
+def _plane(found: Joined, name: str) -> Plane | None:
+    """Return the plane that is drawn of a path; None of one that is not trained, or spans none."""
+    study, profile = found.run.study, found.run.study.profile
+    if not profile.plane or study.paths[name].training is None:
+        return None
     methods = tuple(
-        PGD(norm=norm, eps=eps, step=eps / 4, iterations=study.profile.plane_iterations)
+        PGD(norm=norm, eps=eps, step=eps / 4, iterations=profile.plane_iterations)
         for norm, eps in (study.threats or {}).items()
     )
-    images = min(study.profile.plane_images, len(lab.splits["validation"]))
-    settings, seen = (
-        [method.describe() for method in methods],
-        "" if path.images is None else _store.digest([path.images]),
-    )
-    about: list[Any] = [_store.digest(part.state_dict().values()) for part in (path, *path.ends)]
-    about += [VERSION, identity(path.ends[0]), seen, settings, lab.digest("validation", slice(0, images))]
-    for y in grid[1]:
-        key = ["plane", about, grid[0], y]
-        out.append(Part(
-            key=_store.fingerprint(key), run=_around, args=(path, grid[0], y, methods, images), about=f"{name} plane",
-            cost=float(images * side * 10),
-        ))  # fmt: skip
-    return out
-
-
-def _plane(found: Joined, name: str) -> dict[str, Any] | None:
-    """Return the losses around a path with their coordinates, in units of the distance between its ends.
-
-    The ends lie at (0, 0) and (1, 0).
-    """
-    if not (rows := _rows(found, name)):
-        return None
-    path = found.paths[name]
-    grid = _grid(path, found.run.study.profile.plane)
-    curve = [list(_coordinates(path, path.weights(t))) for t in found.places]
-    values = found.run.tables.bench.get(rows)
-    return {
-        "x": grid[0],
-        "y": grid[1],
-        "loss": values,
-        "bend": list(_coordinates(path, path.corners[1])),
-        "curve": curve,
-    }
-
-
-def _grid(path: ModePath, side: int) -> tuple[list[float], list[float]]:
-    x, y = _coordinates(path, path.corners[1])
-    spans = []
-    for values in ((0.0, 1.0, x), (0.0, y)):
-        low, high = min(values) - _MARGIN, max(values) + _MARGIN
-        spans.append([round(low + (high - low) * i / (side - 1), 6) for i in range(side)])
-    return spans[0], spans[1]
-
-
-def _flat(weights: dict[str, Tensor]) -> Tensor:
-    return torch.cat([value.detach().double().flatten() for value in weights.values()])
-
-
-def _axes(path: ModePath) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the first end, and two directions of the length between the ends, at a right angle."""
-    first, last = (_flat(dict(end.named_parameters())) for end in path.ends)
-    across = last - first
-    off = _flat(path.corners[1]) - first
-    off = off - across * (off @ across) / (across @ across)
-    size = off.norm()
-    return first, across, off * (across.norm() / size) if size > 0 else off
-
-
-def _coordinates(path: ModePath, weights: dict[str, Tensor]) -> tuple[float, float]:
-    first, across, off = _axes(path)
-    from_first, scale = _flat(weights) - first, across @ across
-    return float(from_first @ across / scale), float(from_first @ off / scale)
-
-
-def _around(lab: Lab, path: ModePath, row: Sequence[float], y: float, methods: Sequence[Attack], n: int) -> Value:
-    """Return the mean loss under the worst threat of every image at a row of the plane."""
-    first, across, off = _axes(path)
-    inputs, labels = lab.images("validation", slice(0, n))
-    found = []
-    for x in row:
-        flat, net, at = first + x * across + y * off, path.at(0.0), 0
-        with torch.no_grad():
-            for parameter in net.parameters():
-                parameter.copy_(flat[at : at + parameter.numel()].view_as(parameter))
-                at += parameter.numel()
-        path.settle(net)
-        points = [method(net, inputs, labels).adversarials for method in methods]
-        with torch.no_grad():
-            each = [F.cross_entropy(models.logits(net, point), labels, reduction="none") for point in points]
-        found.append(float(torch.stack(each).amax(0).mean()))
-    return found
-
-
-# Contests.
-
-
-@dataclass(frozen=True)
-class Contested:
-    """An entrant's evaluation: what it is called, where its network is on a path, and which images `(n,)` are right.
-
-    `right`: the share of runs in which an image is right under all threats.
-    """
-
-    name: str
-    entrant: Entrant
-    places: tuple[float, ...]
-    evaluation: Evaluation
-    right: Tensor
-
-
-def contested(found: Joined, contest: Contest, say: Callable[[str], None]) -> list[Contested]:
-    """Return a contest's evaluations on the same images of the test split; what is finished is kept."""
-    run, out = found.run, []
-    lab, bench = run.lab, run.tables.bench
-    n = min(contest.images, len(lab.splits["test"]))
-    x, y = lab.images("test", slice(0, n))
-    for entrant in contest.entrants:
-        base, places = found.network(entrant.network)
-        net, defence, layers = lab.nets[base], *_around_it(found, entrant, base)
-        # An ensemble by itself is a defence of the network at its middle.
-        under = net
-        if defence is net:
-            under = lab.nets[found.point(entrant.network.partition("@")[0], (places[len(places) // 2],))]
-        told = lab.told | {
-            "base": base, "weights": lab.weights[base], "split": "test", "slice": lab.where("test", n),
-            "layers": layers, "experiment": contest.name, "network": entrant.network, "t": list(places),
-            "model": found.model_of(entrant.network.partition("@")[0]),
-        }  # fmt: skip
-        more = [method for name in contest.attacks if (method := run.study.attack(name)) is not None]
-        evaluation = protocol.evaluate(
-            defence, x, y, base=under, threats=run.study.threats, protocol=contest.protocol,
-            black_box=contest.black_box, attacks=more,
-            dataset=lab.told["dataset"], name=defence.kind, base_name="cnn", settings=told, folder=bench.folder,
-            workers=bench.workers, seed=run.seed, on_progress=functools.partial(_say, say, called(entrant)),
-        )  # fmt: skip
-        right = torch.tensor([image["worst"] for image in evaluation.record["per_example"]], dtype=torch.float64)
-        out.append(Contested(called(entrant), entrant, places, evaluation, right))
-    return out
-
-
-def _say(say: Callable[[str], None], name: str, text: str) -> None:
-    say(f"{name}: {text}")
-
-
-def called(entrant: Entrant) -> str:
-    """Return what an entrant is called: its network, and what is around it."""
-    return " ".join(filter(None, (entrant.network, entrant.defence)))
-
-
-def _around_it(found: Joined, entrant: Entrant, base: str) -> tuple[Defence, list[str]]:
-    """Return what is evaluated, and the layers that it looks at: of an ensemble those of every member."""
-    lab = found.run.lab
-    net: Any = lab.nets[base]
-    if entrant.defence is None:
-        return (net if isinstance(net, Defence) else Undefended(net)), []
-    spec = Spec.parse(entrant.defence)
-    members = len(getattr(net, "members", ()))
-    layers = spec.layers
-    if members:
-        layers = tuple(f"members.{i}.{layer}" for i in range(members) for layer in spec.layers)
-    return lab.fitted(replace(spec, layers=layers), base), list(layers)
-
-
-def of_contest(contest: Contest, several: Sequence[Contested]) -> dict[str, Any]:
-    """Return what the record holds of a contest: every entrant's accuracies, and comparisons in pairs."""
-    return {
-        "name": contest.name, "title": contest.title or contest.name, "protocol": contest.protocol,
-        "entrants": [_entered(one) for one in several],
-        "pairs": [_pair(a, b) for a, b in itertools.combinations(several, 2)],
-    }  # fmt: skip
-
-
-def _entered(one: Contested) -> dict[str, Any]:
-    evaluation = one.evaluation
-    # An undefended network's rows are there twice, once as its own base.
-    named = {(row.norm, row.attack): row for row in evaluation.rows if row.defence == evaluation.verdict.defence}
-    own = list(named.values())
-    clean = next(row for row in own if row.attack == "none")
-    return {
-        "name": one.name, "title": one.entrant.title or one.name, "t": list(one.places), "n": evaluation.verdict.n,
-        "clean": [clean.accuracy, *clean.ci95],
-        "worst": {norm: [row.accuracy, *row.ci95] for norm, row in evaluation.verdicts.items()},
-        "transfer": {
-            norm: min((row.accuracy for row in own if row.norm == norm and row.knows == "base" and row.attack != "none"
-                       and row.n == clean.n), default=None)
-            for norm in evaluation.verdicts if norm != UNION
-        },
-        "attacks": [[row.norm, row.attack, row.n, row.accuracy] for row in own],
-        "checks": [[check.name, check.detail] for check in evaluation.checks if not check.passed],
-        "flags": [[flag.name, flag.detail] for flag in evaluation.flags if flag.raised and flag.serious],
-        "seconds_per_image": evaluation.verdict.seconds_per_image,
-    }  # fmt: skip
-
-
-def _pair(a: Contested, b: Contested) -> dict[str, Any]:
-    """Return how two entrants compare on the images of their union, in most runs each."""
-    n = min(len(a.right), len(b.right))
-    left, right = a.right[:n] > 0.5, b.right[:n] > 0.5
-    p = statistics.mcnemar(left, right)
-    return {
-        "a": a.name, "b": b.name, "n": n, "gain": 100 * float(a.right[:n].mean() - b.right[:n].mean()),
-        "only_a": int((left & ~right).sum()), "only_b": int((right & ~left).sum()), "p": p,
-    }  # fmt: skip
-
-
-def complete(
-    record: dict[str, Any], study: Study, paths: list[dict[str, Any]], contests: Mapping[Contest, Sequence[Contested]]
-) -> None:
-    """Add to a study's record the rows of its contests, their comparisons, goals, and what came of its paths."""
-    told_of = [of_contest(contest, several) for contest, several in contests.items()]
-    for one in itertools.chain(*contests.values()):
-        own = [
-            row for row in one.evaluation.rows if (row.attack, row.defence) == ("none", one.evaluation.verdict.defence)
-        ]
-        record["results"] += [row.to_json() for row in (*own[-1:], *one.evaluation.verdicts.values())]
-    record["targets"] += reached(study.goals, told_of)
-    record |= {"paths": paths, "contests": told_of, "threats": study.threats}
-
-
-def reached(goals: Sequence[Goal], contests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the figure that belongs to each goal, and whether it was reached, as `outcomes.targets` does."""
-    return [_reached(goal, contests) for goal in goals]
-
-
-def _reached(goal: Goal, contests: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    entrants = {
-        one["name"]: one for contest in contests if contest["name"] == goal.contest for one in contest["entrants"]
-    }
-    own, others = entrants[goal.entrant], [entrants[name] for name in goal.over]
-    figure = own["worst"][UNION][0]
-    if others:
-        figure = 100 * (figure - max(other["worst"][UNION][0] for other in others))
-    status = "least" if goal.least is not None and figure >= goal.least - 1e-9 else "missed"
-    status = "goal" if goal.goal is not None and figure >= goal.goal - 1e-9 else status
-    return goal.model_dump(include={"text", "published", "least", "goal"}) | {
-        "least_share": None, "goal_share": None, "layers": [], "unit": "points" if others else "accuracy",
-        "figure": figure, "share": None, "n": own["n"], "status": status,
-    }  # fmt: skip
+    images = min(profile.plane_images, len(found.run.lab.splits["validation"]))
+    plane = Plane(found.paths[name], profile.plane, methods, images)
+    return plane if plane.exists else None

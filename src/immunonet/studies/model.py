@@ -103,6 +103,12 @@ def _place(value: str) -> str:
     return value
 
 
+def _side(value: int) -> int:
+    if value == 1:
+        raise ValueError("must be 0, for no plane, or at least 2 points a side, got 1")
+    return value
+
+
 def _in(what: str, *tables: str) -> AfterValidator:
     """Return what checks that a name is in one of the study's tables, which the context of validation names."""
 
@@ -367,15 +373,15 @@ class Profile(Table):
     """How the points of all paths are measured: `points` places from 0 to 1 on `images` of the validation split.
 
     Under every threat of the study by the attack that training ends with, PGD of `iterations` steps, and by APGD of
-    `apgd`. The plane through both ends and
-    the bend is drawn with `plane` points a side (0: not at all), on `plane_images`, under PGD of `plane_iterations`.
+    `apgd`. The plane through both ends and the bend is drawn with `plane` points a side (0: not at all), on
+    `plane_images`, under PGD of `plane_iterations`.
     """
 
     points: Annotated[int, Field(ge=2)] = 21
     images: Count = 500
     iterations: Count = 10
     apgd: Count = 20
-    plane: Annotated[int, Field(ge=0)] = 0
+    plane: Annotated[int, Field(ge=0), AfterValidator(_side)] = 0
     plane_images: Count = 100
     plane_iterations: Count = 5
 

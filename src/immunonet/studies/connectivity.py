@@ -20,7 +20,7 @@ from immunonet.evaluation.lab import Lab, Measurement
 from immunonet.evaluation.threats import UNION
 from immunonet.studies.experiments import Run
 from immunonet.studies.landscape import Plane
-from immunonet.studies.model import BEST
+from immunonet.studies.values import BEST
 
 # Union accuracy that a place may lack of the best to be as good: the rule of the group's own follow-up.
 _AS_GOOD = 0.02

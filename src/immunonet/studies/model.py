@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 try:
     import pydantic
@@ -14,15 +12,35 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("studies need pydantic: pip install 'immunonet[cli]'", name="pydantic") from error
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from immunonet import _check, zoo
+from immunonet import zoo
 from immunonet._check import among
 from immunonet._words import show
 from immunonet.attacks import APGD, FGSM, PGD, Attack, HopSkipJump, Square
 from immunonet.defences.base import REGISTRY, kind_of
-from immunonet.defences.spec import Spec, read
+from immunonet.defences.spec import Spec
 from immunonet.evaluation import lab
-from immunonet.paths import curves
-from immunonet.zoo.adversarial import radii
+from immunonet.studies.values import (
+    Asked,
+    Attacked,
+    Attacks,
+    BaseName,
+    Count,
+    Layers,
+    Names,
+    Number,
+    Place,
+    Radii,
+    Settings,
+    Size,
+    Some,
+    Split,
+    Stem,
+    built,
+    named_in,
+    real,
+    side,
+    value_of,
+)
 
 METHODS: dict[str, type[Attack]] = {
     "fgsm": FGSM, "pgd": PGD, "apgd": APGD, "square": Square, "hopskipjump": HopSkipJump,
@@ -37,52 +55,11 @@ DEFENCES = {
     "rails-paper": ("rails paper", "RAILS, paper (reconstructed)"),
     "rails": ("rails", "RAILS"),
 }
-T = TypeVar("T")
-# What stands for the place of a path that does best on validation.
-BEST = "best"
-
-
-def built(make: Callable[..., T], table: Any, *, without: Sequence[str] = ()) -> T:
-    """Return what a dataclass makes of a table, in which "8/255" is a number."""
-    if not isinstance(table, Mapping):
-        raise ValueError(f"must be a table, got {table!r}")
-    for key in table:
-        among(key, [f.name for f in dataclasses.fields(make) if f.name not in without], "key")  # type: ignore[arg-type]
-    try:
-        return make(**{key: _numbers(value) for key, value in table.items()})
-    except TypeError as error:
-        raise ValueError(str(error)) from error
-
-
-def value_of(value: Any) -> Any:
-    """Return a setting of a defence: text is read as in its description."""
-    return read(value) if isinstance(value, str) else value
 
 
 def ends(options: Range | tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the least and the most of a range, or all choices."""
     return (options.low, options.high) if isinstance(options, Range) else options
-
-
-def _number(value: Any) -> Any:
-    return _check.fraction("it", value) if isinstance(value, str) and "/" in value else value
-
-
-def _numbers(value: Any) -> Any:
-    return {key: _number(one) for key, one in value.items()} if isinstance(value, dict) else _number(value)
-
-
-def _radii(value: Any) -> dict[str, float]:
-    try:
-        return radii("it", _numbers(value), above=True)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
-
-
-def _real(value: Any) -> Any:
-    if not _check.is_number(value) or not math.isfinite(value):
-        raise ValueError(f"must be a finite number, got {value!r}")
-    return value
 
 
 def _options(value: Any) -> Range | tuple[Any, ...]:
@@ -91,51 +68,6 @@ def _options(value: Any) -> Range | tuple[Any, ...]:
     if not isinstance(value, tuple) or len(value) < 2 or any(one in value[:i] for i, one in enumerate(value)):
         raise ValueError(f"must be a table with low and high, or a list of at least two different values, got {value}")
     return value
-
-
-def _place(value: str) -> str:
-    name, at, where = value.partition("@")
-    if at and not where.startswith(BEST):
-        for t in where.split("+"):
-            curves.place(_check.fraction("t", t))
-    elif at and where != BEST and not (where.removeprefix(BEST).isdecimal() and int(where.removeprefix(BEST)) > 1):
-        raise ValueError(f"must be {name}@{BEST}, {name}@{BEST}3 or {name}@0.5, got {value!r}")
-    return value
-
-
-def _side(value: int) -> int:
-    if value == 1:
-        raise ValueError("must be 0, for no plane, or at least 2 points a side, got 1")
-    return value
-
-
-def _in(what: str, *tables: str) -> AfterValidator:
-    """Return what checks that a name is in one of the study's tables, which the context of validation names."""
-
-    def check(name: str, info: pydantic.ValidationInfo) -> str:
-        among(name, [one for table in tables for one in (info.context or {}).get(table, ())], what)
-        return name
-
-    return AfterValidator(check)
-
-
-Count = Annotated[int, Field(ge=1)]
-Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Size = Annotated[Number, Field(ge=0)]
-# The name of an experiment is part of a file's.
-Stem = Annotated[str, Field(pattern=r"^[^/\\]+$")]
-Some = Field(min_length=1)
-Names = Annotated[tuple[str, ...], Some]
-Layers = Annotated[Names, BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
-BaseName = Annotated[str, _in("base", "bases")]
-Attacked = Annotated[str, _in("attack", "attacks")]
-Asked = Annotated[str, _in("attack", "attacks", "clean")]
-Attacks = Annotated[tuple[Asked, ...], Some]
-Split = Literal["test", "validation"]
-Settings = dict[str, Any]
-Radii = Annotated[dict[str, Any], BeforeValidator(lambda value: _radii(value))]
-# A network of a study: a base, or points of a path: `srmc@0.3`, `srmc@best`, `srmc@0.2+0.5`, `srmc@best3`.
-Place = Annotated[str, AfterValidator(lambda value: _place(value))]
 
 
 class Table(pydantic.BaseModel):
@@ -324,8 +256,8 @@ class Hardening(Single):
 class Range(Table):
     """The numbers from `low` to `high`, both included; `log`: drawn evenly in their logarithm, `low` above 0."""
 
-    low: Annotated[Any, AfterValidator(_real)]
-    high: Annotated[Any, AfterValidator(_real)]
+    low: Annotated[Any, AfterValidator(real)]
+    high: Annotated[Any, AfterValidator(real)]
     log: bool = False
 
     @pydantic.model_validator(mode="after")
@@ -381,7 +313,7 @@ class Profile(Table):
     images: Count = 500
     iterations: Count = 10
     apgd: Count = 20
-    plane: Annotated[int, Field(ge=0), AfterValidator(_side)] = 0
+    plane: Annotated[int, Field(ge=0), AfterValidator(side)] = 0
     plane_images: Count = 100
     plane_iterations: Count = 5
 
@@ -441,7 +373,7 @@ class Target(Table):
     defence: str = "rails"
     over: str | None = None
     layers: Layers | None = None
-    choice: Annotated[str, _in("curve of layers", "curves")] | None = None
+    choice: Annotated[str, named_in("curve of layers", "curves")] | None = None
     images: Count = 1
     published: str = ""
     least: Number

@@ -19,6 +19,7 @@ from immunonet.defences.base import REGISTRY, kind_of
 from immunonet.defences.spec import MANY, TUNED, Spec
 from immunonet.studies import model
 from immunonet.studies.model import Range, Study
+from immunonet.studies.values import value_of
 
 NAMES = ("mnist", "cifar10", "svhn", "connectivity")
 # What the defences of an experiment must have of their own, where most kinds have nothing to do.
@@ -238,7 +239,7 @@ def _check_search(study: Study, entry: model.Search) -> None:
     for names in itertools.chain(*(itertools.combinations(entry.space, n) for n in (1, 2))):
         for values in itertools.product(*(model.ends(entry.space[name]) for name in names)):
             with at("space", names[0]):
-                spec.changed(**dict(zip(names, map(model.value_of, values), strict=True))).tried()
+                spec.changed(**dict(zip(names, map(value_of, values), strict=True))).tried()
     for name, value in start.items():
         options = entry.space[name]
         with at("space", name):

@@ -2,7 +2,7 @@
 
 from immunonet import attacks
 from immunonet._version import __version__ as __version__
-from immunonet.defences import RAILS, Answer, Defence, DkNN, ModePath, Sense, load, register
+from immunonet.defences import RAILS, Answer, ClosedLoop, Defence, DkNN, ModePath, Sense, load, register
 from immunonet.evaluation import evaluate
 from immunonet.immune.settings import Maturation
 from immunonet.normalised import Normalised
@@ -12,6 +12,7 @@ __all__ = [
     "RAILS",
     "Answer",
     "Cells",
+    "ClosedLoop",
     "Defence",
     "DkNN",
     "ImmuneResponse",

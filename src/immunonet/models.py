@@ -35,6 +35,18 @@ _PROBABILITIES = 1e-4
 class Asking(nn.Module):
     """A module of this package that asks models itself: it takes float32 inputs, whatever its models' dtype."""
 
+    @property
+    def inside(self) -> nn.Module:
+        """The network whose layers go by their bare names where this is asked: itself, or the one that it steers.
+
+        Training examples and what is made of them pass through that network, without what is around it.
+        """
+        return self
+
+    def met(self, x: Tensor) -> Tensor:
+        """Return inputs `(B, *S)` as the network inside meets them."""
+        return x
+
 
 class _Reached(BaseException):
     """Ends a pass of a model when all that was wanted is there."""
@@ -228,11 +240,24 @@ def eager(model: nn.Module) -> nn.Module:
             return model
 
 
+def inside(model: nn.Module) -> nn.Module:
+    """Return the network that a model is, or that it steers: whose submodules the names of layers mean."""
+    core = eager(model)
+    return core if not isinstance(core, Asking) or core.inside is core else inside(core.inside)
+
+
+def met(model: nn.Module, x: Tensor) -> Tensor:
+    """Return inputs `(B, *S)` as the network inside a model meets them."""
+    core = eager(model)
+    return core.met(x) if isinstance(core, Asking) else x
+
+
 def check_watchable(model: nn.Module) -> None:
     """Raise ValueError for a scripted, traced or exported model, inside which nothing can be watched."""
-    if isinstance(eager(model), torch.jit.ScriptModule) or type(eager(model)).__name__ == "GraphModule":
+    network = inside(model)
+    if isinstance(network, torch.jit.ScriptModule) or type(network).__name__ == "GraphModule":
         raise ValueError(
-            f"model is a {type(eager(model)).__name__} (scripted, traced or exported), whose layers cannot be watched: "
+            f"model is a {type(network).__name__} (scripted, traced or exported), whose layers cannot be watched: "
             "give the eager module it was made from, or use 'input' or a callable as layer"
         )
 
@@ -241,14 +266,15 @@ def check_watchable(model: nn.Module) -> None:
 def watching(actions: Mapping[nn.Module, Callable[[Any], Any]]) -> Iterator[None]:
     """Call `actions[module](output)` after every call of a module in this thread; what it returns replaces the output.
 
-    None leaves it.
+    None leaves it. Where a module is watched already, who watches from outside sees what this one makes of it.
     """
     before = _here.actions
     with _lock:
         for module in actions:
             users, handle = _hooks.get(module) or (0, module.register_forward_hook(_act))
             _hooks[module] = users + 1, handle
-    _here.actions = before | {id(module): action for module, action in actions.items()}
+    mine = {id(module): action for module, action in actions.items()}
+    _here.actions = before | {key: _then(action, before.get(key)) for key, action in mine.items()}
     try:
         yield
     finally:
@@ -260,6 +286,29 @@ def watching(actions: Mapping[nn.Module, Callable[[Any], Any]]) -> Iterator[None
                     _hooks[module] = users - 1, handle
                 else:
                     handle.remove()
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Hide calls of modules in this thread from all that watch them."""
+    before, _here.actions = _here.actions, {}
+    try:
+        yield
+    finally:
+        _here.actions = before
+
+
+def _then(first: Callable[[Any], Any], second: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
+    if second is None:
+        return first
+
+    def both(output: Any) -> Any:
+        replaced = first(output)
+        seen = output if replaced is None else replaced
+        again = second(seen)
+        return replaced if again is None else again
+
+    return both
 
 
 def _act(module: nn.Module, _args: Any, output: Any) -> Any:
@@ -280,8 +329,8 @@ def outputs(
     `given`: a submodule and what stands in for its output. ValueError for one that is never called.
     """
     check_watchable(model)
-    core = eager(model)
-    modules = [core.get_submodule(name) for name in names]
+    core, network = eager(model), inside(model)
+    modules = [network.get_submodule(name) for name in names]
     found: dict[nn.Module, Any] = {}
 
     def keep(module: nn.Module, output: Any) -> None:
@@ -292,7 +341,7 @@ def outputs(
 
     actions: dict[nn.Module, Callable[[Any], Any]] = {m: functools.partial(keep, m) for m in modules}
     if given is not None:
-        actions[core.get_submodule(given[0])] = lambda _: given[1]
+        actions[network.get_submodule(given[0])] = lambda _: given[1]
     with evaluating(core), watching(actions), contextlib.suppress(_Reached), blamed(x):
         _uncompiled(core)(own(core, x, memory_format))
     for name, module in zip(names, modules, strict=True):
@@ -309,9 +358,21 @@ def calls(model: nn.Module, name: str, x: Tensor) -> int:
         nonlocal count
         count += 1
 
-    with evaluating(core), watching({core.get_submodule(name): called}), blamed(x):
+    with evaluating(core), watching({inside(core).get_submodule(name): called}), blamed(x):
         _uncompiled(core)(own(core, x))
     return count
+
+
+def steered(model: nn.Module, actions: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+    """Return the tensor that a model gives for inputs `x` `(B, *S)`, outputs of submodules replaced by `actions`.
+
+    Differentiable in `x`, and in what the actions add.
+    """
+    check_watchable(model)
+    core = eager(model)
+    within = {core.get_submodule(name): action for name, action in actions.items()}
+    with evaluating(core), watching(within), blamed(x):
+        return _kept(tensor_of(_uncompiled(core)(own(core, x)))).to(x.device)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def test_modes_are_set_in_one_place() -> None:
         "models.py": {"network"},
         # Networks of this package, as they are built, trained or read.
         "zoo/networks.py": {"_NETWORKS[name](classes)"},
-        "zoo/loop.py": {"task.module"},
+        "learning.py": {"task.module"},
         "cli/common.py": {"net"},
         "cli/networks.py": {"net"},
         # Copies of what was given.

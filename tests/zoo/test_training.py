@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from immunonet import data, zoo
-from immunonet.zoo import loop
+from immunonet import learning as loop
 
 
 def toy(n=40, *, shape=(1, 2, 2), seed=0):

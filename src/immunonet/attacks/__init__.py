@@ -8,6 +8,7 @@ an attack like any other, as is a norm in `NORMS`.
 from immunonet.attacks._base import Attack, AttackResult, Found, Problem
 from immunonet.attacks.apgd import APGD
 from immunonet.attacks.clones import SoftClones
+from immunonet.attacks.controls import Inside, Through
 from immunonet.attacks.gradient import FGSM, PGD
 from immunonet.attacks.hopskipjump import HopSkipJump
 from immunonet.attacks.knn import ASK, AdvKnn, SoftCount, SoftNeighbours, neighbour_votes
@@ -30,6 +31,7 @@ __all__ = [
     "Eot",
     "Found",
     "HopSkipJump",
+    "Inside",
     "Noise",
     "Norm",
     "Problem",
@@ -38,6 +40,7 @@ __all__ = [
     "SoftNeighbours",
     "Square",
     "Stealthy",
+    "Through",
     "Unrolled",
     "neighbour_votes",
 ]

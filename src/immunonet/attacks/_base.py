@@ -50,6 +50,22 @@ class Penalised(models.Asking, abc.ABC):
         """Return how much inputs `x` `(B, *S)` violate the condition: `(B,)`, at least 0, differentiable in x."""
 
 
+class Confined(models.Asking, abc.ABC):
+    """A model with a side condition on perturbations: ascents go on from what `confined` leaves of theirs.
+
+    Ball and bounds come after it, so that a point may leave the condition by as much as they cut.
+    """
+
+    @abc.abstractmethod
+    def confined(self, delta: Tensor) -> Tensor:
+        """Return what of perturbations `(B, *S)` is allowed."""
+
+
+def confined(model: Model, point: Tensor, x: Tensor) -> Tensor:
+    """Return a point `(B, *S)` of an ascent from `x`, brought to where a model's condition allows, if it has one."""
+    return x + model.confined(point - x) if isinstance(model, Confined) else point
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attack(abc.ABC):
     """Settings and checks that all attacks share; called as `attack(model, x, y)`.

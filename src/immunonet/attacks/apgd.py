@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from immunonet import _check, models
-from immunonet.attacks._base import Attack, Found, Loss, Model, Problem, generator_of
+from immunonet.attacks._base import Attack, Found, Loss, Model, Problem, confined, generator_of
 from immunonet.attacks._losses import dlr, gradient, log_odds, targeted_dlr
 from immunonet.attacks.norms import Norm, inward, largest, spread
 
@@ -187,7 +187,8 @@ class _Pace(abc.ABC):
         """Return which ascents go back after step `k`, which led to `value`: `(B,)` bool, or None."""
 
     def inside(self, point: Tensor) -> Tensor:
-        return self.norm.project(point, self.problem.x, self.eps, self.problem.low, self.problem.high)
+        model, x, _, low, high, _ = self.problem
+        return self.norm.project(confined(model, point, x), x, self.eps, low, high)
 
 
 class _Halving(_Pace):

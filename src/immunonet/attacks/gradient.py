@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from immunonet import _check
-from immunonet.attacks._base import Attack, Found, Problem, generator_of
+from immunonet.attacks._base import Attack, Found, Problem, confined, generator_of
 from immunonet.attacks._losses import gradient, log_odds
 from immunonet.attacks.norms import column
 
@@ -82,9 +82,9 @@ class PGD(Attack):
 
     def _moved(self, point: Tensor, velocity: Tensor, problem: Problem) -> Tensor:
         """Return where a step from `point` leads."""
-        _, x, _, low, high, _ = problem
+        model, x, _, low, high, _ = problem
         point = point + self.step * self._ball.direction(velocity, point, low, high)
-        return self._ball.project(point, x, self.eps, low, high)
+        return self._ball.project(confined(model, point, x), x, self.eps, low, high)
 
     def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
         return log_odds(logits, y) * (-1 if self.targeted else 1)

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from immunonet import _check, models
 from immunonet.attacks._base import Model, Penalised
-from immunonet.attacks._surrogate import fitted
-from immunonet.defences.neighbours import NeighbourDefence
 
 
 class Bpda(models.Asking):
@@ -71,23 +69,22 @@ class Stealthy(Penalised):
     """A surrogate of a defence under the condition that inputs do not look foreign to that defence.
 
     Attacks on it climb their loss minus `penalty`, and count as successful only where the penalty is 0. The
-    penalty is `weight` times how far the antigen's strangeness (the mean distance to the K nearest examples, each
-    layer in units of its calibration mean, summed, as in `defence.foreign`) lies above the highest that is not
-    flagged at the defence's `false_alarm`.
+    penalty is `weight` times how far the input's strangeness, the distance by which `defence.foreign` judges, lies
+    above the highest that is not flagged at the defence's `false_alarm`.
 
-    `surrogate`: maps inputs to logits or log-probabilities. `defence`: a fitted RAILS or DkNN. `weight` >= 0, in
-    units of the loss (nats for the cross-entropy).
+    `surrogate`: maps inputs to logits or log-probabilities. `defence`: a fitted one that tells the `strangeness` of
+    inputs, differentiably, and its `alarm`, as RAILS, DkNN and ClosedLoop do. `weight` >= 0, in units of the loss (nats
+    for the cross-entropy).
     """
 
-    def __init__(self, surrogate: Model, defence: NeighbourDefence, *, weight: float = 100.0) -> None:
+    def __init__(self, surrogate: Model, defence: Any, *, weight: float = 100.0) -> None:
         super().__init__()
         self.surrogate = _callable("surrogate", surrogate)
-        self.defence = fitted(defence)
+        if not callable(getattr(defence, "strangeness", None)):
+            raise TypeError(f"defence must be a RAILS, a DkNN or a ClosedLoop, got {type(defence).__name__}")
+        defence.check_current()
+        self.defence, self.threshold = defence, float(defence.alarm)
         self.weight = _check.number("weight", weight, least=0)
-        scores = defence.calibration.strangeness
-        # The p-value of the m-th largest calibration score is (m + 1) / (n + 1), the first above false_alarm.
-        rank = math.floor(defence.false_alarm * (len(scores) + 1))
-        self.threshold = float(scores[-rank]) if 0 < rank <= len(scores) else (-1 if rank else 1) * math.inf
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the surrogate gives for inputs `x` `(B, *S)`."""
@@ -99,15 +96,8 @@ class Stealthy(Penalised):
 
     def strangeness(self, x: Tensor) -> Tensor:
         """Return what the defence measures how foreign inputs look by, `(B,)`, differentiable in `x`."""
-        defence = self.defence
-        parts = []
-        for layer, features in enumerate(defence.compared(x)[1]):
-            index = defence.index(layer)
-            with torch.no_grad():
-                _, near = index.nearest(features, defence.sensed(layer), by_class=False)
-            distances = torch.stack([(index.rows(i) - f).norm(dim=1) for i, f in zip(near, features, strict=True)])
-            parts.append(defence.measured(layer, distances).mean(1) / defence.calibration.scales[layer])
-        return torch.stack(parts).sum(0)
+        found: Tensor = self.defence.strangeness(x)
+        return found
 
 
 def _seed(wanted: bool, seed: int) -> dict[str, Any]:

@@ -266,6 +266,10 @@ class Defence(models.Asking, abc.ABC):
         """Return a surrogate under the condition that inputs do not look foreign; None if nothing is sensed."""
         return None
 
+    def explained(self, x: Tensor, adversarials: Tensor) -> Mapping[str, float]:
+        """Return what else, by name, a row says of attacks from inputs `x` `(n, *S)` to `adversarials`."""
+        return {}
+
     def light(self) -> Defence:
         """Return a cheaper twin for attacks that only ask; what they find is tested on the defence itself."""
         return self

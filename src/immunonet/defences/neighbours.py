@@ -159,6 +159,22 @@ class NeighbourDefence(Defence):
         p_value = self.calibration.familiarity(far)
         return Sense(distance=self.calibration.distance(far), p_value=p_value, foreign=p_value.le(self.false_alarm))
 
+    def strangeness(self, x: Tensor) -> Tensor:
+        """Return the distance `(B,)` that `sense` tells, differentiable in inputs `x` `(B, *S)`."""
+        parts = []
+        for layer, features in enumerate(self.compared(x)[1]):
+            index = self.index(layer)
+            with torch.no_grad():
+                _, near = index.nearest(features, self.sensed(layer), by_class=False)
+            distances = torch.stack([(index.rows(i) - f).norm(dim=1) for i, f in zip(near, features, strict=True)])
+            parts.append(self.measured(layer, distances).mean(1))
+        return self.calibration.distance(torch.stack(parts, 1))
+
+    @property
+    def alarm(self) -> float:
+        """The largest strangeness that is not flagged."""
+        return self.calibration.threshold(self.false_alarm)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return repertoire and calibration, and features of a few examples, by which another model is told."""
         probes = self.repertoire.x[:PROBES]
@@ -246,8 +262,7 @@ class NeighbourDefence(Defence):
         """
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"x must have shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
-        cells = described(self.model, self.space, (), x)[0]
-        return cells, [feature_map(cells) for feature_map in self.feature_maps]
+        return self._described(x)
 
     def heard(self, votes: Tensor, x: Tensor) -> Tensor:
         """Return log-probabilities `(B, C)` of a vote with all else that counts for inputs `x`, differentiable."""
@@ -275,7 +290,7 @@ class NeighbourDefence(Defence):
     def _calibrate(self, x: Tensor, y: Tensor) -> Calibration:
         found = [self._neighbourhood_of(part) for part in x.split(SENSED)]
         scores, far = (torch.cat(column) for column in zip(*found, strict=True))
-        return Calibration.of(scores.gather(1, y[:, None])[:, 0], far)
+        return Calibration.scored(scores.gather(1, y[:, None])[:, 0], far)
 
     def calibrate(self, x: Tensor, y: Tensor) -> None:
         """Calibrate what is sensed on other examples `x` `(n, *S)`, `y` `(n,)`; the repertoire stays."""
@@ -309,18 +324,22 @@ class NeighbourDefence(Defence):
         return None
 
     def _described(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the cells `(B, *S')` of inputs `(B, *S)` and their features `(B, D)` at every layer, in one pass."""
+        """Return the cells `(B, *S')` of antigens `(B, *S)` and their features `(B, D)` at every layer, in one pass."""
         return described(self.model, self.space, self.feature_maps, x)
 
+    def _examined(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the same of examples, which no defence inside of this one changes on their way."""
+        return described(models.inside(self.model), self.space, self.feature_maps, x)
+
     def _cells(self, x: Tensor) -> Tensor:
-        return described(self.model, self.space, (), x)[0]
+        return described(models.inside(self.model), self.space, (), x)[0]
 
     @torch.no_grad()
     def _testimony(self) -> list[Tensor]:
         """Return what the model, as it is now, gives for the first examples wherever that counts."""
         x = self.repertoire.x[:PROBES]
         heard = self._known(x)
-        return witnessed(self.model, self._layers, x) + ([] if heard is None else [heard])
+        return witnessed(models.inside(self.model), self._layers, x) + ([] if heard is None else [heard])
 
     def _networks(self) -> list[nn.Module]:
         return [self.model, *(m for layer in self._layers if callable(layer) for m in models.networks_of(layer))]
@@ -334,12 +353,13 @@ class NeighbourDefence(Defence):
         on_progress: Progress | None = None,
     ) -> None:
         probes = x[:: max(1, len(x) // PROBES)][:PROBES]
-        plain = build(self.model, self._layers, self.space, probes)
+        inside = models.inside(self.model)
+        plain = build(inside, self._layers, self.space, probes, reduced=inside is models.eager(self.model))
         self.feature_maps = [METRICS[self.metric](feature_map) for feature_map in plain]
         self.classes, self.shape = classes, tuple(x.shape[1:])
         self.repertoire = Repertoire(x, y)
         order, counts = y.argsort(stable=True), torch.bincount(y, minlength=classes).tolist()
-        widths = [features.shape[1] for features in self._described(x[:1])[1]]
+        widths = [features.shape[1] for features in self._examined(x[:1])[1]]
         fit = [4 * len(y) * width * len(widths) <= self.memory_budget for width in widths]
         keys = [x.new_empty(len(y), width) if fits else None for fits, width in zip(fit, widths, strict=True)]
         if self.space is not None or any(fit):
@@ -360,7 +380,7 @@ class NeighbourDefence(Defence):
         """Let every example pass through the model once: fill what indices compare, and the range of the cells."""
         place, ranges = order.argsort(), []
         for some in batches(len(order)):
-            cells, features = self._described(self.repertoire.x[some])
+            cells, features = self._examined(self.repertoire.x[some])
             channels = cells.movedim(1, 0).flatten(1) if cells.ndim > 1 else cells[None]
             ranges.append((channels.amin(1), channels.amax(1)))
             for out, found in zip(keys, features, strict=True):
@@ -424,7 +444,7 @@ class _Rows:
 
     def __call__(self, examples: Tensor) -> Tensor:
         defence = self._defence
-        return defence._described(defence.repertoire.x[examples])[1][self._layer]
+        return defence._examined(defence.repertoire.x[examples])[1][self._layer]
 
 
 def _alike(found: Tensor, stored: Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,36 +26,64 @@ class Repertoire(Kept):
         return len(self.x)
 
 
-class Calibration(Kept):
-    """What sensing measures antigens by, from n calibration examples.
+class Familiarity(Kept):
+    """How far n calibration examples lie from what is known, which others are measured by.
 
-    `label_scores` `(n,)`, sorted: the nonconformity of their true labels. `strangeness` `(n,)`, sorted: their
-    mean distances to the nearest repertoire examples, in units of `scales` `(L,)`, summed over layers.
+    `strangeness` `(n,)`, sorted: their distances in each of L places, in units of `scales` `(L,)`, summed.
     """
 
-    label_scores: Tensor
     strangeness: Tensor
     scales: Tensor
 
-    def __init__(self, label_scores: Tensor, strangeness: Tensor, scales: Tensor) -> None:
+    def __init__(self, strangeness: Tensor, scales: Tensor) -> None:
         super().__init__()
-        for name, value in (("label_scores", label_scores), ("strangeness", strangeness), ("scales", scales)):
+        for name, value in (("strangeness", strangeness), ("scales", scales)):
             self.register_buffer(name, value, persistent=False)
 
     @classmethod
-    def of(cls, scores: Tensor, far: Tensor) -> Calibration:
-        """Take the examples' nonconformity `(n,)` and their mean distances to the nearest `(n, L)`."""
-        # Layers differ in scale; each counts in units of its own typical distance.
-        scales = far.mean(0).clamp(min=1e-12)
-        return cls(scores.float().sort().values, (far / scales).sum(1).sort().values, scales)
+    def of(cls, far: Tensor) -> Familiarity:
+        """Take the examples' distances `(n, L)`."""
+        return cls(*_measured(far))
 
     def distance(self, far: Tensor) -> Tensor:
-        """Return mean distances `(B, L)` in units of each layer's own, summed over layers: `(B,)`."""
+        """Return distances `(B, L)` in units of each place's own, summed: `(B,)`."""
         return (far / self.scales).sum(1)
 
     def familiarity(self, far: Tensor) -> Tensor:
-        """Return the p-values `(B,)` of mean distances `(B, L)` among those of the calibration examples."""
+        """Return the p-values `(B,)` of distances `(B, L)` among those of the calibration examples."""
         return sensing.p_values(self.strangeness, self.distance(far))
+
+    def threshold(self, false_alarm: float) -> float:
+        """Return the largest distance that is not flagged at this share of false alarms, plus or minus infinity."""
+        scores = self.strangeness
+        # The p-value of the m-th largest calibration score is (m + 1) / (n + 1), the first above false_alarm.
+        rank = math.floor(false_alarm * (len(scores) + 1))
+        return float(scores[-rank]) if 0 < rank <= len(scores) else (-1 if rank else 1) * math.inf
+
+
+class Calibration(Familiarity):
+    """What sensing measures antigens by, from n calibration examples, distances being to the nearest in the repertoire.
+
+    `label_scores` `(n,)`, sorted: the nonconformity of their true labels.
+    """
+
+    label_scores: Tensor
+
+    def __init__(self, label_scores: Tensor, strangeness: Tensor, scales: Tensor) -> None:
+        super().__init__(strangeness, scales)
+        self.register_buffer("label_scores", label_scores, persistent=False)
+
+    @classmethod
+    def scored(cls, scores: Tensor, far: Tensor) -> Calibration:
+        """Take the examples' nonconformity `(n,)` and their mean distances to the nearest `(n, L)`."""
+        return cls(scores.float().sort().values, *_measured(far))
+
+
+def _measured(far: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sorted sums of distances `(n, L)` in units of each place's mean, and these units."""
+    # Places differ in scale; each counts in units of its own typical distance.
+    scales = far.mean(0).clamp(min=1e-12)
+    return (far / scales).sum(1).sort().values, scales
 
 
 def hold_out(y: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

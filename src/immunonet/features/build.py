@@ -19,12 +19,15 @@ _STEADY = 4
 
 
 @torch.no_grad()
-def build(model: nn.Module, layers: Sequence[Layer], space: str | None, x: Tensor) -> list[FeatureMap]:
+def build(
+    model: nn.Module, layers: Sequence[Layer], space: str | None, x: Tensor, *, reduced: bool = True
+) -> list[FeatureMap]:
     """Return one feature map per layer, from cells in `space` to features, probed on a few inputs `x`.
 
     Raises ValueError for a layer that the model does not call exactly once, that gives no tensor, whose answer changes
     from call to call or with the rest of the batch, or that is no function of `space` alone. An affine map is found
-    numerically and reduced to its root.
+    numerically and reduced to its root, unless `reduced` is False: what is reduced no longer meets what happens to
+    states on their way.
     """
     if space is not None:
         _check_layer(model, space, x)
@@ -45,7 +48,7 @@ def build(model: nn.Module, layers: Sequence[Layer], space: str | None, x: Tenso
             _check_fixed(found, x)
             found = found if space is None else _tail(model, layer, space, x, cells, found(x))
         found.probe(cells)
-        maps.append(affine(found, cells) or found)
+        maps.append((affine(found, cells) if reduced else None) or found)
     return maps
 
 

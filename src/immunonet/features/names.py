@@ -33,7 +33,7 @@ def as_layers(layers: Layer | Sequence[Layer]) -> tuple[Layer, ...]:
 
 def check_names(model: nn.Module, layers: Sequence[Layer], space: str | None) -> None:
     """Raise ValueError, naming the nearest names, unless every named layer is a submodule of `model`."""
-    names = [name for name, _ in models.eager(model).named_modules() if name]
+    names = [name for name, _ in models.inside(model).named_modules() if name]
     for argument, layer in [*(("layers", layer) for layer in layers), ("space", space)]:
         if not isinstance(layer, str) or (argument == "layers" and layer == "input"):
             continue
@@ -68,7 +68,7 @@ def layer_parts(name: str, model: nn.Module | None = None) -> tuple[str, int | N
     module, _, side = name.rpartition(":")
     if not module or not side.isdecimal():
         return name, None
-    itself = model is not None and any(found == name for found, _ in models.eager(model).named_modules())
+    itself = model is not None and any(found == name for found, _ in models.inside(model).named_modules())
     return (name, None) if itself else (module, int(side))
 
 

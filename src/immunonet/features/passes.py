@@ -17,7 +17,8 @@ def described(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the cells `(n, *S')` of inputs `(n, *S)`, and their features `(n, D)` by each of the maps of `build`.
 
-    Inputs pass through the model once, whatever the number of layers, and a part at a time. Differentiable in `x`.
+    Inputs pass through the model once, whatever the number of layers, and a part at a time. Differentiable in `x`. Of a
+    model that steers a network, cells that are inputs are what that network meets.
     """
     taps = [m for m in maps if m.tap is not None]
     names = list(dict.fromkeys([*(str(m.tap) for m in taps), *([] if space is None else [space])]))
@@ -31,7 +32,7 @@ def described(
             if not start:
                 found[name] = value.new_empty(len(x), *value.shape[1:], dtype=torch.float32)
             found[name][start : start + rows] = value
-    cells = x if space is None else finite(space, found[space])
+    cells = models.met(model, x) if space is None else finite(space, found[space])
     features = []
     for m in maps:
         # Tensors of their own, which callers may overwrite.

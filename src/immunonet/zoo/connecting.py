@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from immunonet import _check, _store
 from immunonet.data import Images, sample
 from immunonet.defences.path import ModePath
+from immunonet.learning import Epoch, Progress, Schedule, Task, train_task
 from immunonet.zoo.adversarial import Adversarial, Adversary, robust_accuracies
-from immunonet.zoo.loop import Epoch, Progress, Schedule, Task, train_task
 from immunonet.zoo.training import accuracy
 
 STATISTICS = 5000

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from immunonet import _store, models
 from immunonet.data import Images
+from immunonet.learning import Epoch, Progress, Schedule, Task, train_task
 from immunonet.zoo.adversarial import Adversarial, Adversary, robust_accuracies
-from immunonet.zoo.loop import Epoch, Progress, Schedule, Task, train_task
 
 
 def train(

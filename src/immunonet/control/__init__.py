@@ -1,0 +1,1 @@
+"""Controls that bring states back to the manifolds of clean ones: tensors in, tensors out."""

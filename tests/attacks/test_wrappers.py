@@ -164,5 +164,5 @@ def test_stealthy_names_what_is_wrong(problem):
         Stealthy(SoftNeighbours(rails), rails, weight=-1.0)
     with pytest.raises(TypeError, match="surrogate must be"):
         Stealthy(None, rails)
-    with pytest.raises(ValueError, match="defence must be fitted"):
+    with pytest.raises(ValueError, match="not fitted"):
         Stealthy(nn.Identity(), DkNN(rails.model, "input"))

@@ -175,7 +175,7 @@ def test_a_file_that_holds_no_evaluation_is_refused():
         (["--attack", "pgd"], "--attack does not go with --protocol"),
         (["--seeds", "3"], "--seeds does not go with --protocol"),
         (["--protocol", "slow"], "--protocol must be one of 'quick', 'standard', 'full', got 'slow'"),
-        (["--defence", "wall"], "there is no defence 'wall'; there are cnn, dknn, path, rails"),
+        (["--defence", "wall"], "there is no defence 'wall'; there are cnn, control, dknn, path, rails"),
         (["--defence", "rails conv9"], "layers='conv9' is no submodule of the model; nearest names: conv"),
         (["--defence", "dknn metric=city"], "metric must be one of"),
         (["--transfer", "digits=none.safetensors"], "none.safetensors"),

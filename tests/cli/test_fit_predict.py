@@ -320,7 +320,7 @@ def test_a_feature_map_of_ones_own(command: Run, mine: Any, weights: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("svm",), "there is no defence 'svm'; there are cnn, dknn, path, rails"),
+        (("svm",), "there is no defence 'svm'; there are cnn, control, dknn, path, rails"),
         (("dknn conv9",), "conv9.*conv"),
         (("dknn mine:nothing",), "layer mine:nothing cannot be imported"),
         (("dknn builtins:len",), "has no len"),

@@ -139,7 +139,7 @@ def test_unknown_kinds_and_settings_are_answered_with_the_nearest(functional_con
     with pytest.raises(ValueError, match="there is no defence 'rial'; nearest: rails"):
         base.kind_of("rial")
     with pytest.raises(
-        ValueError, match="there is no defence '?'; there are cnn, dknn, path, rails".replace("?", "[?]")
+        ValueError, match="there is no defence '?'; there are cnn, control, dknn, path, rails".replace("?", "[?]")
     ):
         base.kind_of("?")
     with pytest.raises(ValueError, match="dknn has no setting 'neighbors'; nearest: neighbours"):

@@ -52,7 +52,7 @@ def test_a_cast_defence_still_answers():
 
 def test_strangeness_counts_layers_in_their_own_units():
     far = torch.tensor([[1.0, 100.0], [2.0, 300.0], [3.0, 200.0]])
-    calibration = Calibration.of(torch.tensor([2, 0, 1]), far)
+    calibration = Calibration.scored(torch.tensor([2, 0, 1]), far)
     assert calibration.label_scores.tolist() == [0, 1, 2]
     assert_close(calibration.scales, torch.tensor([2.0, 200.0]))
     assert_close(calibration.strangeness, torch.tensor([1.0, 2.5, 2.5]))
@@ -63,6 +63,6 @@ def test_strangeness_counts_layers_in_their_own_units():
 
 
 def test_identical_calibration_examples_have_no_scale():
-    calibration = Calibration.of(torch.zeros(2), torch.zeros(2, 1))
+    calibration = Calibration.scored(torch.zeros(2), torch.zeros(2, 1))
     assert torch.isfinite(calibration.strangeness).all()
     assert calibration.familiarity(torch.tensor([[0.0], [1e-3]])).le(0.4).tolist() == [False, True]

@@ -142,7 +142,7 @@ def test_those_of_one_name_and_layers_are_called_apart(texts: list[str], names: 
         ("", r"a defence must be KIND \[LAYERS\]"),
         ("   ", "a defence must be KIND"),
         ("rals fc1", "defence 'rals fc1': there is no defence 'rals'; nearest: rails"),
-        ("svm", "there is no defence 'svm'; there are cnn, dknn, path, rails"),
+        ("svm", "there is no defence 'svm'; there are cnn, control, dknn, path, rails"),
         ("rails fc1 populaton=3", "rails has no setting 'populaton'; nearest: population"),
         ("dknn neighbors=3", "dknn has no setting 'neighbors'; nearest: neighbours"),
         ("cnn voice=1", "cnn has no setting 'voice'; there are bounds"),

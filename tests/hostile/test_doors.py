@@ -84,6 +84,7 @@ def test_modes_are_set_in_one_place() -> None:
         # Networks of this package, as they are built, trained or read.
         "zoo/networks.py": {"_NETWORKS[name](classes)"},
         "learning.py": {"task.module"},
+        "control/autoencoders.py": {"made.to(mean.device)"},
         "cli/common.py": {"net"},
         "cli/networks.py": {"net"},
         # Copies of what was given.

@@ -191,8 +191,9 @@ class UnitMap(FeatureMap):
         return self._inner.memory_format
 
     def finished(self, features: Tensor) -> Tensor:
-        """Return features of length 1; overwrites what it is given."""
-        unit: Tensor = features.div_(torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp(min=1e-12))
+        """Return features of length 1; may overwrite what it is given."""
+        length = torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp(min=1e-12)
+        unit: Tensor = features / length if features.requires_grad else features.div_(length)
         return unit
 
     def measured(self, distances: Tensor) -> Tensor:

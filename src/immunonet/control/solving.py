@@ -70,11 +70,11 @@ def solve(run: Run, objective: Objective, *, outer: int, inner: int, step: float
     proposals the best is kept, and after a worse one an antigen goes half as far. `graph`: of how many of the last
     outer rounds, and of the start if of all, the controls stay differentiable in the inputs.
     """
-    whole = graph >= outer and graph > 0
+    whole = graph >= max(1, outer)
     layers = range(len(objective.manifolds))
-    with torch.set_grad_enabled(whole or (graph > 0 and not outer)):
+    with torch.set_grad_enabled(whole):
         way = run([objective.greedy(layer) for layer in layers])
-    controls = [after - before for after, before in zip(way.steered, way.states, strict=True)]
+        controls = [after - before for after, before in zip(way.steered, way.states, strict=True)]
     finite = torch.stack([torch.isfinite(u).flatten(1).all(1) for u in controls]).all(0)
     controls = [torch.where(_spread(finite, u), u, 0.0) for u in controls]
     with torch.enable_grad():
@@ -83,6 +83,8 @@ def solve(run: Run, objective: Objective, *, outer: int, inner: int, step: float
         better = rose = torch.zeros_like(finite)
         for turn in range(outer):
             unrolled = turn >= outer - graph
+            if unrolled and not whole and turn == outer - graph:
+                point = _Point.at(run, objective, point.controls, graph=True)
             moved = [
                 u + _spread(reach, u) * (_descended(objective, layer, point, inner, step, unrolled) - u)
                 for layer, u in enumerate(point.controls)
@@ -151,7 +153,7 @@ def _descended(objective: Objective, layer: int, point: _Point, inner: int, step
 
 def _own(objective: Objective, layer: int, state: Tensor, control: Tensor, graph: bool) -> tuple[Tensor, Tensor]:
     """Return one layer's term `(B,)` and its slope in the control."""
-    if not graph:
+    if not (graph and control.requires_grad):
         control = control.detach().requires_grad_()
     term = objective.term(layer, state + control, control)
     (slope,) = torch.autograd.grad(term.sum(), control, create_graph=graph)

@@ -261,7 +261,7 @@ class ClosedLoop(Defence):
         return self.logits(self._inputs(x)).log_softmax(1)
 
     def logits(self, x: Tensor, *, gradient: str | None = None) -> Tensor:
-        """Return logits `(B, C)` under control for checked inputs, differentiable as `gradient` (None: its own) says."""
+        """Return logits `(B, C)` under control of checked inputs, differentiable as `gradient` (None: its own) says."""
         how = self.gradient if gradient is None else gradient
         found = [self._controlled(part, how).logits for part in x.split(BATCH)]
         return torch.cat(found).float()
@@ -420,7 +420,7 @@ class ClosedLoop(Defence):
 
     def settings(self) -> dict[str, Any]:
         """Return all keyword arguments that the constructor took."""
-        manifold: Any = "linear" if self.manifold is not None else list(self.manifolds)
+        manifold: Any = "linear" if self.manifold is not None else [type(own).__name__ for own in self.manifolds]
         if isinstance(self.manifold, Autoencoder):
             manifold = dataclasses.asdict(self.manifold)
         return super().settings() | {
@@ -450,6 +450,22 @@ class ClosedLoop(Defence):
             raise ValueError(f"{', '.join(sorted(learning))} must be left out unless manifold='autoencoder'")
         return cls(model, list(layers) or [INPUT], **own)
 
+    def with_settings(self, **changes: Any) -> Self:
+        """Return a twin with some settings changed; the manifolds are shared."""
+        own = {} if self.manifold is not None else {"manifold": list(self.manifolds)}
+        twin = self.made(self.model, self._layers, self.settings() | own | changes)
+        twin.adopt(self)
+        return twin
+
+    def save(self, folder: str | Path) -> None:
+        """Write manifolds and settings to `folder`; ValueError for manifolds of one's own, which are modules."""
+        if self.manifold is None:
+            names = ", ".join(type(own).__name__ for own in self.manifolds)
+            raise ValueError(
+                f"manifold must be 'linear' or 'autoencoder' to be saved, got modules of your own ({names})"
+            )
+        super().save(folder)
+
     @classmethod
     def authors(cls, model: nn.Module, layers: Sequence[str] = (INPUT,), **overrides: Any) -> Self:
         """Return what the published code comes to: autoencoders trained on clean states alone, projecting once.
@@ -469,7 +485,7 @@ class ClosedLoop(Defence):
         if not other.shape:
             return
         for name, value in self.fitted_by().items():
-            if not _alike(value, other.settings()[name]):
+            if value != other.settings()[name]:
                 raise ValueError(
                     f"{name} must stay {other.settings()[name]!r}, which this was fitted with: fit another"
                 )
@@ -550,7 +566,7 @@ class ClosedLoop(Defence):
         checked = incoming.inputs("x", x, bounds=self.bounds, shape=self.shape).to(self.device)
         if not len(checked):
             raise ValueError(f"x must hold at least one input, got shape {tuple(checked.shape)}")
-        return checked
+        return x if isinstance(x, Tensor) and x.requires_grad else checked
 
 
 def _manifold(value: Any, layers: int) -> tuple[Autoencoder | str | None, list[nn.Module]]:
@@ -588,15 +604,7 @@ def _instead(state: Tensor, _: Tensor) -> Tensor:
 
 
 def _difference(way: Way) -> list[Tensor]:
-    return [after - before for after, before in zip(way.steered, way.states, strict=True)]
-
-
-def _alike(a: Any, b: Any) -> bool:
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(
-            x is y or (not isinstance(x, nn.Module) and x == y) for x, y in zip(a, b, strict=True)
-        )
-    return bool(a == b)
+    return [(after - before).detach() for after, before in zip(way.steered, way.states, strict=True)]
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -124,7 +124,7 @@ def outcome(
     base_verdicts = {norm: _base_verdict(of_base, campaign, norm, whole) for norm in cases}
     verdicts = {norm: _verdict(of_defence, campaign, norm, cases, own) for norm in cases}
     rows = [_row(of_base, claim, trial.of_base(), Draws(), whole) for trial in _on_base(trials)]
-    rows += [_row(of_defence, claim, trial, draws, own) for trial in trials]
+    rows += [_row(of_defence, claim, trial, draws, own | _explained(scene, trial)) for trial in trials]
     apart = {norm: _apart(campaign, norm, case) for norm, case in cases.items()}
     record = record | {
         "cost": cost,
@@ -294,6 +294,12 @@ def _row(of: Callable[..., Row], claim: Claim, trial: Trial, draws: Draws, setti
         eps=0.0 if attack.method is None else attack.method.eps, seconds_per_image=trial.seconds,
         foreign=None if trial.foreign is None else share(trial.foreign), settings=settings | done | attack.told(),
     )  # fmt: skip
+
+
+def _explained(scene: Scene, trial: Trial) -> dict[str, float]:
+    """Return what the defence says of the candidates of a trial, as a share or another figure by name."""
+    defence = scene.subject.defence
+    return dict(defence.explained(scene.x[: trial.n], trial.adversarials)) if isinstance(defence, Defence) else {}
 
 
 def _ablations(

@@ -94,6 +94,7 @@ def test_modes_are_set_in_one_place() -> None:
     # `zoo.train` trains a network.
     assert {file: found - {"zoo"} for file, found in places("train").items() if found != {"zoo"}} == {
         "zoo/training.py": {"self.module"},
+        "control/autoencoders.py": {"self.module"},
         "defences/path.py": {"net"},
         "paths/statistics.py": {"layer"},
     }

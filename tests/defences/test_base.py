@@ -160,7 +160,8 @@ def read(folder):
 
 def test_an_unknown_kind_lists_the_nearest(functional_conv, images, tmp_path):
     DkNN(functional_conv, "2", neighbours=3).fit(*images).save(tmp_path)
-    for kind, message in (("dkn", "kind 'dkn'; nearest: dknn; register it"), ("?", "kind '[?]'; there are cnn, control, dknn")):
+    known = "kind '[?]'; there are cnn, control, dknn"
+    for kind, message in (("dkn", "kind 'dkn'; nearest: dknn; register it"), ("?", known)):
         write(tmp_path, read(tmp_path) | {"kind": kind})
         with pytest.raises(ValueError, match=f"holds a defence of {message}"):
             load(tmp_path, functional_conv)

@@ -349,3 +349,22 @@ def test_a_function_that_fails_is_the_users(own: Any, functional_conv: nn.Module
 
 def test_fractions_are_exact() -> None:
     assert math.isclose(read("60/255"), 60 / 255, rel_tol=0)
+
+
+def test_one_defence_stands_behind_another():
+    spec = Spec.parse("control input rank=5 | rails fc1 generations=1")
+    assert (spec.kind, spec.layers, spec.behind.kind, spec.behind.settings) == (
+        "rails",
+        ("fc1",),
+        "control",
+        {"rank": 5},
+    )
+    assert Spec.parse(spec.text) == spec
+    assert spec.name == "control+rails"
+    assert [one.kind for one in spec.chain] == ["control", "rails"]
+    assert spec.told()["behind"]["kind"] == "control"
+    spec.tried()
+    with pytest.raises(ValueError, match="rank must be"):
+        Spec.parse("control input rank=0 | rails input").tried()
+    with pytest.raises(ValueError, match="no defence 'walls'"):
+        Spec.parse("walls | rails input")

@@ -216,7 +216,7 @@ def changed(path, value):
         (("main", 0, "split"), "train", "main[0].split: Input should be 'test' or 'validation', got 'train'"),
         (("main", 0, "layers"), [3], "main[0].layers[0]: Input should be a valid list, got 3"),
         (("main", 0, "layers"), [], "main[0].layers: must name at least one"),
-        (("main", 0, "defences"), ["svm"], "main[0].defences: there is no defence 'svm'; there are cnn, control, dknn, "),
+        (("main", 0, "defences"), ["svm"], "main[0].defences: there is no defence 'svm'; there are cnn, control, "),
         (("main", 0, "defences"), ["rails input"], "main[0].defences: 'rails input': 'input' must be left out"),
         (("main", 0, "defences"), ["rails voice=2"], "main[0].defences: voice must be a finite number in [0"),
         (("main", 0, "defences"), ["cnn"], "main[0].settings: there is no setting of cnn 'population'"),

@@ -173,7 +173,7 @@ def evaluate(
     } | common.told(how)  # fmt: skip
     lab = Lab(
         {base: net}, {"training": training, "validation": held_out, "test": test},
-        resolve=common.resolve_layer, told=told, senses=True,
+        resolve=common.resolve_layer, told=told, senses=True, folder=out / "fitted",
         where=lambda named, count: where if named == "test" else {"sample": [count, len(held_out)], "seed": 0},
     )  # fmt: skip
     for spec in specs:

@@ -49,7 +49,11 @@ def fit(
     training, held_out = data.split(len(images), validation)
     if "seed" in spec.options():
         spec = spec.changed(seed=spec.settings.get("seed", seed))
-    built = spec.made(net, common.resolve_layer, len(training))
+    model_of: Any = net
+    chain = spec.chain
+    for before in chain[:-1]:
+        model_of = before.made(model_of, common.resolve_layer, len(training))
+    built = spec.made(model_of, common.resolve_layer, len(training))
     if REGISTRY.get(built.kind) is not type(built):
         raise ValueError(f"--defence {spec.kind} gives no kind that is registered: immunonet.register makes it one")
     record: dict[str, Any] = {
@@ -65,10 +69,18 @@ def fit(
         (out / RECORD).unlink(missing_ok=True)
         with common.console.status(f"fitting {spec.name} on {len(training):,} images"):
             repertoire, calibration = images[training], images[held_out]
-            built.fit(repertoire.x, repertoire.y, calibration=(calibration.x, calibration.y)).save(out)
+            for one in [*_behind(built), built]:
+                one.fit(repertoire.x, repertoire.y, calibration=(calibration.x, calibration.y))
+            built.save(out)
         _store.write_json(out / RECORD, record)
         typer.echo(f"{spec.name} on {len(training):,} images, calibrated on {len(held_out):,}: {out}")
     common.write_results(json, [record])
+
+
+def _behind(defence: Defence) -> list[Defence]:
+    """Return the defences that are the models of this one and of each other, the innermost first."""
+    model = defence.model
+    return [*_behind(model), model] if isinstance(model, Defence) else []
 
 
 def _already(out: Path, record: dict[str, Any], read: Callable[[], Defence]) -> bool:

@@ -113,7 +113,14 @@ def _lab(
         return [0, n] if ordered else {"sample": [n, len(splits[split])], "seed": 0}
 
     told = {"dataset": study.dataset, "device": device.type}
-    return Lab(nets, splits | {"training": training}, resolve=common.resolve_layer, told=told, where=where), nursery
+    return Lab(
+        nets,
+        splits | {"training": training},
+        resolve=common.resolve_layer,
+        told=told,
+        where=where,
+        folder=out / "fitted",
+    ), nursery
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ from immunonet.response import Trace
 FORMAT = 2
 _KINDS_1 = {"RAILS": "rails", "DkNN": "dknn"}
 DEFENCE_FILE = "defence.json"
+# Where the defence that is another's model lies in the folder of that one.
+_BEHIND = "behind"
 
 REGISTRY: dict[str, type[Defence]] = {}
 """Every kind of defence by its name; a kind that is registered works in commands, studies, the protocol and `load`."""
@@ -84,6 +86,8 @@ class Defence(models.Asking, abc.ABC):
     """Number of classes; 0 where it is not known before an answer."""
     optimizes: bool | None = None
     """Whether an answer is the outcome of a search (RobustBench's `optimization_loop`); None: not told."""
+    costly: bool = False
+    """Whether fitting takes so long that what was fitted is worth keeping; `fit` then takes a `checkpoint` folder."""
     words: ClassVar[Mapping[str, dict[str, Any]]] = {}
     """Bare words that a description of this kind may hold, each short for settings, such as a preset's."""
 
@@ -284,10 +288,13 @@ class Defence(models.Asking, abc.ABC):
     def save(self, folder: str | Path) -> None:
         """Write what was fitted and the settings to `folder` (safetensors and JSON); the model stays outside.
 
-        An older save in the folder is replaced only when the new one is whole.
+        A defence that is the model of this one is written to a folder inside. An older save is replaced only when the
+        new one is whole.
         """
         self.check_current()
         folder = Path(folder)
+        if isinstance(self.model, Defence):
+            self.model.save(folder / _BEHIND)
         checksum = _store.write_tensors(folder / "tensors.new", self.tensors())
         name = f"tensors-{checksum[:12]}.safetensors"
         known = (folder / name).exists()
@@ -334,6 +341,8 @@ class Defence(models.Asking, abc.ABC):
         given = () if layers is None and not names else as_layers(names if layers is None else layers)
         if len(given) != len(names):
             raise ValueError(f"layers must be {len(names)} as saved, {names}, got {list(layer_names(given))}")
+        if (path.parent / _BEHIND / DEFENCE_FILE).is_file() and not isinstance(model, Defence):
+            model = load(path.parent / _BEHIND, model)
         defence = found.made(model, given, record["settings"])
         defence.classes = record["classes"]
         tensors = _store.read_tensors(path.parent / record["tensors"]["file"], checksum=record["tensors"]["sha256"])

@@ -414,6 +414,11 @@ class ClosedLoop(Defence):
     # --- The contract
 
     @property
+    def costly(self) -> bool:  # type: ignore[override]
+        """Whether autoencoders are trained."""
+        return isinstance(self.manifold, Autoencoder)
+
+    @property
     def effort(self) -> float:
         """Roughly what an answer takes: passes of the network."""
         return 2.0 if self._closed else 3.0 + 3 * self.outer

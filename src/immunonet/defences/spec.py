@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from immunonet import _store
+from immunonet import _store, models
 from immunonet._check import nearest
 from immunonet._imports import called, imported
 from immunonet.defences.base import Defence, kind_of
@@ -20,7 +20,7 @@ from immunonet.features.names import Layer, layer_parts
 TUNED = "tuned"
 GRAMMAR = (
     "KIND [LAYERS] [WORD] [KEY=VALUE ...], as 'rails fc1+fc2 generations=0', 'dknn input tuned', 'cnn', "
-    "'my.module:factory gain=2'"
+    "'my.module:factory gain=2'; one before another, which is then its model: 'control input rank=20 | rails input'"
 )
 _WORDS = {"none": None, "true": True, "false": False}
 
@@ -36,7 +36,8 @@ class Spec:
     """A defence described: its `kind` and `settings`, the `layers` that it looks at, and `words` for settings.
 
     `kind` is that of the registry, or `package.module:factory`, called with the network and the settings. `title`: for
-    tables; None: the kind's. `called`: its name in rows; "": its kind and words.
+    tables; None: the kind's. `called`: its name in rows; "": its kind and words. `behind`: the defence that is its
+    model, None where that is the network itself.
     """
 
     kind: str
@@ -45,10 +46,14 @@ class Spec:
     settings: dict[str, Any] = field(default_factory=dict)
     title: str | None = None
     called: str = ""
+    behind: Spec | None = None
 
     @classmethod
     def parse(cls, text: str) -> Spec:
         """Read a description; ValueError names the part that is wrong, and the nearest right ones."""
+        before, then, last = text.rpartition("|")
+        if then:
+            return replace(cls.parse(last), behind=cls.parse(before))
         kind, *rest = text.split() or [""]
         if not kind:
             raise ValueError(f"a defence must be {GRAMMAR}, got {text!r}")
@@ -113,7 +118,8 @@ class Spec:
         """What it is called in rows: its kind and words, or the factory's name, unless it has one of its own."""
         if self.called:
             return self.called
-        return self.kind.rpartition(":")[2] if self.foreign else "-".join((self.kind, *self.words))
+        own = self.kind.rpartition(":")[2] if self.foreign else "-".join((self.kind, *self.words))
+        return own if self.behind is None else f"{self.behind.name}+{own}"
 
     @property
     def label(self) -> str:
@@ -121,7 +127,7 @@ class Spec:
         return " ".join((self.name, *(["+".join(self.layers)] if self.layers else [])))
 
     def __hash__(self) -> int:
-        return hash((self.kind, self.layers, self.words))
+        return hash((self.kind, self.layers, self.words, self.behind))
 
     def all_settings(self) -> dict[str, Any]:
         """Return its settings with those that its words stand for."""
@@ -132,7 +138,8 @@ class Spec:
     def text(self) -> str:
         """The description that `parse` reads as this one, but for how values are written."""
         settings = [f"{key}={_shown(value)}" for key, value in self.settings.items()]
-        return " ".join((self.kind, *(["+".join(self.layers)] if self.layers else []), *self.words, *settings))
+        own = " ".join((self.kind, *(["+".join(self.layers)] if self.layers else []), *self.words, *settings))
+        return own if self.behind is None else f"{self.behind.text} | {own}"
 
     def options(self) -> list[str]:
         """Return the names of the settings that its kind has; none are known of somebody's own factory."""
@@ -142,9 +149,15 @@ class Spec:
         """Return whether its kind has a setting of that name."""
         return self.foreign or setting in self.options()
 
+    @property
+    def chain(self) -> list[Spec]:
+        """All descriptions, the one next to the network first, itself last."""
+        return [*(self.behind.chain if self.behind else []), self]
+
     def told(self) -> dict[str, Any]:
         """Return all that it says, as JSON."""
-        return {"kind": self.kind, "layers": list(self.layers), "words": list(self.words), "settings": self.settings}
+        told = {"kind": self.kind, "layers": list(self.layers), "words": list(self.words), "settings": self.settings}
+        return told if self.behind is None else told | {"behind": self.behind.told()}
 
     def changed(self, **settings: Any) -> Spec:
         """Return the same with other settings."""
@@ -152,6 +165,8 @@ class Spec:
 
     def made(self, net: nn.Module, resolve: Resolve, examples: int) -> Defence:
         """Return what it describes around a network, not fitted, for a repertoire of so many examples.
+
+        `net`: where another defence stands `behind` it, that one.
 
         A factory may also give a module or function, inputs `(B, *S)` to log-probabilities `(B, C)`. Errors are those
         of the kind, the layers and the settings.
@@ -161,7 +176,7 @@ class Spec:
                 made = called("factory", self.kind, net, **self.settings)
                 return made if isinstance(made, Defence) else Wrapped(net, made)
             kind = kind_of(self.kind)
-            layers = [resolve(name, net) for name in self.layers]
+            layers = [resolve(name, models.inside(net)) for name in self.layers]
             return kind.made(net, layers, kind.defaults(examples) | self.all_settings())
 
     def tried(self, choices: Mapping[str, Sequence[Any]] | None = None) -> Defence | None:
@@ -170,6 +185,8 @@ class Spec:
         With every candidate, too, if it is tuned; `choices` as in `Defence.candidates`. ValueError or TypeError for
         settings that are wrong at any network, and for a factory that cannot be imported.
         """
+        if self.behind is not None:
+            self.behind.tried()
         if self.foreign:
             imported("defence", self.kind)
             return None

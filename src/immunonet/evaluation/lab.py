@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from immunonet import _store, models
 from immunonet._identity import identity
 from immunonet.attacks._base import Attack
 from immunonet.data import Images, sample
-from immunonet.defences.base import Defence, kind_of
+from immunonet.defences.base import DEFENCE_FILE, Defence, kind_of
 from immunonet.defences.spec import Resolve, Spec
 from immunonet.evaluation.asking import describe, told_of
 from immunonet.evaluation.bench import Bench, Part, Value, chunks
@@ -106,14 +107,16 @@ class Lab:
     repertoire, "validation" those that calibrate and tune. `resolve(name, net)`: what a layer's name stands for.
     `told`: settings of every row; `where(split, n)`: what a row says of which images the first n are.
     `senses`: whether defences are asked what looks foreign, so that they must be calibrated on all of "validation".
+    `folder`: where defences that take long to fit are kept by all that they depend on; None: nowhere.
     """
 
     def __init__(
         self, nets: dict[str, nn.Module], splits: dict[str, Images], *,
         resolve: Resolve, told: dict[str, Any], where: Callable[[str, int], Any], senses: bool = False,
+        folder: Path | None = None,
     ) -> None:  # fmt: skip
         self.nets, self.splits, self.training = nets, splits, splits["training"]
-        self.resolve, self.told, self.where, self.senses = resolve, told, where, senses
+        self.resolve, self.told, self.where, self.senses, self.folder = resolve, told, where, senses, folder
         self.device = next(next(iter(nets.values())).parameters()).device
         self.revision = 0
         self.weights: dict[str, str] = {}
@@ -150,12 +153,20 @@ class Lab:
 
     def made(self, spec: Spec, base: str, repertoire: int | None = None) -> Defence:
         """Return a defence as it is described, not fitted."""
-        return spec.made(self.nets[base], self.resolve, self.size(repertoire))
+        net = self.nets[base] if spec.behind is None else self.made(spec.behind, base, repertoire)
+        return spec.made(net, self.resolve, self.size(repertoire))
+
+    def _around(self, spec: Spec, base: str, repertoire: int | None) -> Defence:
+        """Return the same around a fitted defence, where one stands behind it."""
+        if spec.behind is None:
+            return self.made(spec, base, repertoire)
+        return spec.made(self.fitted(spec.behind, base, repertoire), self.resolve, self.size(repertoire))
 
     def fitted(self, spec: Spec, base: str, repertoire: int | None = None, *, senses: bool | None = None) -> Defence:
         """Return a fitted defence; what was fitted alike is used again, with other settings."""
-        senses, new = self.senses if senses is None else senses, self.made(spec, base, repertoire)
-        own = [spec.kind, spec.settings] if spec.foreign else []  # of which the defence may not tell all
+        senses, new = self.senses if senses is None else senses, self._around(spec, base, repertoire)
+        own: list[Any] = [spec.kind, spec.settings] if spec.foreign else []  # of which the defence may not tell all
+        own += [] if spec.behind is None else [spec.behind.told()]
         alike = _store.fingerprint([base, identity(type(new), new._layers), new.fitted_by(), repertoire, own])
         same = _store.fingerprint(self.known(spec, base, repertoire, senses=senses).key)
         known = self._fitted.pop(alike, {})  # the last used is the last to go
@@ -166,13 +177,24 @@ class Lab:
                 few = self.splits["validation"][:CALIBRATION]
                 while len(self._fitted) >= KEPT:
                     del self._fitted[next(iter(self._fitted))]
-                new.fit(*self.examples(repertoire), calibration=(few.x, few.y))
+                new = self._fit(new, spec, same, repertoire, (few.x, few.y))
             known[same] = new
             if senses:
                 new.calibrate(*self.images("validation", slice(None)))
         if new.can("fit"):
             self._fitted[alike] = known
         return known[same]
+
+    def _fit(self, new: Defence, spec: Spec, key: str, repertoire: int | None, few: tuple[Tensor, Tensor]) -> Defence:
+        """Return a defence after fitting it; one that takes long is kept, in the middle and at the end."""
+        if self.folder is None or not new.costly:
+            return new.fit(*self.examples(repertoire), calibration=few)
+        place = self.folder / f"{spec.kind}-{key[:16]}"
+        if (place / DEFENCE_FILE).is_file():
+            return type(new).load(place, new.model, new._layers)
+        fit: Callable[..., Defence] = new.fit
+        fit(*self.examples(repertoire), calibration=few, checkpoint=place).save(place)
+        return new
 
     def known(self, spec: Spec, base: str, repertoire: int | None = None, *, senses: bool | None = None) -> Told:
         """Return what is known of a defence before it is fitted.

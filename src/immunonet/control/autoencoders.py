@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -92,7 +93,9 @@ class Autoencoder:
         images = images[: self.examples] if self.examples is not None else images
         mean, scale, shape = _moments(states)
         net = self.built(shape, mean, scale)
-        task = _Projecting(self, net, model, layer, held, bounds)
+        # A copy, so that no gradient is left in the network's parameters, and none is computed for them.
+        frozen = copy.deepcopy(models.eager(model)).requires_grad_(False)
+        task = _Projecting(self, net, frozen, layer, held, bounds)
         plan = Schedule(
             epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, weight_decay=0.0, seed=self.seed,
             bfloat16=self.bfloat16,

@@ -434,7 +434,8 @@ class Study(Table):
         text, title = DEFENCES.get(name, (name, ""))
         if name in self.defences:
             text, title = self.defences[name].spec, self.defences[name].title or title
-        kind, _, rest = text.partition(" ")
+        # Of several, the last is the one that the experiment's layers and settings are for.
+        kind, _, rest = text.rpartition("|")[2].strip().partition(" ")
         if ":" not in kind:
             among(kind, {*REGISTRY, *(self.defences | DEFENCES if text == name else ())}, "defence")
         spec = Spec.parse(text)

@@ -11,6 +11,7 @@ from torch import nn
 from immunonet import RAILS, ClosedLoop, DkNN, Maturation, attacks, data, evaluate, load, models
 from immunonet.control.autoencoders import Autoencoder
 from immunonet.defences.spec import Spec
+from immunonet.evaluation.lab import Lab
 
 
 class Half(nn.Module):
@@ -368,3 +369,28 @@ def test_divergence_falls_back_and_is_told(digits_net, digits):
     lost = x[:20].flatten(1).amax(1) > 0.99
     assert bool(lost.any())
     assert torch.equal(found[lost], models.logits(digits_net, x[:20][lost]).argmax(1))
+
+
+def test_what_takes_long_is_fitted_once_for_all_runs(digits_net, digits, tmp_path, monkeypatch):
+    def lab():
+        images = data.Images(*digits, tuple(map(str, range(10))))
+        return Lab(
+            {"net": digits_net}, {"training": images[:300], "validation": images[300:350], "test": images[350:]},
+            resolve=lambda name, net: name, told={}, where=lambda split, n: n, folder=tmp_path,
+        )  # fmt: skip
+
+    spec = Spec.parse("control input manifold=autoencoder epochs=1 width=4 outer=0 | dknn input neighbours=3")
+    first = lab().fitted(spec, "net")
+    monkeypatch.setattr("immunonet.control.autoencoders.train_task", None)
+    again = lab().fitted(spec, "net")
+    assert isinstance(again.model, ClosedLoop)
+    assert torch.equal(first(digits[0][:10]), again(digits[0][:10]))
+
+
+def test_it_is_saved_with_the_defence_around_it(digits_net, digits, tmp_path):
+    control = ClosedLoop(digits_net, "input", rank=10).fit(*digits)
+    behind = DkNN(control, "fc1", neighbours=5).fit(*digits)
+    behind.save(tmp_path)
+    again = load(tmp_path, digits_net)
+    assert isinstance(again.model, ClosedLoop)
+    assert torch.equal(again(digits[0][:20]), behind(digits[0][:20]))

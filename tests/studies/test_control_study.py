@@ -22,6 +22,11 @@ def test_a_study_of_control_from_raw_data_to_tables(run, tiny, monkeypatch):
     assert rows["autoencoder", "none"]["settings"]["manifold"]["eps"] == 0.15
     curve = [row for row in found["results"] if row["settings"]["experiment"] == "rank"]
     assert [row["settings"]["rank"] for row in curve if row["attack"] == "pgd"] == [4, 64]
+    (healed,) = found["healing"]
+    far = {(row["images"], row["when"]): row["mean"][0] for row in healed["rows"]}
+    assert far["clean", "after"] < far["clean", "before"] < far["attacked", "before"]
+    assert healed["rows"][0]["n"] == 20
+    assert Path("results/figures/healing-healed.png").stat().st_size > 5000
     plain, controlled = found["contests"][0]["entrants"]
     attacks = {attack for _, attack, *_ in controlled["attacks"]}
     assert {"frozen", "inside", "direct-pgd", "stealthy"} <= attacks

@@ -66,6 +66,19 @@ class Answer:
         return self.log_probabilities.exp() if self.shares is None else self.shares
 
 
+@dataclass(frozen=True, kw_only=True)
+class Healed:
+    """What an answer changes on its way: the inputs `x` `(B, *S)` that the network meets, and how far states lie off.
+
+    `before`, `after` `(B, T)`: the distance of each layer's state to clean ones, in the layer's own units, of the bare
+    network and under control.
+    """
+
+    x: Tensor
+    before: Tensor
+    after: Tensor
+
+
 class Defence(models.Asking, abc.ABC):
     """A trained classifier with something around it. A kind of its own is a subclass that is registered.
 
@@ -159,6 +172,10 @@ class Defence(models.Asking, abc.ABC):
 
     def memory_cells(self, x: Any, seed: int | None = None, *, most: int) -> tuple[Tensor, Tensor] | None:
         """Return what answers to inputs leave to learn from, `(B, M, *S)`, M at most `most`, with labels `(B, M)`."""
+        return None
+
+    def healed(self, x: Any) -> Healed | None:
+        """Return what answers to inputs `(B, *S)` change on their way; None of a kind that changes nothing."""
         return None
 
     def draws(self, x: Any, seeds: Sequence[int]) -> Tensor:

@@ -19,7 +19,7 @@ from immunonet.control.manifolds import Denoiser, Subspace, flat_norm, off, proj
 from immunonet.control.passing import INPUT, Steer, Way, passed, unsteered
 from immunonet.control.solving import Objective, Solved, held, solve
 from immunonet.data import Images
-from immunonet.defences.base import Answer, Defence, Made, Sense
+from immunonet.defences.base import Answer, Defence, Healed, Made, Sense
 from immunonet.defences.repertoire import Familiarity, hold_out
 from immunonet.features.names import Layer, check_names
 from immunonet.features.witness import Witness
@@ -279,6 +279,12 @@ class ClosedLoop(Defence):
                 return torch.cat([self._off(part) for part in inputs.split(BATCH)])
             ways = [self._controlled(part, "frozen") for part in inputs.split(BATCH)]
             return torch.cat([self._distances(way.steered) for way in ways])
+
+    def healed(self, x: Any) -> Healed:
+        """Return inputs `(B, *S)` after control, and distances to the manifolds in units of clean ones."""
+        with torch.no_grad():
+            before, after = (self.residuals(x, controlled=way) / self.scales for way in (False, True))
+            return Healed(x=self.controlled(x), before=before, after=after)
 
     def controls(self, x: Any) -> list[Tensor]:
         """Return the controls of inputs `(B, *S)`, one tensor `(B, *S_t)` per layer."""

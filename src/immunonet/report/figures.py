@@ -307,6 +307,56 @@ def loss_plane(planes: Mapping[str, Row]) -> Figure:
     return figure
 
 
+def healing(entry: Row) -> Figure:
+    """Return a figure of what control changes: distances to the manifolds, and pictures of attacked images, if any.
+
+    `entry`: `layers`, `rows` with the `mean` per layer and its `half` width before and after, clean and attacked, and
+    `pictures` as bytes.
+    """
+    pictures = entry["pictures"]["attacked"]
+    n = len(pictures["truth"]) if "given" in pictures else 0
+    figure = blank(3.2 + 0.85 * n, 3.4)
+    parts: Any = figure.subfigures(1, 2, width_ratios=[3.2, 0.85 * n]) if n else (figure, figure)
+    left, right = parts
+    axes = left.subplots()
+    for i, row in enumerate(entry["rows"]):
+        at = np.arange(len(row["mean"])) + 0.14 * (i - 1.5)
+        centre, half = np.array(row["mean"]), np.array(row["half"])
+        ends = np.stack([centre - half, centre + half], 1)
+        _bars(axes, i, at, centre, ends, f"{row['images']}, {row['when']}", joined=False)
+    axes.set_xticks(range(len(entry["layers"])), entry["layers"])
+    axes.set_ylim(bottom=0)
+    _style(axes, "Distance to the manifold", "", "in units of clean images")
+    axes.legend(frameon=False, fontsize=7)
+    if n:
+        _pictures(right, entry, n)
+    return figure
+
+
+def _pictures(figure: Any, entry: Row, n: int) -> None:
+    """Draw clean images, attacked ones, these after control, and what control added, in four rows."""
+    clean, attacked = entry["pictures"]["clean"], entry["pictures"]["attacked"]
+
+    def read(source: Row, name: str) -> np.ndarray:
+        values = np.frombuffer(base64.b64decode(source[name]), dtype=np.uint8)
+        return values.reshape(n, *source["shape"]).transpose(0, 2, 3, 1).astype(int)
+
+    given, met = read(attacked, "given"), read(attacked, "met")
+    rows = {
+        "clean": (read(clean, "given"), clean["truth"]), "attacked": (given, attacked["bare"]),
+        "controlled": (met, attacked["healed"]), "control": (np.clip(128 + met - given, 0, 255), None),
+    }  # fmt: skip
+    for (name, (images, labels)), drawn in zip(rows.items(), figure.subplots(4, n, squeeze=False), strict=True):
+        for i, axes in enumerate(drawn):
+            pixels = images[i].astype(np.uint8)
+            axes.imshow(pixels if pixels.shape[2] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=255)
+            axes.set(xticks=[], yticks=[])
+            if labels is not None:
+                right = labels[i] == attacked["truth"][i]
+                axes.set_title(str(labels[i]), fontsize=7, color=INK if right else ORANGE, pad=2)
+        drawn[0].set_ylabel(name, fontsize=7, color=INK)
+
+
 def blank(width: float, height: float) -> Figure:
     """Return an empty figure, so many inches wide and high."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")

@@ -66,6 +66,8 @@ def sections(record: Record) -> list[Section]:
         add(f"False alarms: {entry['name']}", words.alarms(), _alarms(entry))
     for entry in record["hardening"]:
         add(f"Adaptive hardening: {entry['name']}", words.hardening(entry), _hardening(entry))
+    for entry in record.get("healing", ()):
+        add(f"What control changes: {entry['title']}", words.healing(entry), _healing(entry), entry["name"])
     for entry in record.get("search", ()):  # records of before searches have none
         add(f"Search: {entry['title']}", words.search(entry), _search(entry), entry["name"])
     return [*report, Section("Notes", study["notes"])] if study["notes"] else report
@@ -84,6 +86,7 @@ def drawn(record: Record) -> dict[str, Figure]:
             rule = f"{title(row['defence'], row.get('title'))}, {row['rule']}"
             strangers.setdefault(row["stranger"], {})[rule] = row["true_alarms"]
         found[entry["name"]] = figures.alarm_curves(strangers)
+    found |= {entry["name"]: figures.healing(entry) for entry in record.get("healing", ())}
     for entry in record.get("search", ()):
         found[entry["name"]] = figures.trial_scores(entry["title"], [trial["score"] for trial in entry["trials"]])
     return found
@@ -282,6 +285,14 @@ def _hardening(entry: Record) -> Table:
         (title(r["defence"], r.get("title")), r["images"], *cells(r), f"{r['p']:.2g}", str(r["n"]))
         for r in entry["rows"]
     ]
+
+
+def _healing(entry: Record) -> Table:
+    body = []
+    for layer, name in enumerate(entry["layers"]):
+        cells = [f"{row['mean'][layer]:.3f} ± {row['half'][layer]:.3f}" for row in entry["rows"]]
+        body.append((name, *cells))
+    return [("layer", *(f"{row['images']}, {row['when']}" for row in entry["rows"])), *body]
 
 
 def _search(entry: Record) -> Table:

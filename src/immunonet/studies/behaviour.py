@@ -1,7 +1,8 @@
-"""How defences behave: learning curves, sensing of strangers, and hardening by memory cells."""
+"""How defences behave: learning curves, sensing of strangers, hardening by memory cells, and what control changes."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from immunonet import _store, data, statistics
+from immunonet import _store, data, models, statistics
 from immunonet._words import show
 from immunonet.evaluation.bench import Part, Value, chunks
 from immunonet.evaluation.lab import CALIBRATION, Lab, Measurement, asked
 from immunonet.studies.experiments import Run
-from immunonet.studies.model import Hardening, Learning, Sensing, Single
+from immunonet.studies.model import Hardening, Healing, Learning, Sensing, Single
 
 FALSE_ALARMS = (0.01, 0.05, 0.1)
 # Points of a ROC curve.
@@ -23,7 +24,7 @@ ROC_POINTS = 101
 # Decimal digits of what is kept.
 DIGITS = 5
 RULES = ("credibility", "distance", "distance_p")
-KINDS = ("learning", "sensing", "hardening")
+KINDS = ("learning", "sensing", "hardening", "healing")
 
 Values = Mapping[Any, Sequence[Value]]
 
@@ -41,6 +42,7 @@ def told(run: Run, kind: str) -> list[dict[str, Any]]:
 
     Learning: per eps the curves' means over antigens, with their 95 % half widths. Sensing: AUC and ROC of both rules
     for each stranger, and false-alarm rates. Hardening: accuracy before and after, attacked and clean, with p-values.
+    Healing: mean distances to the manifolds before and after, clean and attacked, and a few pictures.
     """
     records = []
     for entry in getattr(run.study, kind):
@@ -102,6 +104,22 @@ def _hardened(run: Run, entry: Hardening, values: Values) -> dict[str, Any]:
     return {"attack": entry.attack, "cells": value["cells"], "true_labels": value["true_labels"], "rows": rows}
 
 
+def _healed(run: Run, entry: Healing, values: Values) -> dict[str, Any]:
+    rows = []
+    for source, several in values.items():
+        for when in ("before", "after"):
+            far = torch.cat([torch.tensor(value[when], dtype=torch.float64) for value in several])
+            half = 1.96 * far.std(0) / max(1, len(far)) ** 0.5 if len(far) > 1 else torch.zeros_like(far[0])
+            rows.append(
+                {"images": source, "when": when, "mean": _rounded(far.mean(0)), "half": _rounded(half), "n": len(far)}
+            )
+    pictures = {source: several[0]["pictures"] for source, several in values.items()}
+    spec = run.study.spec(entry.defence)
+    return {
+        "title": entry.title or spec.title, "attack": entry.attack, "rows": rows, "pictures": pictures,
+    }  # fmt: skip
+
+
 def _measurement(
     run: Run, entry: Single, name: str, split: str, attack: str = "none", eps: float | None = None
 ) -> Measurement:
@@ -153,10 +171,22 @@ def _hardening(run: Run, entry: Hardening) -> dict[Any, list[Part]]:
     return {None: [_part(run, m, part, _harden, specs, entry.cells, key=key, about=entry.name, cost=50.0)]}
 
 
+def _healing(run: Run, entry: Healing) -> dict[Any, list[Part]]:
+    found = {}
+    for attack in ("none", entry.attack):
+        m = _measurement(run, entry, entry.defence, "test", attack)
+        places, about = chunks(m.images, run.tables.chunk), f"{entry.name} {attack}"
+        found["clean" if attack == "none" else "attacked"] = [
+            _part(run, m, part, _heal, entry.pictures, key=entry.pictures, about=about, cost=5.0) for part in places
+        ]
+    return found
+
+
 _ASKED: dict[str, tuple[Callable[..., dict[Any, list[Part]]], Callable[..., dict[str, Any]]]] = {
     "learning": (_learning, _learned),
     "sensing": (_sensing, _sensed),
     "hardening": (_hardening, _hardened),
+    "healing": (_healing, _healed),
 }
 
 
@@ -214,6 +244,26 @@ def _harden(
                 for source, x in (("attacked", attacked), ("clean", lab.images(m.split, part)[0]))
             }
     return value
+
+
+def _heal(lab: Lab, m: Measurement, part: slice, seed: int, pictures: int, made: Value | None = None) -> Value:
+    x, y = _inputs(lab, m, part, made)
+    defence = lab.fitted(m.spec, m.base, m.repertoire)
+    found = defence.healed(x)
+    assert found is not None
+    bare = models.logits(lab.nets[m.base], x[:pictures]).argmax(1)
+    answers = {"truth": y[:pictures], "bare": bare, "healed": defence.predict(x[:pictures])}
+    shown = {"given": x[:pictures], "met": found.x[:pictures]} if part.start == 0 and x.ndim == 4 else {}
+    return {
+        "before": [_rounded(row) for row in found.before], "after": [_rounded(row) for row in found.after],
+        "pictures": {name: _bytes(images) for name, images in shown.items()}
+        | {"shape": list(x.shape[1:]), **{name: labels.tolist() for name, labels in answers.items()}},
+    }  # fmt: skip
+
+
+def _bytes(images: Tensor) -> str:
+    """Return images in [0, 1] as bytes, base64."""
+    return base64.b64encode(images.clamp(0, 1).mul(255).round().byte().cpu().numpy().tobytes()).decode()
 
 
 def _inputs(lab: Lab, m: Measurement, part: slice, made: Value | None) -> tuple[Tensor, Tensor]:

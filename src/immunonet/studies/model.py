@@ -253,6 +253,18 @@ class Hardening(Single):
     defences: Names = ("dknn", "dknn-tuned", "rails")
 
 
+class Healing(Single):
+    """What control makes of clean images, and of those of an `attack` on the base: distances to manifolds, pictures.
+
+    `pictures`: how many are drawn.
+    """
+
+    attack: Attacked = "pgd"
+    defence: str
+    pictures: Count = 6
+    title: str = ""
+
+
 class Range(Table):
     """The numbers from `low` to `high`, both included; `log`: drawn evenly in their logarithm, `low` above 0."""
 
@@ -416,6 +428,7 @@ class Study(Table):
     learning: tuple[Learning, ...] = ()
     sensing: tuple[Sensing, ...] = ()
     hardening: tuple[Hardening, ...] = ()
+    healing: tuple[Healing, ...] = ()
     search: tuple[Search, ...] = ()
     targets: tuple[Target, ...] = ()
 

@@ -28,6 +28,7 @@ _NEEDS: dict[tuple[type[Any], str], str] = {
     (model.Hardening, "defence"): "memory_cells",
     (model.Hardening, "defences"): "fit",
     (model.Sensing, "defences"): "fit",
+    (model.Healing, "defence"): "healed",
 }
 
 
@@ -143,7 +144,7 @@ def _check(study: Study) -> None:
         raise Wrong("must hold at least one experiment where there are no paths and contests", "main")
     _check_paths(study)
     names: set[Any] = {"main"}
-    for place in ("main", "curves", "learning", "sensing", "hardening", "search", "targets"):
+    for place in ("main", "curves", "learning", "sensing", "hardening", "healing", "search", "targets"):
         for i, entry in enumerate(getattr(study, place)):
             with at(place, i):
                 _check_defences(study, entry)

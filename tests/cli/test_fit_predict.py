@@ -365,3 +365,20 @@ def test_a_mistake_in_predict_is_one_line(command: Run, weights: Path, tmp_path:
     assert "are not those that defence was fitted with" in said("digits", "--weights", "other.safetensors")
     Path("defence/fit.json").write_text("{}")
     assert "was edited: it lacks 'settings'" in said("digits", *good)
+
+
+@pytest.mark.parametrize("before", ["rank=9", "manifold=autoencoder epochs=1 width=4 outer=0"])
+def test_one_defence_behind_another_is_fitted_and_predicts(command: Run, weights: Path, before: str) -> None:
+    text = f"control input {before} | dknn input neighbours=3"
+    code, out, err = command(*FIT, text, "--out", "fitted", "--json", "fit.json")
+    assert code == 0, err
+    assert out == "control+dknn on 1,294 images, calibrated on 143: fitted\n"
+    assert not Path("fitted/training").exists()
+    code, out, _ = command(*FIT, text, "--out", "fitted")
+    assert out == "fitted holds this defence already\n"
+    code, _, err = command("predict", "digits", "--defence", "fitted", "--weights", weights, "--json", "predicted.json")
+    assert code == 0, err
+    found = json.loads(Path("predicted.json").read_text())["results"]
+    net = common.load_model("digits", weights)
+    expected = base.load("fitted", net).predict(data.load("digits", "test").x)
+    assert [row["label"] for row in found] == expected.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,14 +68,31 @@ def fit(
     else:
         # While the record is missing, what lies in the folder counts as unfinished.
         (out / RECORD).unlink(missing_ok=True)
-        with common.console.status(f"fitting {spec.name} on {len(training):,} images"):
-            repertoire, calibration = images[training], images[held_out]
-            for one in [*_behind(built), built]:
-                one.fit(repertoire.x, repertoire.y, calibration=(calibration.x, calibration.y))
-            built.save(out)
+        repertoire, calibration = images[training], images[held_out]
+        for one in [*_behind(built), built]:
+            _fit(one, repertoire, calibration, out / "training")
+        built.save(out)
+        shutil.rmtree(out / "training", ignore_errors=True)
         _store.write_json(out / RECORD, record)
         typer.echo(f"{spec.name} on {len(training):,} images, calibrated on {len(held_out):,}: {out}")
     common.write_results(json, [record])
+
+
+def _fit(defence: Defence, repertoire: data.Images, calibration: data.Images, folder: Path) -> None:
+    """Fit a defence; where that takes long, under a bar, and from where it was interrupted."""
+    fit: Callable[..., Defence] = defence.fit
+    known: dict[str, Any] = {"calibration": (calibration.x, calibration.y)}
+    if not defence.costly:
+        with common.console.status(f"fitting {defence.kind} on {len(repertoire):,} images"):
+            fit(repertoire.x, repertoire.y, **known)
+        return
+    with common.progress() as bar:
+        task = bar.add_task(f"fitting {defence.kind}")
+
+        def show(step: int, steps: int, _: Any) -> None:
+            bar.update(task, completed=step, total=steps)
+
+        fit(repertoire.x, repertoire.y, **known, checkpoint=folder, on_progress=show)
 
 
 def _behind(defence: Defence) -> list[Defence]:

@@ -392,10 +392,10 @@ class ClosedLoop(Defence):
 
     def surrogates(self) -> Mapping[str, nn.Module]:
         """Return what an attacker may differentiate in place of it, beside its own gradient, which is exact."""
-        whole = {} if self._closed else {"last": "last", "start": "start"}
+        # Where there is one projection and no step, its gradient is the whole one.
+        parts = ["last", "start"] if not self._closed and self.outer else []
         makers: dict[str, Callable[[], nn.Module]] = {
-            name: functools.partial(attacks.Through, self, gradient=how)
-            for name, how in {**whole, "frozen": "frozen"}.items()
+            how: functools.partial(attacks.Through, self, gradient=how) for how in [*parts, "frozen"]
         }
         if self._layers[0] == INPUT and hasattr(self.manifolds[0], "within"):
             makers["inside"] = lambda: attacks.Inside(self.model, self.manifolds[0])

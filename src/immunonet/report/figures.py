@@ -325,7 +325,7 @@ def healing(entry: Row) -> Figure:
         ends = np.stack([centre - half, centre + half], 1)
         _bars(axes, i, at, centre, ends, f"{row['images']}, {row['when']}", joined=False)
     axes.set_xticks(range(len(entry["layers"])), entry["layers"])
-    axes.set_ylim(bottom=0)
+    axes.set(xlim=(-0.5, len(entry["layers"]) - 0.5), ylim=(0, None))
     _style(axes, "Distance to the manifold", "", "in units of clean images")
     axes.legend(frameon=False, fontsize=7)
     if n:

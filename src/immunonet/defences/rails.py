@@ -118,7 +118,9 @@ class RAILS(NeighbourDefence):
         self.shared_noise = _check.boolean("shared_noise", shared_noise)
         self.seed = _check.seed("seed", seed)
         self.voice = _check.number("voice", voice, least=0, most=1, below=True)
-        self.memory = memory if memory is None or isinstance(memory, Memory) else Memory(memory)
+        if not isinstance(memory, Memory | str | Path | None):
+            raise TypeError(f"memory must be a Memory, its folder, or None, got {memory!r}")
+        self.memory = Memory(memory) if isinstance(memory, str | Path) else memory
         self._space: Space | None = None
 
     def respond(

@@ -64,7 +64,7 @@ class Backend(Protocol):
         """Return whether all that happened after a version were additions."""
 
     def read(self, columns: Sequence[str], which: Which | None = None, first: int | None = None) -> pa.Table:
-        """Return columns of entries, "_rowid" if it is asked for; `first`: of those with that address or a higher one."""
+        """Return columns of entries, also "_rowid"; `first`: of those with that address or a higher one."""
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield all entries, some at a time."""

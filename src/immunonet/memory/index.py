@@ -16,8 +16,8 @@ COARSE, SPAN = 8, 4.0
 class Lookup:
     """Signatures `(n, W)` as float16 with what answers need of their entries, and those within a radius of another one.
 
-    Stage one holds the few directions of the largest `spread` `(W,)`, a byte each: no entry within the radius is
-    farther in any of them, and of many entries few are as near in all. Stage two measures what is left.
+    Stage one holds the few directions of the largest `spread` `(W,)`, a byte each, and passes over what is farther than
+    the radius in any of them, then in all of them together. Stage two measures what is left.
     """
 
     def __init__(self, spread: Array) -> None:
@@ -60,7 +60,7 @@ class Lookup:
             inside = values[: self._n] - first <= last - first
             near = inside if near is None else np.logical_and(near, inside, out=near)
         assert near is not None
-        rows = np.flatnonzero(near)
+        rows = self._unproved(np.flatnonzero(near), signature, radius)
         # float16 loses a digit in a thousand: what is measured is measured among what both would be stored as.
         difference = self["signature"][rows].astype(np.float32) - signature.astype(np.float32)
         distances = np.sqrt(np.einsum("ij,ij->i", difference, difference))
@@ -68,6 +68,13 @@ class Lookup:
         rows, distances = rows[inside], distances[inside]
         order = np.argsort(distances, kind="stable")
         return rows[order], distances[order]
+
+    def _unproved(self, rows: Array, signature: Array, radius: float) -> Array:
+        """Return those of `rows` that the bytes do not prove to be farther than `radius`."""
+        own = np.clip(signature[self._chosen].astype(np.float32) / self._step, -127, 127)[:, None] + 127
+        # A byte is half a step off at most.
+        least = np.maximum(np.abs(self._coarse[:, rows] - own) - 0.5, 0) * self._step[:, None]
+        return rows[np.einsum("ij,ij->j", least, least) <= radius**2 * (1 + 1e-5)]
 
     def _quantised(self, signatures: Array) -> Array:
         """Return the chosen directions `(..., COARSE)` as bytes: order is kept, so that intervals are."""

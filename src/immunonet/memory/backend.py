@@ -55,7 +55,7 @@ class Backend(Protocol):
         """Take a name away."""
 
     def compact(self, keep: int) -> None:
-        """Put small files together, and drop versions that have no name and are not among the last `keep`."""
+        """Put small files together, and drop versions before the last `keep` and the oldest that has a name."""
 
     def count(self) -> int:
         """Return how many entries there are."""

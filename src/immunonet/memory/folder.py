@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # How often a change is tried again that another process came before.
 TRIES = 50
+# An age that no version has, and how much older than what stays a version must be to be dropped.
+NEVER, MARGIN = timedelta(days=36500), timedelta(seconds=1)
 
 
 class InFolder:
@@ -89,13 +91,15 @@ class InFolder:
             self._table.tags.delete(name)
 
     def compact(self, keep: int) -> None:
-        """Put small files together, and drop versions that have no name and are not among the last `keep`."""
-        known = self.versions()
-        # Putting together makes versions of its own, of which the last is kept beside those asked for.
-        oldest = known[-keep].time if len(known) > keep else known[0].time
-        age = max(datetime.now(UTC) - oldest, timedelta(milliseconds=1))
+        """Put small files together, and drop versions before the last `keep` and the oldest that has a name."""
         with self._told("compacted"):
-            self._latest().optimize(cleanup_older_than=age)
+            # Lance drops by age, counted when it is done with the files: by a second call, which finds nothing to do.
+            self._latest().optimize(cleanup_older_than=NEVER)
+            known = self.versions()
+            stay = [*known[-keep:], *(one for one in known if one.names)]
+            age = datetime.now(UTC) - min(one.time for one in stay) + MARGIN
+            if age > MARGIN:
+                self._latest().optimize(cleanup_older_than=age)
 
     def count(self) -> int:
         """Return how many entries there are."""

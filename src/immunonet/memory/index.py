@@ -74,7 +74,7 @@ class Lookup:
         own = np.clip(signature[self._chosen].astype(np.float32) / self._step, -127, 127)[:, None] + 127
         # A byte is half a step off at most.
         least = np.maximum(np.abs(self._coarse[:, rows] - own) - 0.5, 0) * self._step[:, None]
-        return rows[np.einsum("ij,ij->j", least, least) <= radius**2 * (1 + 1e-5)]
+        return np.asarray(rows[np.einsum("ij,ij->j", least, least) <= radius**2 * (1 + 1e-5)])
 
     def _quantised(self, signatures: Array) -> Array:
         """Return the chosen directions `(..., COARSE)` as bytes: order is kept, so that intervals are."""

@@ -68,9 +68,9 @@ class InRam:
         del self._names[name]
 
     def compact(self, keep: int) -> None:
-        """Drop versions that have no name and are not among the last `keep`."""
-        stay = {*list(self._tables)[-keep:], *self._names.values()}
-        for number in [n for n in self._tables if n not in stay]:
+        """Drop versions before the last `keep` and the oldest that has a name."""
+        first = min([*list(self._tables)[-keep:], *self._names.values()])
+        for number in [n for n in self._tables if n < first]:
             del self._tables[number], self._told[number]
         self._tables[self._last] = self._latest.combine_chunks()
 

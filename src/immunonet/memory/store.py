@@ -36,8 +36,8 @@ class Memory:
 
     It takes the space of its signatures, and its model, from the first RAILS that it is given to, and refuses others.
     Every change makes a version, which `rollback` brings back. Any number of threads and processes may read and write
-    one folder; a call that changes something returns when that is on disk. At every 256th version small files are put
-    together, and of versions without a name all but the last 100 are dropped.
+    one folder; a call that changes something returns when that is written. At every 256th version small files are put
+    together, and versions are dropped that are neither among the last 100 nor younger than one that has a name.
 
     Args:
         folder: where it lies, made where nothing is yet; None: in RAM, gone with the process.
@@ -156,10 +156,7 @@ class Memory:
         x = None if x is None else torch.as_tensor(x)
         entries.check_response(response, x)
         assert response.imprint is not None
-        with self._lock:
-            self._required()
-            space = self._space
-        assert space is not None
+        space = self._known_space()
         if response.imprint.fingerprint != space.fingerprint:
             raise ValueError(f"response is another model's than memory {self.where}: ask a RAILS(..., memory=memory)")
         if self.keep == "cells" and (x is None or tuple(x.shape[1:]) != space.shape):
@@ -223,7 +220,7 @@ class Memory:
             self._changed()
 
     def tag(self, name: str, version: int | str | None = None) -> None:
-        """Name a version, the latest if none is given: it stays until `untag`, whatever is compacted."""
+        """Name a version, the latest if none is given: it and those after it stay until `untag`, whatever is compacted."""
         name = entries.text_of("name", name)
         if not all(char.isascii() and (char.isalnum() or char in ".-_") for char in name):
             raise ValueError(f"name must be of ASCII letters, digits, '.', '-' and '_', got {name!r}")
@@ -243,7 +240,7 @@ class Memory:
         return {name: one.number for one in self.versions() for name in one.names}
 
     def compact(self, keep: int = KEPT) -> None:
-        """Put small files together, and drop versions that have no name and are not among the last `keep`."""
+        """Put small files together, and drop versions before the last `keep` and the oldest that has a name."""
         keep = _check.integer("keep", keep)
         with self._lock:
             self._required().compact(keep)
@@ -334,6 +331,14 @@ class Memory:
         if (backend := self._opened()) is None:
             raise ValueError(f"memory {self.where} is empty and belongs to no model: remember() something first")
         return backend
+
+    def _known_space(self) -> Space:
+        # Once it is known it stays, so that writers who wait for each other need not wait for this as well.
+        if self._space is None:
+            with self._lock:
+                self._required()
+        assert self._space is not None
+        return self._space
 
     def _check_ids(self, backend: Backend, ids: tuple[str, ...]) -> None:
         found = set(backend.read(["id"], Which(ids=ids))["id"].to_pylist())

@@ -61,7 +61,7 @@ def forget(
     since: Annotated[datetime | None, typer.Option(help="Entries from this time on.")] = None,
     until: Annotated[datetime | None, typer.Option(help="Entries before this time.")] = None,
 ) -> None:
-    """Remove the entries that all of what is given holds for; older versions hold them until they are compacted away."""
+    """Remove the entries that all of what is given holds for; older versions hold them until they are dropped."""
     opened = _opened(folder)
     before = opened.version
     n = opened.forget(ids, source=source, since=since, until=until)

@@ -220,7 +220,7 @@ class Memory:
             self._changed()
 
     def tag(self, name: str, version: int | str | None = None) -> None:
-        """Name a version, the latest if none is given: it and those after it stay until `untag`, whatever is compacted."""
+        """Name a version, the latest if none is given: it, and those after it, stay until `untag`."""
         name = entries.text_of("name", name)
         if not all(char.isascii() and (char.isalnum() or char in ".-_") for char in name):
             raise ValueError(f"name must be of ASCII letters, digits, '.', '-' and '_', got {name!r}")

@@ -32,6 +32,8 @@ class InFolder:
 
     def __init__(self, folder: Path, name: str, schema: pa.Schema | None = None) -> None:
         """Open the table of that name, or make it, if there is none, where a schema is given."""
+        # It tells its log, on stderr, of compactions that another process came before.
+        os.environ.setdefault("LANCE_LOG", "error")
         import lancedb
 
         self._folder = folder
@@ -158,16 +160,19 @@ class InFolder:
             yield
         except Exception as error:
             text = " ".join(str(error).split())
+            changing = done in ("written", "compacted")
             short = text.split(", /")[0][:300]
-            shut = done in ("written", "compacted") and not os.access(self._folder, os.W_OK)
-            if shut or isinstance(error, PermissionError) or "os error 30" in text or "os error 13" in text:
+            if (
+                (changing and not os.access(self._folder, os.W_OK))
+                or isinstance(error, PermissionError)
+                or "os error 30" in text
+                or "os error 13" in text
+            ):
                 raise PermissionError(
                     f"memory {self._folder} could not be {done}: it is read-only ({short})"
                 ) from error
-            raise OSError(
-                f"memory {self._folder} could not be {done} ({short}). If files were truncated or removed, put them "
-                "back from a copy, or roll back to a version that can be read"
-            ) from error
+            hint = ". If files were truncated or removed, put them back from a copy, or roll back to a version before"
+            raise OSError(f"memory {self._folder} could not be {done} ({short}){'' if changing else hint}") from error
 
 
 def _made(base: Any, name: str, schema: pa.Schema) -> Any:

@@ -15,7 +15,7 @@ from immunonet.features.search import Signatures
 # Values of a signature: one direction fewer, and the length of what the directions leave out.
 WIDTH = 64
 # Examples that directions are learned from, others that the radius is calibrated on, and those they are compared with.
-LEARNED, HELD, OTHERS = 1024, 1024, 20_000
+LEARNED, HELD, OTHERS = 1024, 1024, 10_000
 # The share of clean inputs that lie within the radius of a different image.
 CONFUSED = 0.01
 

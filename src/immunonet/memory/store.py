@@ -319,7 +319,7 @@ class Memory:
         InFolder(self.folder, name, entries.schema(space))
 
     def _opened(self) -> Backend | None:
-        if self._pid != os.getpid():
+        if self.folder is not None and self._pid != os.getpid():
             raise RuntimeError(
                 f"memory {self.where} was opened before this process was forked, and LanceDB does not survive that: "
                 "start processes by 'spawn', or open it in each"

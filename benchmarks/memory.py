@@ -66,7 +66,7 @@ def writes(options: argparse.Namespace) -> list[Row]:
 
 def lookup(options: argparse.Namespace) -> list[Row]:
     """Time and memory of look-ups, batch 1: signatures of MNIST, moved at random until there are enough."""
-    rails, found = defended(options, 200)
+    rails, found = defended(options, min(200, options.images))
     rails.predict(found.clean[:1])
     space = rails.memory.space
     assert space is not None

@@ -76,3 +76,45 @@ def test_a_forked_process_is_told_to_open_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(RuntimeError, match="opened before this process was forked"):
         len(memory)
+
+
+DISK = """
+import subprocess, sys
+sys.path.insert(0, {here!r})
+import pytest, torch
+from memories import bound, remember
+from immunonet import Memory
+
+def mount(*words):
+    if subprocess.run(["mount", *words], capture_output=True).returncode:
+        sys.exit(77)
+
+home = {home!r}
+mount("-t", "tmpfs", "-o", "size=300k", "none", home)
+memory = bound(Memory(home + "/s"))
+ids = []
+with pytest.raises(OSError, match="could not be written .*No space left"):
+    while True:
+        ids += remember(memory, 5, at=100.0 * len(ids))
+assert len(Memory(home + "/s")) == len(ids) > 0
+mount("-o", "remount,size=4m", home)
+ids += remember(memory, at=-100.0)
+assert memory.recall(torch.tensor([[-100.0, 0, 0, 0], [0, 0, 0, 0]])).hit.all()
+mount("-o", "remount,ro", home)
+assert Memory(home + "/s").recall(torch.zeros(1, 4)).hit.all()
+for change in (remember, lambda m: m.forget(ids[:1]), lambda m: m.confirm(ids[:1], 1), lambda m: m.tag("x")):
+    with pytest.raises(PermissionError, match="read-only"):
+        change(Memory(home + "/s"))
+with pytest.raises(PermissionError, match="cannot be made: the folder is read-only"):
+    bound(Memory(home + "/t"))
+assert len(Memory(home + "/s")) == len(ids)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="who is not root mounts nothing")
+def test_a_full_and_a_read_only_disk(tmp_path):
+    code = DISK.format(here=str(Path(__file__).parent), home=str(tmp_path))
+    done = subprocess.run(["unshare", "-m", sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode == 77 or "unshare failed" in done.stderr:
+        pytest.skip("nothing may be mounted here")
+    assert done.returncode == 0, done.stderr

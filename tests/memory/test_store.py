@@ -151,6 +151,27 @@ def test_forget_by_source_and_time(memory):
     assert len(memory) == 0
 
 
+def test_what_is_erased_is_nowhere(memory, monkeypatch):
+    monkeypatch.setattr(folder, "MARGIN", datetime.timedelta(milliseconds=50))
+    x = torch.full((1, 5), 12345.678)
+    (one,) = memory.remember(response([0, 0, 0, 0]), x, source="somebody")
+    memory.tag("named")
+    ids = remember(memory, 50, at=10.0)
+    files = memory.folder.rglob("*") if memory.folder else []
+    needle = x[:, :2].numpy().tobytes()
+    assert any(needle in path.read_bytes() for path in files if path.is_file()) == (memory.folder is not None)
+    assert memory.forget(source="somebody", erase=True) == 1
+    assert memory.tags() == {}
+    assert [version.entries for version in memory.versions()] in ([50], [50, 50])
+    files = memory.folder.rglob("*") if memory.folder else []
+    held = [path for path in files if path.is_file() and (needle in (b := path.read_bytes()) or one.encode() in b)]
+    assert not held
+    assert labels(memory, 0.0, 10.0, 500.0) == [-1, 0, 0]
+    memory.confirm(ids, [1] * 50)
+    with pytest.raises(TypeError, match="erase must be True or False"):
+        memory.forget(source="x", erase=1)
+
+
 def test_a_clock_that_runs_backwards_changes_no_order(make, monkeypatch):
     memory = make(capacity=2)
     for seconds in (3e9, 2e9, 1e9):

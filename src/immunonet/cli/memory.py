@@ -60,12 +60,14 @@ def forget(
     source: Annotated[str | None, typer.Option(help="Entries from this source.")] = None,
     since: Annotated[datetime | None, typer.Option(help="Entries from this time on.")] = None,
     until: Annotated[datetime | None, typer.Option(help="Entries before this time.")] = None,
+    erase: Annotated[bool, typer.Option("--erase", help="Drop all older versions, which hold them, as well.")] = False,
 ) -> None:
     """Remove the entries that all of what is given holds for; older versions hold them until they are dropped."""
     opened = _opened(folder)
-    before = opened.version
-    n = opened.forget(ids, source=source, since=since, until=until)
-    typer.echo(f"{n} entries forgotten, {len(opened)} left; version {before} is the one before")
+    latest = opened.version
+    n = opened.forget(ids, source=source, since=since, until=until, erase=erase)
+    before = "no version is left that holds them" if erase else f"version {latest} is the one before"
+    typer.echo(f"{n} entries forgotten, {len(opened)} left; {before}")
 
 
 @memory.command()

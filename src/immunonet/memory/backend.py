@@ -57,6 +57,9 @@ class Backend(Protocol):
     def compact(self, keep: int) -> None:
         """Put small files together, and drop versions before the last `keep` and the oldest that has a name."""
 
+    def erase(self) -> None:
+        """Drop all older versions, named ones too, and whatever files hold of entries that are gone."""
+
     def count(self) -> int:
         """Return how many entries there are."""
 

@@ -103,6 +103,24 @@ class InFolder:
             if age > MARGIN:
                 self._latest().optimize(cleanup_older_than=age)
 
+    def erase(self) -> None:
+        """Drop all older versions, named ones too, and whatever files hold of entries that are gone.
+
+        Files where few rows are gone are never written again by themselves: all rows are. OSError where others write
+        so much meanwhile that older versions are still in use.
+        """
+        for _ in range(TRIES):
+            for name in self._names():
+                self.untag(name)
+            # Versions younger than this are not told from the latest by age.
+            time.sleep(1.1 * MARGIN.total_seconds())
+            before = self.version()
+            self._change(lambda: self._table.update(where="true", values_sql={"place": "place"}))
+            self.compact(1)
+            if all(one.number > before for one in self.versions()):
+                return
+        raise OSError(f"memory {self._folder} could not be erased: others write or name versions: try again")
+
     def count(self) -> int:
         """Return how many entries there are."""
         with self._told("read"):

@@ -74,6 +74,11 @@ class InRam:
             del self._tables[number], self._told[number]
         self._tables[self._last] = self._latest.combine_chunks()
 
+    def erase(self) -> None:
+        """Drop all older versions, named ones too."""
+        self._names.clear()
+        self.compact(1)
+
     def count(self) -> int:
         """Return how many entries there are."""
         return int(self._latest.num_rows)

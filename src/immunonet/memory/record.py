@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Callable
@@ -74,7 +75,9 @@ def create(folder: Path, space: Space, keep: str, make_table: Callable[[str], No
         # Unlike a rename, a link never replaces what is there.
         with contextlib.suppress(FileExistsError):
             os.link(spare, folder / FILE)
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
         raise PermissionError(f"memory {folder} cannot be made: the folder is read-only ({error})") from error
     finally:
         spare.unlink(missing_ok=True)

@@ -186,14 +186,22 @@ class Memory:
                 self._changed()
 
     def forget(
-        self, ids: str | Sequence[str] | None = None, *, source: str | None = None, since: Any = None, until: Any = None
+        self,
+        ids: str | Sequence[str] | None = None,
+        *,
+        source: str | None = None,
+        since: Any = None,
+        until: Any = None,
+        erase: bool = False,
     ) -> int:
         """Remove the entries that all of what is given holds for, and return how many: of these `ids`, from a `source`,
         written at `since` or later, and before `until` (datetimes, or seconds since 1970).
 
-        Older versions hold them until they are compacted away. ValueError where nothing is given, and for ids that are
-        not there.
+        Older versions hold them until they are dropped; `erase` drops all of these at once, named ones too, and what
+        files hold of entries that are gone, which takes seconds. ValueError where nothing is given, and for ids that
+        are not there.
         """
+        erase = _check.boolean("erase", erase)
         which = Which(
             ids=None if ids is None else entries.ids_of("ids", ids),
             source=source if source is None or isinstance(source, str) else entries.text_of("source", source),
@@ -209,7 +217,9 @@ class Memory:
             n = backend.read(["id"], which).num_rows
             if n:
                 backend.delete(which)
-                self._changed()
+            if erase:
+                backend.erase()
+            self._changed()
             return int(n)
 
     def rollback(self, version: int | str) -> None:

@@ -69,7 +69,7 @@ WHOLE = {
         "name": "hardening", "attack": "pgd", "cells": 2, "defence": "rails", "defences": ["dknn", "rails"],
     }],
     "healing": [SINGLE | {
-        "name": "healing", "attack": "pgd", "defence": "control", "settings": {"rank": 3}, "pictures": 3, "title": "Healed",
+        "name": "healing", "attack": "pgd", "defence": "control", "settings": {"rank": 3}, "pictures": 3, "title": "",
     }],
     "search": [SINGLE | {
         "name": "search", "title": "Search", "confirm": 4, "trials": 5, "finalists": 2, "attacks": ["none", "pgd"],

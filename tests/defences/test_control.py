@@ -384,10 +384,12 @@ def test_divergence_falls_back_and_is_told(digits_net, digits):
 def test_what_takes_long_is_fitted_once_for_all_runs(digits_net, digits, tmp_path, monkeypatch):
     def lab():
         images = data.Images(*digits, tuple(map(str, range(10))))
-        return Lab(
+        made = Lab(
             {"net": digits_net}, {"training": images[:300], "validation": images[300:350], "test": images[350:]},
-            resolve=lambda name, net: name, told={}, where=lambda split, n: n, folder=tmp_path,
+            resolve=lambda name, net: name, told={}, where=lambda split, n: n,
         )  # fmt: skip
+        made.folder = tmp_path
+        return made
 
     spec = Spec.parse("control input manifold=autoencoder epochs=1 width=4 outer=0 | dknn input neighbours=3")
     first = lab().fitted(spec, "net")

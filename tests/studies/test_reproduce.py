@@ -19,6 +19,7 @@ from immunonet.cli.common import resolve_dataset
 from immunonet.defences.base import REGISTRY, Answer, Defence, Sense
 from immunonet.report import studies as report
 from immunonet.statistics import mcnemar
+from immunonet.studies import NAMES
 
 
 def record(path):
@@ -350,9 +351,9 @@ def test_another_dataset_has_networks_of_its_own(run):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "give STUDY, one of mnist, cifar10, svhn, connectivity, or --study FILE.toml, and not both"),
+        ([], f"give STUDY, one of {', '.join(NAMES)}, or --study FILE.toml, and not both"),
         (["mnist", "--study", "small.toml"], "and not both"),
-        (["imagenet"], "STUDY must be one of mnist, cifar10, svhn, connectivity, got 'imagenet'"),
+        (["imagenet"], f"STUDY must be one of {', '.join(NAMES)}, got 'imagenet'"),
         (["--study", "none.toml"], "none.toml is no study"),
         (["--study", "small.toml", "--dataset", "nothing"], "there is no 'nothing'"),
         (["--study", "small.toml", "--device", "tpu9"], "--device must be one of"),

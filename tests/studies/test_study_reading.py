@@ -68,6 +68,9 @@ WHOLE = {
     "hardening": [SINGLE | {
         "name": "hardening", "attack": "pgd", "cells": 2, "defence": "rails", "defences": ["dknn", "rails"],
     }],
+    "healing": [SINGLE | {
+        "name": "healing", "attack": "pgd", "defence": "control", "settings": {"rank": 3}, "pictures": 3, "title": "",
+    }],
     "search": [SINGLE | {
         "name": "search", "title": "Search", "confirm": 4, "trials": 5, "finalists": 2, "attacks": ["none", "pgd"],
         "defence": "rails", "settings": {"population": 20},
@@ -145,8 +148,8 @@ def test_the_table_that_is_tried_holds_every_key():
     base = WHOLE["bases"]["plain"]
     kinds = {
         "main": model.Comparison, "curves": model.Curve, "learning": model.Learning, "sensing": model.Sensing,
-        "hardening": model.Hardening, "search": model.Search, "targets": model.Target, "contests": model.Contest,
-        "goals": model.Goal,
+        "hardening": model.Hardening, "healing": model.Healing, "search": model.Search, "targets": model.Target,
+        "contests": model.Contest, "goals": model.Goal,
     }  # fmt: skip
     tables = {
         model.Study: WHOLE,

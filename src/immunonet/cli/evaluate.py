@@ -173,9 +173,10 @@ def evaluate(
     } | common.told(how)  # fmt: skip
     lab = Lab(
         {base: net}, {"training": training, "validation": held_out, "test": test},
-        resolve=common.resolve_layer, told=told, senses=True, folder=out / "fitted",
+        resolve=common.resolve_layer, told=told, senses=True,
         where=lambda named, count: where if named == "test" else {"sample": [count, len(held_out)], "seed": 0},
     )  # fmt: skip
+    lab.folder = out / "fitted"
     for spec in specs:
         lab.made(spec, base)  # a wrong name is told before any work
     few = min(TUNING, len(test)) if budget else TUNING

@@ -113,14 +113,15 @@ def _lab(
         return [0, n] if ordered else {"sample": [n, len(splits[split])], "seed": 0}
 
     told = {"dataset": study.dataset, "device": device.type}
-    return Lab(
+    lab = Lab(
         nets,
         splits | {"training": training},
         resolve=common.resolve_layer,
         told=told,
         where=where,
-        folder=out / "fitted",
-    ), nursery
+    )
+    lab.folder = out / "fitted"
+    return lab, nursery
 
 
 @contextlib.contextmanager

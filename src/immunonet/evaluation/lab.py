@@ -107,16 +107,17 @@ class Lab:
     repertoire, "validation" those that calibrate and tune. `resolve(name, net)`: what a layer's name stands for.
     `told`: settings of every row; `where(split, n)`: what a row says of which images the first n are.
     `senses`: whether defences are asked what looks foreign, so that they must be calibrated on all of "validation".
-    `folder`: where defences that take long to fit are kept by all that they depend on; None: nowhere.
+    Set `folder` to keep there, by all that they depend on, defences that take long to fit.
     """
+
+    folder: Path | None = None
 
     def __init__(
         self, nets: dict[str, nn.Module], splits: dict[str, Images], *,
         resolve: Resolve, told: dict[str, Any], where: Callable[[str, int], Any], senses: bool = False,
-        folder: Path | None = None,
     ) -> None:  # fmt: skip
         self.nets, self.splits, self.training = nets, splits, splits["training"]
-        self.resolve, self.told, self.where, self.senses, self.folder = resolve, told, where, senses, folder
+        self.resolve, self.told, self.where, self.senses = resolve, told, where, senses
         self.device = next(next(iter(nets.values())).parameters()).device
         self.revision = 0
         self.weights: dict[str, str] = {}

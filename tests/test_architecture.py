@@ -85,7 +85,7 @@ def test_reports_know_nothing_of_evaluations() -> None:
     assert not [m for m in reachable(*reports) if m.startswith("immunonet.evaluation")]
 
 
-@pytest.mark.parametrize("layer", ["features", "immune", "attacks", "defences"])
+@pytest.mark.parametrize("layer", ["features", "immune", "memory", "attacks", "defences"])
 def test_what_is_measured_knows_nothing_of_those_who_measure(layer: str) -> None:
     own = [module for module in TREES if module.startswith(f"immunonet.{layer}")]
     assert not [m for m in reachable(*own) if m.split(".")[1] in ("evaluation", "studies", "cli", "report")]
@@ -94,7 +94,7 @@ def test_what_is_measured_knows_nothing_of_those_who_measure(layer: str) -> None
 # What the package needs where no extra is installed.
 OPTIONAL = (
     "typer", "rich", "click", "jinja2", "matplotlib", "ray", "pydantic", "optuna", "datasets", "pyarrow", "PIL",
-    "sklearn", "pandas", "scipy", "faiss", "torchvision",
+    "sklearn", "pandas", "scipy", "faiss", "torchvision", "lancedb",
 )  # fmt: skip
 
 

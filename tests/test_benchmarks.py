@@ -30,7 +30,7 @@ def load(monkeypatch):
         return importlib.import_module(name)
 
     yield find
-    for name in ("common", "loop", "engine", "flocking", "cost", "report"):
+    for name in ("common", "loop", "engine", "flocking", "cost", "memory", "report"):
         sys.modules.pop(name, None)
 
 
@@ -129,6 +129,13 @@ def test_recall_counts_what_is_as_near_as_the_exact_kth(load):
 def test_cost(load, monkeypatch, tmp_path):
     found = run(load("cost"), monkeypatch, tmp_path, "--classes", "20", "--only", "classes")
     assert [row["candidates"] for row in found["classes"]["rows"]] == ["1", "None"]
+
+
+def test_memory(load, digits, monkeypatch, tmp_path):
+    sizes = ["--examples", "200", "--entries", "500", "--images", "20", "--only", "writes", "lookup"]
+    tables = run(load("memory"), monkeypatch, tmp_path, *digits, *sizes)
+    assert [row["together"] for row in tables["writes"]["rows"]] == [1, 100, 1000]
+    assert [row["entries"] for row in tables["lookup"]["rows"]] == [500, 500]
 
 
 def test_slope_of_a_power(load):

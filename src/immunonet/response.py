@@ -72,6 +72,33 @@ class Trace:
 
 
 @dataclass(frozen=True, repr=False)
+class Imprint:
+    """What a memory keeps of antigens beside their response.
+
+    `signature` `(B, W)` of their features; `far` `(B, L)`, their mean distance to the nearest examples at each layer;
+    `entries`: per antigen the id of the entry that it was recalled from, or None; `fingerprint` of the model.
+    """
+
+    signature: Tensor
+    far: Tensor
+    entries: tuple[str | None, ...]
+    fingerprint: str
+
+    def __repr__(self) -> str:
+        return f"Imprint(signature {_shape(self.signature)})"
+
+    @staticmethod
+    def cat(parts: Sequence[Imprint]) -> Imprint:
+        """Return the imprints of several batches as one."""
+        return Imprint(
+            signature=torch.cat([part.signature for part in parts]),
+            far=torch.cat([part.far for part in parts]),
+            entries=tuple(one for part in parts for one in part.entries),
+            fingerprint=parts[0].fingerprint,
+        )
+
+
+@dataclass(frozen=True, repr=False)
 class ImmuneResponse:
     """The answer of RAILS to a batch of antigens.
 
@@ -81,16 +108,22 @@ class ImmuneResponse:
     `(B,)` int64, the last generation that ran (the most over layers). `plasma`, `memory`: the cells that
     voted and those kept. Of cells exactly as near as the last plasma cell any may be in `plasma` or in `memory`, but
     all of them have a share in `votes`. `trace`: one `Trace` per layer if asked for.
+
+    `recalled` `(B,)` bool: answered from memory, where there is one. Such an antigen has no cells of its own: their
+    labels and origins are -1, their affinity -inf, and its generations 0. `imprint`: what the memory keeps beside, None
+    without one.
     """
 
     labels: Tensor
     votes: Tensor
     credibility: Tensor
     foreign: Tensor
+    recalled: Tensor
     generations: Tensor
     plasma: Cells
     memory: Cells
     trace: tuple[Trace, ...] | None = None
+    imprint: Imprint | None = None
 
     def __repr__(self) -> str:
         n, first = len(self.labels), self.labels[:SHOWN].tolist()
@@ -98,6 +131,7 @@ class ImmuneResponse:
             f"{n} antigen{'s' * (n != 1)}",
             f"labels {', '.join(map(str, first))}{', ...' * (n > SHOWN)}",
             f"{int(self.foreign.sum())} foreign",
+            *([f"{int(self.recalled.sum())} recalled"] if self.recalled.any() else []),
             f"votes {_shape(self.votes)}",
             f"plasma {_shape(self.plasma.x)}",
             f"memory {_shape(self.memory.x)}",
@@ -110,15 +144,18 @@ class ImmuneResponse:
     def cat(parts: Sequence[ImmuneResponse]) -> ImmuneResponse:
         """Return the responses to consecutive batches as one."""
         traces = [part.trace or () for part in parts]
+        imprints = [part.imprint for part in parts if part.imprint is not None]
         return ImmuneResponse(
             labels=torch.cat([part.labels for part in parts]),
             votes=torch.cat([part.votes for part in parts]),
             credibility=torch.cat([part.credibility for part in parts]),
             foreign=torch.cat([part.foreign for part in parts]),
+            recalled=torch.cat([part.recalled for part in parts]),
             generations=torch.cat([part.generations for part in parts]),
             plasma=Cells.cat([part.plasma for part in parts]),
             memory=Cells.cat([part.memory for part in parts]),
             trace=parts[0].trace and tuple(Trace.cat(layer) for layer in zip(*traces, strict=True)),
+            imprint=Imprint.cat(imprints) if len(imprints) == len(parts) else None,
         )
 
 

@@ -11,18 +11,22 @@ import typer
 
 from immunonet.cli.common import note
 
-_COMMANDS = ("demo", "train", "connect", "fit", "predict", "evaluate", "reproduce")
+_COMMANDS = ("demo", "train", "connect", "fit", "predict", "evaluate", "reproduce", "memory")
 
 app = typer.Typer(
     name="immunonet",
-    help="Classify through an adaptive immune response: train, connect, fit, predict, evaluate, reproduce.",
+    help="Classify through an adaptive immune response: train, connect, fit, predict, evaluate, reproduce, memory.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 for _name in _COMMANDS:
-    app.command(_name)(getattr(importlib.import_module(f"immunonet.cli.{_name}"), _name))
+    _found = getattr(importlib.import_module(f"immunonet.cli.{_name}"), _name)
+    if isinstance(_found, typer.Typer):
+        app.add_typer(_found, name=_name)
+    else:
+        app.command(_name)(_found)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

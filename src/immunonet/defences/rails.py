@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, attacks, incoming
+from immunonet import _check, _store, attacks, incoming
 from immunonet.defences.base import Answer, Made
 from immunonet.defences.neighbours import NeighbourDefence
 from immunonet.features.maps import FeatureMap, LogitsMap
@@ -26,10 +26,15 @@ from immunonet.immune.maturation import Matured, Naive, flocked, mature
 from immunonet.immune.noise import Noise, derive, identities
 from immunonet.immune.operators import Family
 from immunonet.immune.settings import Maturation, per_layer, preset
-from immunonet.response import Cells, ImmuneResponse, Trace
+from immunonet.memory import recall
+from immunonet.memory.space import Space, learned
+from immunonet.memory.store import Memory
+from immunonet.response import Cells, ImmuneResponse, Imprint, Trace
 
 # Values of the populations that mature at once: enough antigens to share a generation's random numbers.
 BATCH_VALUES = 2**24
+# Inputs by whose features a memory tells another model.
+SIGNED = 4
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class _Antigens:
 
     Their `cells` `(B, *S')`, the `bounds` of cells, per layer their `features` `(B, D)` and naive cells, what the model
     itself says, `known` `(B, C)`, if it has a voice, and what tells their noise apart, if they do not share it.
+
+    With a memory, `signatures` of all antigens, and those `recalled`, which are not among the B that mature.
     """
 
     cells: Tensor
@@ -46,6 +53,8 @@ class _Antigens:
     naive: list[Naive]
     known: Tensor | None
     names: list[str] | None
+    signatures: Tensor | None = None
+    recalled: recall.Recalled | None = None
 
 
 class RAILS(NeighbourDefence):
@@ -66,6 +75,8 @@ class RAILS(NeighbourDefence):
             quarter of the machine's memory. It is the machine's, so that `save` does not keep it.
         shared_noise: whether the antigens of a call share random numbers (faster); False: each has its own.
         seed: of every response without one; None: fresh randomness each time.
+        memory: a `Memory`, or its folder, that antigens near one of its trusted entries are answered from; None: none.
+            Nothing is written to it but by `memory.remember`. It is the machine's, so that `save` does not keep it.
         voice: weight of the model's own softmax in the consensus, in [0, 1); the plasma cells' shares have the rest.
             What a network that is robust by itself knows is then not lost. Near 1 the answer is only the model's; at
             0 it is not asked.
@@ -98,6 +109,7 @@ class RAILS(NeighbourDefence):
         shared_noise: bool = True,
         seed: int | None = None,
         voice: float = 0.0,
+        memory: Memory | str | Path | None = None,
     ) -> None:
         shared: dict[str, Any] = {"metric": metric, "bounds": bounds, "false_alarm": false_alarm}
         super().__init__(model, layers, space=space, memory_budget=memory_budget, **shared)
@@ -106,6 +118,10 @@ class RAILS(NeighbourDefence):
         self.shared_noise = _check.boolean("shared_noise", shared_noise)
         self.seed = _check.seed("seed", seed)
         self.voice = _check.number("voice", voice, least=0, most=1, below=True)
+        if not isinstance(memory, Memory | str | Path | None):
+            raise TypeError(f"memory must be a Memory, its folder, or None, got {memory!r}")
+        self.memory = Memory(memory) if isinstance(memory, str | Path) else memory
+        self._space: Space | None = None
 
     def respond(
         self, x: Any, seed: int | None = None, batch_size: int | None = None, trace: bool = False
@@ -201,6 +217,46 @@ class RAILS(NeighbourDefence):
         """Return a surrogate under the condition that inputs do not look foreign."""
         return attacks.Stealthy(surrogate, self)
 
+    @torch.no_grad()
+    def signatures(self, features: Sequence[Tensor]) -> Tensor | None:
+        """Return the signatures `(B, W)` of features, `(B, D)` per layer, in the space of the memory, if there is one.
+
+        ValueError where the memory is another model's.
+        """
+        if self.memory is None:
+            return None
+        if self._space is None:
+            low, high = self.bounds.tensors(self.repertoire.x, self.shape)
+            drawn = torch.rand(SIGNED, *self.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+            probes = self._described(low + (high - low) * drawn)[1]
+            fingerprint = self._fingerprint()
+            known: dict[str, Any] = {
+                "classes": self.classes, "shape": self.shape,
+                "cell_shape": tuple(self._cells(self.repertoire.x[:1]).shape[1:]), "fingerprint": fingerprint,
+            }  # fmt: skip
+            self._space = self.memory.bind(
+                fingerprint,
+                probes,
+                lambda: learned(self._stored, len(self.repertoire), self.calibration.scales, probes, **known),
+            )
+        return self._space.sign(features)
+
+    def _stored(self, examples: Tensor) -> list[Tensor]:
+        return [self.index(layer).rows(examples) for layer in range(len(self.maturations))]
+
+    def _fingerprint(self) -> str:
+        """Return what tells a memory's model from another: its weights, and where it is looked at."""
+        weights = [t for net in self._networks() for t in (*net.parameters(), *net.buffers())]
+        return _store.fingerprint([_store.digest(weights), list(self.layers), self.space, self.metric])
+
+    def with_settings(self, **changes: Any) -> Self:
+        """Return a twin with some settings changed, and the same memory unless another, or None, is given."""
+        return super().with_settings(**({"memory": self.memory} | changes))
+
+    def identity(self) -> list[Any]:
+        """Return all that answers depend on, what the memory holds among it."""
+        return [*super().identity(), *([] if self.memory is None else [self.memory.identity()])]
+
     def sensed(self, layer: int) -> int:
         """Return K, how many neighbours over all classes sensing looks at in a layer."""
         return self.maturations[layer].neighbours
@@ -223,7 +279,8 @@ class RAILS(NeighbourDefence):
         seed = _check.seed("seed", seed)
         seed = self.seed if seed is None else seed
         seed = secrets.randbits(63) if seed is None else seed
-        for antigens in self._flocked(x, batch_size):
+        # A learning curve is that of a whole response.
+        for antigens in self._flocked(x, batch_size, recalling=not trace):
             yield self._mature(antigens, seed, keep_cells, trace)
 
     def _batch_size(self, x: Tensor) -> int:
@@ -234,25 +291,39 @@ class RAILS(NeighbourDefence):
         population = max(m.per_class(self.classes) for m in self.maturations) * self.classes
         return self._cells(x[:1]).numel() * population
 
-    def _flocked(self, x: Any, batch_size: int | None) -> Iterator[_Antigens]:
-        """Yield inputs `(B, *S)` in batches that mature at once, with their naive cells."""
+    def _flocked(self, x: Any, batch_size: int | None, recalling: bool = True) -> Iterator[_Antigens]:
+        """Yield inputs `(B, *S)` in batches that mature at once, less what is `recalling`, with their naive cells."""
         x = self._inputs(x)
         size = self._batch_size(x) if batch_size is None else _check.integer("batch_size", batch_size)
         names = None if self.shared_noise else identities(x)
         for start in range(0, len(x), size):
             part = slice(start, start + size)
-            cells, features = self._described(x[part])
+            antigens, own = x[part], None if names is None else names[part]
+            cells, features = self._described(antigens)
             bounds = self.cell_limits().tensors(cells, cells.shape[1:])
+            signatures = self.signatures(features)
+            recalled = None
+            if self.memory is not None and signatures is not None and recalling:
+                recalled = self.memory.recall(signatures)
+            if recalled is not None and recalled.ids:
+                new = ~recalled.hit
+                antigens, cells, features = antigens[new], cells[new], [one[new] for one in features]
+                own = None if own is None else [name for name, one in zip(own, new.tolist(), strict=True) if one]
             naive = []
-            for i, settings in enumerate(self.maturations):
+            for i, settings in enumerate(self.maturations if len(cells) else ()):
                 distances, index = self._flock(features[i], i)
                 naive.append(flocked(self.members(i, index), distances, index, cells, settings, bounds))
-            known = self._known(x[part])
-            yield _Antigens(cells, bounds, features, naive, known, None if names is None else names[part])
+            yield _Antigens(cells, bounds, features, naive, self._known(antigens), own, signatures, recalled)
 
     def _mature(
         self, antigens: _Antigens, seed: int, keep_cells: bool = False, trace: bool = False
     ) -> tuple[ImmuneResponse, Tensor]:
+        """Return the response to a batch, and the mean distances `(B, L)` of its antigens to their nearest examples."""
+        some = len(antigens.cells)
+        met = self._evolved(antigens, seed, keep_cells, trace) if some else self._none(antigens, keep_cells)
+        return met if antigens.signatures is None else self._imprinted(antigens, *met)
+
+    def _evolved(self, antigens: _Antigens, seed: int, keep_cells: bool, trace: bool) -> tuple[ImmuneResponse, Tensor]:
         cells, names = antigens.cells, antigens.names
         ends: list[Matured] = []
         traces: list[Trace] = []
@@ -280,12 +351,50 @@ class RAILS(NeighbourDefence):
             votes=votes,
             credibility=self._p_values(scores).amax(1),
             foreign=self._sense_of(far).foreign,
+            recalled=torch.zeros(len(votes), dtype=torch.bool, device=votes.device),
             generations=torch.stack([matured.generations for matured in ends]).amax(0),
             plasma=Cells.cat([matured.plasma for matured in ends], dim=1),
             memory=Cells.cat([matured.memory for matured in ends], dim=1),
             trace=tuple(traces) if trace else None,
         )
         return response, far
+
+    def _none(self, antigens: _Antigens, keep_cells: bool) -> tuple[ImmuneResponse, Tensor]:
+        """Return the response to no antigen, in the shape of those to some."""
+        made, whole = antigens.cells, torch.zeros(0, dtype=torch.long, device=antigens.cells.device)
+        sizes = zip(*(settings.sizes(self.classes) for settings in self.maturations), strict=True)
+        plasma, memory = (
+            Cells(made.new_zeros(0, n, *made.shape[1:]), whole.reshape(0, n), made.new_zeros(0, n), whole.reshape(0, n))
+            for n in (sum(size) if keep_cells else 0 for size in sizes)
+        )
+        response = ImmuneResponse(
+            labels=whole, votes=made.new_zeros(0, self.classes), credibility=made.new_zeros(0), foreign=whole.bool(),
+            recalled=whole.bool(), generations=whole, plasma=plasma, memory=memory,
+        )  # fmt: skip
+        return response, made.new_zeros(0, len(self.maturations))
+
+    def _imprinted(self, antigens: _Antigens, met: ImmuneResponse, far: Tensor) -> tuple[ImmuneResponse, Tensor]:
+        """Return the response with what memory answers among it, and all that memory keeps."""
+        signatures, known = antigens.signatures, antigens.recalled
+        assert signatures is not None
+        assert self._space is not None
+        entries: tuple[str | None, ...] = (None,) * len(signatures)
+        if known is not None and known.ids:
+            hit = known.hit
+            entries = recall.traced(known.ids, hit)
+            far = recall.among(known.far, far, hit)
+            met = dataclasses.replace(
+                met,
+                labels=recall.among(known.labels, met.labels, hit),
+                votes=recall.among(known.votes, met.votes, hit),
+                credibility=recall.among(known.credibility, met.credibility, hit),
+                foreign=recall.among(known.foreign, met.foreign, hit),
+                recalled=hit,
+                generations=recall.among(torch.zeros_like(known.labels), met.generations, hit),
+                plasma=recall.without_cells(met.plasma, hit),
+                memory=recall.without_cells(met.memory, hit),
+            )
+        return dataclasses.replace(met, imprint=Imprint(signatures, far, entries, self._space.fingerprint)), far
 
     def _settle(self, antigens: _Antigens, rows: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
         """Return how many examples are at least as near as the nearest naive cells of classes `among`, and lots."""
@@ -324,7 +433,7 @@ class RAILS(NeighbourDefence):
         cells = self._cells(x[:1])
         if self.space is None or self.cell_bounds is not None:
             self.cell_limits().tensors(cells, cells.shape[1:], name="cell_bounds")
-        self.classes = classes
+        self.classes, self._space = classes, None
         if 4 * (values := self._population_values(x)) > self.memory_budget:
             raise ValueError(
                 f"memory_budget={self.memory_budget:,} is too small for one antigen: "
@@ -341,6 +450,7 @@ class RAILS(NeighbourDefence):
             *([f"space={self.space!r}"] if self.space is not None else []),
             *([f"metric={self.metric!r}"] if self.metric != "euclidean" else []),
             *([f"voice={self.voice:g}"] if self.voice else []),
+            *([f"memory={self.memory.where!r}"] if self.memory is not None else []),
             f"seed={self.seed}",
             self._fitted_on(),
         ]
@@ -380,7 +490,8 @@ class RAILS(NeighbourDefence):
     @classmethod
     def options(cls) -> list[str]:
         """Return the names of the settings: the constructor's, those of `Maturation`, its preset, and `hidden`."""
-        return [*super().options(), *(field.name for field in dataclasses.fields(Maturation)), "preset", "hidden"]
+        matured = [field.name for field in dataclasses.fields(Maturation)]
+        return [*dict.fromkeys([*super().options(), *matured]), "preset", "hidden"]
 
     @classmethod
     def made(cls, model: nn.Module, layers: Sequence[Layer], settings: Mapping[str, Any]) -> Self:
@@ -392,6 +503,8 @@ class RAILS(NeighbourDefence):
         cls.check_settings(settings)
         own = dict(settings)
         names = {field.name for field in dataclasses.fields(Maturation)} | {"preset"}
+        # A number is the share of memory cells, all else where they are remembered.
+        names -= {"memory"} if "memory" in own and not _check.is_number(own["memory"]) else set()
         matured = {name: own.pop(name) for name in names & own.keys()}
         if matured and "maturation" in own:
             raise ValueError(f"maturation must not be given beside its own settings ({', '.join(sorted(matured))})")

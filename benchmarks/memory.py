@@ -1,0 +1,263 @@
+"""What a memory costs and gives: writes, look-ups among many signatures, recalled answers, steered ones, and kills.
+
+python benchmarks/memory.py --data DIR --threads 1 --json benchmarks/out/memory.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common import Row, mnist, parser, run, seconds, use_threads
+from immunonet import RAILS, ImmuneResponse, Memory
+from immunonet.memory.index import Lookup
+from immunonet.memory.space import Space
+
+WRITER = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import memory
+memory.write(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+"""
+
+
+def main() -> None:
+    p = parser(__doc__)
+    p.add_argument("--examples", type=int, default=60_000, help="of MNIST, as repertoire")
+    p.add_argument("--images", type=int, default=500, help="test images that are remembered")
+    p.add_argument("--entries", type=int, default=1_000_000, help="signatures that are searched")
+    p.add_argument("--kills", type=int, default=20)
+    p.add_argument("--writes", type=int, default=10_000, help="of four processes together, each time")
+    options = p.parse_args()
+    use_threads(options.threads)
+    jobs = {"writes": writes, "lookup": lookup, "recall": recall, "steering": steering, "kills": kills}
+    run(options, {name: lambda job=job: job(options) for name, job in jobs.items()})
+
+
+def defended(options: argparse.Namespace, n: int) -> tuple[RAILS, Any]:
+    found = mnist(options, options.examples, n)
+    rails = RAILS(found.net, "input", seed=0, memory=Memory(None)).fit(found.x, found.y)
+    return rails, found
+
+
+def writes(options: argparse.Namespace) -> list[Row]:
+    """Time of one durable write, alone and with others."""
+    rows = []
+    for together in (1, 100, 1000):
+        with tempfile.TemporaryDirectory() as folder:
+            memory = opened(folder)
+            times = []
+            for i in range(max(3, 200 // together)):
+                remember = functools.partial(memory.remember, response(together, i))
+                times.append(seconds(remember, 1)[0])
+            rows.append({"together": together, "median_s": float(np.median(times)), "p99_s": quantile(times, 99)})
+    return rows
+
+
+def lookup(options: argparse.Namespace) -> list[Row]:
+    """Time and memory of look-ups, batch 1: signatures of MNIST, moved at random until there are enough."""
+    rails, found = defended(options, min(200, options.images))
+    rails.predict(found.clean[:1])
+    space = rails.memory.space
+    assert space is not None
+    own = torch.cat([space.sign([part.flatten(1)]) for part in found.x.split(2000)]).numpy()
+    rng, spread = np.random.default_rng(options.seed), own.std(0)
+    index = Lookup(space.spread.numpy())
+    while len(index) < options.entries:
+        part = (own + 0.3 * spread * rng.normal(size=own.shape))[: options.entries - len(index)].astype(np.float32)
+        n = len(part)
+        index.add(
+            {
+                "signature": part, "id": np.zeros(n, "S32"), "label": np.zeros(n, np.int32),
+                "votes": np.zeros((n, 10), np.float32), "credibility": np.zeros(n, np.float32),
+                "foreign": np.zeros(n, bool), "far": np.zeros((n, 1), np.float32), "trusted": np.zeros(n, bool),
+            }
+        )  # fmt: skip
+    rows = []
+    for name, images in (("clean", found.clean), ("attacked", found.attacked)):
+        asked = space.sign([images.flatten(1)]).numpy()
+        times = [seconds(lambda one=one: index.within(one, space.radius), 1)[0] for one in asked]
+        rows.append(
+            {
+                "entries": len(index), "queries": name, "radius": space.radius, "median_ms": 1e3 * quantile(times, 50),
+                "p99_ms": 1e3 * quantile(times, 99), "MiB": index.nbytes / 2**20,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def recall(options: argparse.Namespace) -> list[Row]:
+    """Recalled answers against full ones, of test images remembered before and of near copies of them."""
+    rails, found = defended(options, options.images)
+    plain = rails.with_settings(memory=None)
+    x, draw = found.clean, torch.Generator().manual_seed(options.seed)
+    rails.memory.remember(rails.respond(x), x)
+    shifted = torch.roll(x, 1, -1)
+    moved = {
+        "the same": x,
+        "noise .01": (x + 0.01 * torch.randn(x.shape, generator=draw)).clamp(0, 1),
+        "noise .05": (x + 0.05 * torch.randn(x.shape, generator=draw)).clamp(0, 1),
+        "noise .1": (x + 0.1 * torch.randn(x.shape, generator=draw)).clamp(0, 1),
+        "8 bits": (x * 255).round() / 255,
+        "a pixel to the right": shifted,
+        "attacked, 60/255": found.attacked,
+    }
+    rows = []
+    for name, images in moved.items():
+        again, full = rails.respond(images), plain.predict(images)
+        hit = again.recalled
+        rows.append(
+            {
+                "queries": name, "n": len(images), "recalled": hit.float().mean().item(),
+                "equal_to_full": (again.labels == full)[hit].float().mean().item() if hit.any() else None,
+                "accuracy": (again.labels == found.labels).float().mean().item(),
+                "accuracy_full": (full == found.labels).float().mean().item(),
+            }
+        )  # fmt: skip
+    other = mnist(options, options.examples, 2 * options.images)
+    new = other.clean[options.images :]
+    hit = rails.respond(new).recalled
+    rows.append({"queries": "other images", "n": len(new), "recalled": hit.float().mean().item()})
+    rows += latency(rails, plain, x, options.repeats)
+    return rows
+
+
+def latency(rails: RAILS, plain: RAILS, x: torch.Tensor, repeats: int) -> list[Row]:
+    """Time per answer at batch 1 and 64."""
+    known = x[rails.respond(x).recalled]
+    rows = []
+    for batch in (1, 64):
+        some = known[:64].split(batch)
+        fast, _ = seconds(lambda some=some: [rails.predict(one) for one in some], repeats)
+        slow, _ = seconds(lambda some=some: [plain.predict(one) for one in some], repeats)
+        n = sum(map(len, some))
+        rows.append({"queries": f"batch {batch}", "n": n, "recalled_ms": 1e3 * fast / n, "full_ms": 1e3 * slow / n,
+                     "times": slow / fast})  # fmt: skip
+    return rows
+
+
+def steering(options: argparse.Namespace) -> list[Row]:
+    """How often an input can be steered, within eps (linf), to within the radius of an entry of another label.
+
+    The attacker knows the signatures of all entries, and descends the distance to the nearest of another label.
+    """
+    rails, found = defended(options, options.images)
+    rails.memory.remember(rails.respond(found.clean), found.clean)
+    space = rails.memory.space
+    assert space is not None
+    x, y = found.clean[:100], found.labels[:100]
+    entries, labels = space.sign([found.clean.flatten(1)]), found.labels
+    rows = []
+    for eps in (0.05, 0.1, 60 / 255, 0.3):
+        moved = steered(space, x, y, entries, labels, eps)
+        again = rails.respond(moved)
+        full = rails.with_settings(memory=None).predict(moved)
+        wrong = again.recalled & (again.labels != y)
+        rows.append({"eps": eps, "n": len(x), "recalled": again.recalled.float().mean().item(),
+                     "recalled_wrong": wrong.float().mean().item(),
+                     "full_wrong": (full != y).float().mean().item()})  # fmt: skip
+    return rows
+
+
+def steered(
+    space: Space, x: torch.Tensor, y: torch.Tensor, entries: torch.Tensor, labels: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Return inputs brought near the nearest entry of another label."""
+    own = space.sign([x.flatten(1)])
+    far = torch.cdist(own, entries).masked_fill(labels[None] == y[:, None], torch.inf)
+    goal, moved = entries[far.argmin(1)], x.clone()
+    for i in range(100):
+        moved.requires_grad_(True)
+        distance = (space.sign([moved.flatten(1)]) - goal).norm(dim=1).sum()
+        (slope,) = torch.autograd.grad(distance, moved)
+        step = eps * (0.2 if i < 50 else 0.02)
+        moved = (moved.detach() - step * slope.sign()).clamp(x - eps, x + eps).clamp(0, 1)
+    return moved
+
+
+def kills(options: argparse.Namespace) -> list[Row]:
+    """Kill four writers at a random moment; whatever they were told is written must be there."""
+    rows = []
+    here, draw = str(Path(__file__).parent), random.Random(options.seed)
+    for i in range(options.kills):
+        with tempfile.TemporaryDirectory() as folder:
+            each = options.writes // 4
+            writers = [
+                subprocess.Popen(
+                    [sys.executable, "-c", WRITER, here, folder, str(j), str(each)], stdout=subprocess.PIPE, text=True
+                )
+                for j in range(4)
+            ]
+            for one in writers:
+                assert one.stdout is not None
+                one.stdout.readline()
+            time.sleep(draw.uniform(0.1, 20))
+            acknowledged = []
+            for one in writers:
+                one.kill()
+                with one:
+                    assert one.stdout is not None
+                    text = one.stdout.read()
+                acknowledged += text[: text.rfind("\n") + 1].split()
+            memory = Memory(folder)
+            backend = memory._required()
+            held = backend.read(["id"])["id"].to_pylist()
+            rows.append(
+                {
+                    "kill": i + 1, "acknowledged": len(acknowledged), "held": len(held), "versions": memory.version,
+                    "lost": len(set(acknowledged) - set(held)), "twice": len(held) - len(set(held)),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def write(folder: str, name: str, n: int) -> None:
+    """Write n entries one by one, each told when it is there."""
+    memory = opened(folder)
+    print(flush=True)
+    for i in range(n):
+        print(*memory.remember(response(1, i), source=name), flush=True)
+
+
+def opened(folder: str) -> Memory:
+    """Return a memory of signatures of 64 values, which no model made."""
+    space = Space(
+        mean=torch.zeros(63), directions=torch.eye(63), scales=torch.ones(1), spread=torch.ones(64),
+        probes=torch.zeros(1, 64), radius=1.0, fingerprint="none", classes=10, shape=(1,), cell_shape=(1,),
+    )  # fmt: skip
+    memory = Memory(folder, keep="signatures")
+    memory.bind("none", [torch.zeros(1, 63)], lambda: space)
+    return memory
+
+
+def response(n: int, seed: int) -> ImmuneResponse:
+    """Return a response to n antigens with random signatures."""
+    from immunonet import Cells
+    from immunonet.response import Imprint
+
+    draw = torch.Generator().manual_seed(seed)
+    labels, none = torch.randint(10, (n,), generator=draw), torch.zeros(n, 0, dtype=torch.long)
+    cells = Cells(torch.zeros(n, 0, 1), none, none.float(), none)
+    return ImmuneResponse(
+        labels=labels, votes=torch.eye(10)[labels], credibility=torch.ones(n), foreign=torch.zeros(n).bool(),
+        recalled=torch.zeros(n).bool(), generations=torch.ones(n).long(), plasma=cells, memory=cells,
+        imprint=Imprint(torch.randn(n, 64, generator=draw), torch.ones(n, 1), (None,) * n, "none"),
+    )  # fmt: skip
+
+
+def quantile(times: list[float], q: float) -> float:
+    return float(np.percentile(times, q))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from immunonet import attacks
-from immunonet.attacks import APGD, FGSM, NORMS, PGD, Attack, Found, HopSkipJump, Noise, Norm, Square
+from immunonet.attacks import APGD, FGSM, NES, NORMS, PGD, Attack, Found, HopSkipJump, Noise, Norm, Square
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,7 @@ TABLE = {
     "APGD targeted-dlr": (APGD(iterations=3, loss="targeted-dlr", targets=2), 4),
     "Square": (Square(queries=12), 13),
     "Square averaged": (Square(queries=6, draws=2, early_stop=False), 7),
+    "NES": (NES(queries=17, samples=4), 4),
     "HopSkipJump": (HopSkipJump(iterations=2, evaluations=8), 3),
     "HopSkipJump within": (HopSkipJump(eps=0.3, iterations=2, evaluations=8), 3),
     "Noise": (Noise(points=4), 4),
@@ -305,6 +306,9 @@ def test_a_norm_of_ones_own_is_climbed_to_its_optimum(linear_model, random_start
         (APGD(iterations=10, restarts=2), 22),
         (APGD(iterations=10, restarts=1, loss="targeted-dlr", targets=4), 48),
         (Square(queries=100, draws=3), 303),
+        (Square(queries=100, tries=5), 501),
+        # Nine steps of ten around and the point itself, and the input.
+        (NES(queries=100, samples=10), 1 + 9 * 11),
         # The point itself, 100 starts, 25 halvings on the first line, then on each line and step, and 10 + 14 around.
         (HopSkipJump(iterations=2, evaluations=10), 1 + 100 + 25 + 2 * 50 + 24),
         (HopSkipJump(iterations=2, evaluations=10, most_evaluations=12), 1 + 100 + 25 + 2 * 50 + 22),

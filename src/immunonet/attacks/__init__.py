@@ -5,28 +5,31 @@ was made on may still fool a defence. Surrogates and wrappers are models that at
 an attack like any other, as is a norm in `NORMS`.
 """
 
-from immunonet.attacks._base import Attack, AttackResult, Found, Problem
+from immunonet.attacks._base import Attack, AttackResult, Found, Problem, Refusing
 from immunonet.attacks.apgd import APGD
 from immunonet.attacks.clones import SoftClones
 from immunonet.attacks.controls import Inside, Through
 from immunonet.attacks.gradient import FGSM, PGD
 from immunonet.attacks.hopskipjump import HopSkipJump
 from immunonet.attacks.knn import ASK, AdvKnn, SoftCount, SoftNeighbours, neighbour_votes
+from immunonet.attacks.nes import NES
 from immunonet.attacks.noise import Noise
 from immunonet.attacks.norms import NORMS, Norm
 from immunonet.attacks.square import Square
 from immunonet.attacks.unrolled import Unrolled
-from immunonet.attacks.wrappers import Bpda, Eot, Stealthy
+from immunonet.attacks.wrappers import Blinded, Bpda, Eot, Stealthy
 
 __all__ = [
     "APGD",
     "ASK",
     "FGSM",
+    "NES",
     "NORMS",
     "PGD",
     "AdvKnn",
     "Attack",
     "AttackResult",
+    "Blinded",
     "Bpda",
     "Eot",
     "Found",
@@ -35,6 +38,7 @@ __all__ = [
     "Noise",
     "Norm",
     "Problem",
+    "Refusing",
     "SoftClones",
     "SoftCount",
     "SoftNeighbours",

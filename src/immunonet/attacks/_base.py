@@ -22,7 +22,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 # Inputs that a model is asked about before it is attacked.
 _LOOKED_AT = 4
 # Settings that say what an attack spends, and next to nothing of each.
-_LEAST = {"iterations": 2, "restarts": 1, "queries": 5, "points": 1, "evaluations": 2}
+_LEAST = {"iterations": 2, "restarts": 1, "queries": 5, "samples": 2, "points": 1, "evaluations": 2}
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,38 @@ class Confined(models.Asking, abc.ABC):
     @abc.abstractmethod
     def confined(self, delta: Tensor) -> Tensor:
         """Return what of perturbations `(B, *S)` is allowed."""
+
+
+class Refusing(models.Asking, abc.ABC):
+    """A model that may refuse to answer: attacks learn nothing from such an input but that it was refused."""
+
+    @abc.abstractmethod
+    def heard(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits `(B, C)` for inputs `x` `(B, *S)`, and `(B,)` bool: which of them were answered at all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits `(B, C)`; those of what was refused say nothing."""
+        return self.heard(x)[0]
+
+
+class Reach:
+    """How far the next proposals of an attack reach, as a multiple of what it would do by itself.
+
+    Oracle-guided rejection sampling (OARS, Feng et al. 2023): where a model refuses to answer inputs that are too much
+    alike, what was refused is drawn anew, farther off, up to `tries` times; answers bring the reach back little by
+    little. With one try nothing is drawn anew, and the reach stays 1.
+    """
+
+    GROWS, SHRINKS = 1.5, 0.97
+
+    def __init__(self, tries: int) -> None:
+        self.tries, self.scale = tries, 1.0
+
+    def heard(self, value: Tensor) -> None:
+        """Take in what proposals came to, `value` `(n,)`: minus infinity where the model refused to answer."""
+        if self.tries > 1:
+            refused = bool((value == -torch.inf).any())
+            self.scale = self.scale * self.GROWS if refused else max(1.0, self.scale * self.SHRINKS)
 
 
 def confined(model: Model, point: Tensor, x: Tensor) -> Tensor:
@@ -203,9 +235,14 @@ class Attack(abc.ABC):
         return 2
 
     def _judge(self, model: Model, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-        """Return what is climbed `(B,)` float64, and whether the inputs succeed `(B,)`."""
-        logits = models.logits(model, x)
+        """Return what is climbed `(B,)` float64, and whether the inputs succeed `(B,)`.
+
+        What a model refuses to answer does not succeed, and comes to minus infinity.
+        """
+        logits, answered = asked(model, x)
         value, hit = loss(logits.double(), y), (logits.argmax(1) == y) == self.targeted
+        if answered is not None:
+            value, hit = value.masked_fill(~answered, -torch.inf), hit & answered
         if isinstance(model, Penalised):
             penalty = model.penalty(x)
             value, hit = value - penalty, hit & (penalty <= 0)
@@ -259,6 +296,13 @@ class Found(NamedTuple):
         rows = rows[better]
         self.points[rows], self.success[rows] = other.points[better], other.success[better]
         self.loss[rows], self.losses[:, rows] = other.loss[better], other.losses[:, better]
+
+
+def asked(model: Model, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return logits, and which inputs were answered, None where the model never refuses."""
+    if isinstance(model, Refusing):
+        return model.heard(x)
+    return models.logits(model, x), None
 
 
 def generator_of(seed: int | None) -> torch.Generator:

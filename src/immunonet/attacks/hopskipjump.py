@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from immunonet import _check, incoming
-from immunonet.attacks._base import Attack, AttackResult, Found, Model, Problem, generator_of
+from immunonet.attacks._base import Attack, AttackResult, Found, Model, Problem, Reach, generator_of
 from immunonet.attacks._losses import margin
 from immunonet.attacks.norms import NORMS, column, spread
 
@@ -34,13 +34,15 @@ class HopSkipJump(Attack):
 
     It begins at the first of 100 uniform random points that fools the model, or at `starts` `(B, *S)`, the keyword of
     the call, which a targeted attack needs: such as examples of the wanted class. Where neither fools the model,
-    `x` is given back. The rest: see `PGD`.
+    `x` is given back. `tries`: where the model refuses to answer, points around are drawn anew, farther off (see
+    `Square`); those that stay refused count as none. The rest: see `PGD`.
     """
 
     eps: float | None = None
     iterations: int = 50
     evaluations: int = 100
     most_evaluations: int = 10_000
+    tries: int = 1
     seed: int | None = 0
 
     needs = "labels"
@@ -49,7 +51,7 @@ class HopSkipJump(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check.keep(self, _check.integer, "iterations", "evaluations")
+        _check.keep(self, _check.integer, "iterations", "evaluations", "tries")
         _check.keep(self, _check.integer, "most_evaluations", least=self.evaluations)
         _check.keep(self, _check.seed, "seed")
 
@@ -69,7 +71,7 @@ class HopSkipJump(Attack):
         """Return how often the model is asked per input, at most: all of the search, not only the directions."""
         around = sum(self._evaluations(iteration) for iteration in range(1, self.iterations + 1))
         # The input itself, the starts, a search on the line at first and in each iteration, and the halved steps.
-        return 1 + _STARTS + _HALVINGS + 2 * _HALVINGS * self.iterations + around
+        return 1 + _STARTS + _HALVINGS + 2 * _HALVINGS * self.iterations + around * self.tries
 
     def _evaluations(self, iteration: int) -> int:
         return min(int(self.evaluations * math.sqrt(iteration)), self.most_evaluations)
@@ -109,7 +111,7 @@ class HopSkipJump(Attack):
         x, values = problem.x, problem.x[0].numel()
         # Chen et al. 2020, section 4: how near to the boundary the search ends, as a share of the way.
         near = 1 / (values * math.sqrt(values) if self.norm == "l2" else values**2)
-        points = self._to_boundary(problem, points, near)
+        points, reach = self._to_boundary(problem, points, near), Reach(self.tries)
         best, nearest = points, self._ball.size(points - x)
         curve = [-nearest.double()]
         for iteration in range(1, self.iterations + 1):
@@ -117,10 +119,11 @@ class HopSkipJump(Attack):
             width = float((problem.high - problem.low).max())
             radius = near * distance * (math.sqrt(values) if self.norm == "l2" else values)
             radius = torch.full_like(radius, 0.1 * width) if iteration == 1 else radius
-            direction = self._direction(problem, points, radius, self._evaluations(iteration), generator)
-            points = self._to_boundary(
-                problem, self._step(problem, points, direction, distance / math.sqrt(iteration)), near
-            )
+            around = self._evaluations(iteration)
+            direction = self._direction(problem, points, radius, around, reach, generator)
+            further = self._step(problem, points, direction, distance / math.sqrt(iteration))
+            # The end of a search on the line is a row of points that are as much alike.
+            points = self._to_boundary(problem, further, min(0.5, near * reach.scale))
             distance = self._ball.size(points - x)
             closer = distance < nearest
             best = torch.where(spread(closer, x), points, best)
@@ -146,29 +149,52 @@ class HopSkipJump(Attack):
         return ends
 
     def _direction(
-        self, problem: Problem, points: Tensor, radius: Tensor, evaluations: int, generator: torch.Generator
-    ) -> Tensor:
+        self, problem: Problem, points: Tensor, radius: Tensor, evaluations: int, reach: Reach,
+        generator: torch.Generator,
+    ) -> Tensor:  # fmt: skip
         """Return the estimated way `(n, *S)` deeper into what fools the model, of size 1 (section 3.2)."""
         n = len(points)
-        total, along, score = torch.zeros_like(points), torch.zeros_like(points), torch.zeros_like(radius)
+        total, along, score, heard = (torch.zeros_like(part) for part in (points, points, radius, radius))
         for done in range(0, evaluations, _BLOCK):
             times = min(_BLOCK, evaluations - done)
-            noise = torch.randn(times * n, *points.shape[1:], generator=generator, dtype=torch.float32)
-            if self.norm == "linf":
-                noise = 2 * torch.rand(noise.shape, generator=generator, dtype=torch.float32) - 1
-            noise = (noise / column(NORMS["l2"].size(noise), noise)).to(points)
             around = points.repeat(times, *(1,) * (points.ndim - 1))
-            reach = spread(radius.repeat(times).clamp(min=1e-12), points)
-            tried = (around + reach * noise).clamp(problem.low, problem.high)
-            hit = self._fools(problem._replace(y=problem.y.repeat(times)), tried)
-            sign, noise = torch.where(hit, 1.0, -1.0).to(points.dtype), (tried - around) / reach
+            many = problem._replace(y=problem.y.repeat(times))
+            noise, sign = self._looked(many, around, radius.repeat(times).clamp(min=1e-12), reach, generator)
             total += noise.unflatten(0, (times, n)).sum(0)
             along += (spread(sign, noise) * noise).unflatten(0, (times, n)).sum(0)
             score += sign.view(times, n).sum(0)
-        mean = spread(score / evaluations, points)
+            heard += sign.abs().view(times, n).sum(0)
+        mean = spread(score / heard.clamp(min=1), points)
         # Where all agree, the mean noise is the way, or its opposite.
         way = torch.where(mean.abs() == 1, along, along - mean * total)
         return self._ball.steepest(way)
+
+    def _looked(
+        self, problem: Problem, points: Tensor, radius: Tensor, reach: Reach, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Return random ways from points `(n, *S)`, in units of their radius, and where they lead, `(n,)`.
+
+        1: it fools the model, -1: it does not, 0: the model did not answer, and the way is 0.
+        """
+        ways, sign = torch.zeros_like(points), torch.zeros_like(radius)
+        left = torch.arange(len(points), device=points.device)
+        for _ in range(self.tries):
+            noise = torch.randn(len(left), *points.shape[1:], generator=generator, dtype=torch.float32)
+            if self.norm == "linf":
+                noise = 2 * torch.rand(noise.shape, generator=generator, dtype=torch.float32) - 1
+            noise = (noise / column(NORMS["l2"].size(noise), noise)).to(points)
+            far = spread(radius[left] * reach.scale, points)
+            tried = (points[left] + far * noise).clamp(problem.low, problem.high)
+            value, hit = self._judge_all(problem.model, tried, problem.y[left], margin)
+            answered = value > -torch.inf
+            rows = left[answered]
+            ways[rows] = ((tried - points[left]) / far)[answered]
+            sign[rows] = torch.where(hit, 1.0, -1.0).to(points.dtype)[answered]
+            reach.heard(value)
+            left = left[~answered]
+            if not len(left):
+                break
+        return ways, sign
 
     def _step(self, problem: Problem, points: Tensor, direction: Tensor, step: Tensor) -> Tensor:
         """Return points a step further that fool the model; the step is halved until they do."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from immunonet import _check
-from immunonet.attacks._base import Attack, Found, Problem, generator_of
+from immunonet.attacks._base import Attack, Found, Problem, Reach, generator_of
 from immunonet.attacks._losses import margin
 from immunonet.attacks.norms import NORMS
 
@@ -31,7 +31,9 @@ class Square(Attack):
 
     `queries`: calls per input after the one on `x`; with `draws` above 1 each is the mean margin over as many calls of
     a random model, and success what most of them say. With `early_stop` an input that is fooled is left alone;
-    without it the margin goes on to grow, as a random defence needs. What is kept is as for `PGD`. `eps` >= 0.
+    without it the margin goes on to grow, as a random defence needs. `tries`: where the model refuses to answer, as one
+    behind a sentinel does, other squares are drawn, larger ones, until it answers or so many were tried (OARS, Feng et
+    al. 2023). What is kept is as for `PGD`. `eps` >= 0.
     """
 
     eps: float = 8 / 255
@@ -39,6 +41,7 @@ class Square(Attack):
     p: float = 0.8
     early_stop: bool = True
     draws: int = 1
+    tries: int = 1
     seed: int | None = 0
 
     needs = "scores"
@@ -46,7 +49,7 @@ class Square(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check.keep(self, _check.integer, "queries", "draws")
+        _check.keep(self, _check.integer, "queries", "draws", "tries")
         _check.keep(self, _check.number, "p", least=0.0, most=1.0, above=True)
         _check.keep(self, _check.boolean, "early_stop")
         _check.keep(self, _check.seed, "seed")
@@ -56,7 +59,7 @@ class Square(Attack):
 
     def calls(self) -> int:
         """Return how often the model is asked per input, at most: about the input itself, and at every query."""
-        return (1 + self.queries) * self.draws
+        return (1 + self.queries * self.tries) * self.draws
 
     def best(self, problem: Problem) -> Found:
         """Return the points of the largest margin."""
@@ -67,16 +70,24 @@ class Square(Attack):
         low, high = (_as_images(bound.expand(problem.x.shape[1:])[None]) for bound in (problem.low, problem.high))
         first = self._ask(problem, x)
         points, loss, hit = x.clone(), first[0].clone(), first[1].clone()
-        curve = [first[0]]
+        curve, reach = [first[0]], Reach(self.tries)
         for query in range(self.queries):
-            # For all inputs, so that one which stops changes no other's numbers.
-            numbers = _Numbers.drawn(x.shape, generator)
             rows = (~(hit & self.early_stop)).nonzero()[:, 0]
             if not len(rows):
                 break
-            ball = _Ball(x[rows], self.eps, low, high)
-            tried = self._try(query, points[rows], ball, numbers.of(rows, x)).clamp(low, high)
-            found, fooled = self._ask(problem.part(rows), tried)
+            tried = points[rows]
+            found, fooled = loss.new_full((len(rows),), -torch.inf), torch.zeros_like(hit[rows])
+            for _ in range(self.tries):
+                left = (found == -torch.inf).nonzero()[:, 0]
+                if not len(left):
+                    break
+                # For all inputs, so that one which stops changes no other's numbers.
+                numbers, open_ = _Numbers.drawn(x.shape, generator).of(rows[left], x), rows[left]
+                side = math.sqrt(min(1.0, self._share(query) * reach.scale) * math.prod(x.shape[2:]))
+                ball = _Ball(x[open_], self.eps, low, high)
+                tried[left] = self._try(query, points[open_], side, ball, numbers).clamp(low, high)
+                found[left], fooled[left] = self._ask(problem.part(open_), tried[left])
+                reach.heard(found[left])
             # The first try is where the search begins, better or not.
             better = (found > loss[rows]) | (query == 0)
             kept = rows[better]
@@ -97,12 +108,10 @@ class Square(Attack):
         loss, hits = (torch.stack(part).double().mean(0) for part in zip(*asked, strict=True))
         return loss, hits > 0.5
 
-    def _try(self, query: int, points: Tensor, ball: _Ball, numbers: _Numbers) -> Tensor:
+    def _try(self, query: int, points: Tensor, side: float, ball: _Ball, numbers: _Numbers) -> Tensor:
         """Return the next points to ask about, in the ball around images `(n, c, H, W)`."""
         way = _WAYS[self.norm]
-        if query == 0:
-            return way.first(ball, numbers)
-        return way.changed(points, math.sqrt(self._share(query) * math.prod(points.shape[2:])), ball, numbers)
+        return way.changed(points, side, ball, numbers) if query else way.first(ball, numbers)
 
     def _share(self, query: int) -> float:
         """Return the share of the image that squares have at a query."""

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from immunonet import _check, models
-from immunonet.attacks._base import Model, Penalised
+from immunonet import _check, incoming, models
+from immunonet.attacks._base import Model, Penalised, Refusing, asked
 
 
 class Bpda(models.Asking):
@@ -63,6 +64,54 @@ class Eot(models.Asking):
         """Return log-probabilities `(B, C)` of inputs `x` `(B, *S)`."""
         answers = [models.ask(self.defence, x, **_seed(self._seeded, self.seed + draw)) for draw in range(self.draws)]
         return torch.stack([answer.log_softmax(1) for answer in answers]).logsumexp(0) - math.log(self.draws)
+
+
+class Blinded(Refusing):
+    """The log of the mean probabilities of `draws` disguised copies of each input (query blinding, Chen et al. 2019).
+
+    A copy is turned by up to `degrees`, scaled by up to `zoom`, moved by up to `shift` of its width (images alone), and
+    has normal noise of size `noise`, in units of the input; then it is clipped to `bounds`. So no two queries look
+    alike to one who looks for near copies. Copies that `model` refuses to answer are left out; an input is refused
+    where all of its copies are.
+    """
+
+    def __init__(
+        self, model: Model, *, draws: int = 4, degrees: float = 15.0, zoom: float = 0.1, shift: float = 0.1,
+        noise: float = 0.02, bounds: Any = (0.0, 1.0), seed: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.model, self.draws = _callable("model", model), _check.integer("draws", draws)
+        self.degrees = _check.number("degrees", degrees, least=0, most=180)
+        self.zoom = _check.number("zoom", zoom, least=0, most=0.9)
+        self.shift = _check.number("shift", shift, least=0, most=1)
+        self.noise = _check.number("noise", noise, least=0)
+        self.bounds = incoming.bounds("bounds", bounds)
+        self._generator = torch.Generator().manual_seed(_check.integer("seed", seed, least=0))
+
+    def heard(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities `(B, C)` of inputs `x` `(B, *S)`, and whether any of their copies was answered."""
+        copies = self.disguised(x.repeat_interleave(self.draws, 0))
+        logits, answered = asked(self.model, copies)
+        found = logits.log_softmax(1).unflatten(0, (len(x), self.draws))
+        if answered is None:
+            return found.logsumexp(1) - math.log(self.draws), torch.ones(len(x), dtype=torch.bool, device=x.device)
+        answered = answered.view(len(x), self.draws)
+        told = found.masked_fill(~answered[:, :, None], -torch.inf).logsumexp(1)
+        some = answered.any(1)
+        return torch.where(some[:, None], told.log_softmax(1), found[:, 0]), some
+
+    def disguised(self, x: Tensor) -> Tensor:
+        """Return one disguised copy of each input `(n, *S)`."""
+        n = len(x)
+        if x.ndim == 4:
+            turn, grow, across, down = (2 * torch.rand(4, n, generator=self._generator) - 1).to(x)
+            angle, size = turn * math.radians(self.degrees), 1 + grow * self.zoom
+            cos, sin = angle.cos() / size, angle.sin() / size
+            rows = torch.stack([cos, -sin, 2 * self.shift * across]), torch.stack([sin, cos, 2 * self.shift * down])
+            grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1), list(x.shape), align_corners=False)
+            x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+        low, high = self.bounds.tensors(x, x.shape[1:])
+        return (x + self.noise * torch.randn(x.shape, generator=self._generator).to(x)).clamp(low, high)
 
 
 class Stealthy(Penalised):

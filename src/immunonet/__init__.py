@@ -5,6 +5,7 @@ from immunonet._version import __version__ as __version__
 from immunonet.defences import RAILS, Answer, ClosedLoop, Defence, DkNN, ModePath, Sense, load, register
 from immunonet.evaluation import evaluate
 from immunonet.immune.settings import Maturation
+from immunonet.memory.sentinel import Sentinel
 from immunonet.memory.store import Memory
 from immunonet.normalised import Normalised
 from immunonet.response import Cells, ImmuneResponse, Trace
@@ -22,6 +23,7 @@ __all__ = [
     "ModePath",
     "Normalised",
     "Sense",
+    "Sentinel",
     "Trace",
     "attacks",
     "evaluate",

@@ -173,6 +173,10 @@ class Attack(abc.ABC):
         iterations = getattr(self, "iterations", None)
         return None if iterations is None else self._changed({"iterations": 2 * iterations})
 
+    def persistent(self, tries: int) -> Self:
+        """Return a twin that draws what is refused anew, so often (OARS); as it is, where it cannot."""
+        return self._changed({"tries": tries} if hasattr(self, "tries") else {})
+
     def _changed(self, settings: dict[str, Any]) -> Self:
         return dataclasses.replace(self, **settings)
 

@@ -19,6 +19,7 @@ from immunonet.evaluation.draws import Draws, share
 from immunonet.evaluation.records import VERSION
 from immunonet.evaluation.suite import Budget, Planned
 from immunonet.evaluation.threats import UNION, Threat
+from immunonet.memory.sentinel import Sentinel
 
 CHUNK = 100
 
@@ -67,7 +68,7 @@ class Claim:
 class Scene:
     """Who is asked, the defence and the undefended network, about images `x` `(N, *S)` labelled `y`; and the attacks.
 
-    `plan`: by name. `seeds`: those that every candidate is looked at on.
+    `plan`: by name. `seeds`: those that every candidate is looked at on. `sentinel`: who watches what is asked, if any.
     """
 
     subject: Subject
@@ -76,6 +77,7 @@ class Scene:
     y: Tensor
     plan: dict[str, Planned]
     seeds: tuple[int, ...]
+    sentinel: Sentinel | None = None
 
     @property
     def device(self) -> torch.device:

@@ -16,7 +16,7 @@ from immunonet import _check, _store, incoming, models
 from immunonet._identity import identity
 from immunonet.attacks._base import Attack
 from immunonet.defences.base import Defence, Undefended
-from immunonet.evaluation import sanity
+from immunonet.evaluation import sanity, stream
 from immunonet.evaluation.asking import Subject, describe
 from immunonet.evaluation.bench import Bench, Value, Workers
 from immunonet.evaluation.campaign import Campaign, Claim, Scene
@@ -25,6 +25,7 @@ from immunonet.evaluation.outcome import Evaluation, outcome
 from immunonet.evaluation.records import VERSION
 from immunonet.evaluation.suite import PROTOCOLS, Suite, afford, planned, seconds_per_call
 from immunonet.evaluation.threats import Threat, claimed, room
+from immunonet.memory.sentinel import Sentinel
 
 # How far probabilities may move before a defence counts as another one.
 _STEADY = 0.05
@@ -54,6 +55,7 @@ def evaluate(
     settings: dict[str, Any] | None = None,
     folder: str | Path | None = None,
     attacks: Sequence[Attack] = (),
+    sentinel: Sentinel | None = None,
     workers: Workers | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
@@ -88,6 +90,9 @@ def evaluate(
         attacks: further attacks, untargeted, within eps of the same norm, or within one of the threats; those that only
             ask are made on the defence's light twin, others on its first surrogate, or if it has none by its own
             gradient, or by BPDA.
+        sentinel: who watches what the defence is asked, fitted: the record then tells which attacks that only ask it
+            stops, by which ways they pass it, and how often it takes honest queries for an attack. All other rows are
+            those of the defence without it.
         workers: who does the parts of the work (see `evaluation.cluster`); None: this process.
         on_progress: hears of the plan and of every attack.
 
@@ -141,8 +146,12 @@ def evaluate(
         "attacks": {name: attack.told() for name, attack in plan.items()},
         "own": [identity(type(attack), attack) for attack in attacks],
     }  # fmt: skip
+    if sentinel is not None:
+        if sentinel.threshold is None:
+            raise ValueError("sentinel must be fitted: sentinel.fit(clean inputs)")
+        known["sentinel"] = stream.identity(sentinel)
     undefended = Subject(Undefended(base), classes=classes)
-    scene = Scene(subject=subject, base=undefended, x=x, y=y, plan=plan, seeds=draws.seeds)
+    scene = Scene(subject=subject, base=undefended, x=x, y=y, plan=plan, seeds=draws.seeds, sentinel=sentinel)
     bench = Bench(scene, None if folder is None else Path(folder), workers=workers)
     campaign = Campaign(claim, bench, known, budget, draws, on_progress)
     _same_answers(campaign)
@@ -151,7 +160,10 @@ def evaluate(
     cases = campaign.worst_cases()
     checks, curves = sanity.checks(campaign)
     flags = sanity.flags(campaign, randomised=randomised, repeatable=subject.seeded or not varies)
-    return outcome(campaign, cases, checks, flags, {"randomized": randomised, "plan": cut, "curves": curves})
+    told = {"randomized": randomised, "plan": cut, "curves": curves}
+    if sentinel is not None:
+        told["sentinel"] = stream.record(campaign)
+    return outcome(campaign, cases, checks, flags, told)
 
 
 def _same_answers(campaign: Campaign) -> None:

@@ -176,9 +176,7 @@ class Suite:
         self.base, *self.others = nets
         self.common: dict[str, Any] = {"eps": threat.eps, "norm": threat.norm, "bounds": threat.bounds}
         self.pgd = attacks.PGD(step=threat.eps / 4, iterations=20, random_start=False, **self.common)
-        self.light, defence = subject, subject.defence
-        if isinstance(defence, Defence) and (light := defence.light()) is not defence:
-            self.light = Subject(light, classes=subject.classes)
+        self.light = light(subject)
 
     def attacks(self, others: Mapping[int, Attack]) -> list[Planned]:
         """Return the attacks, those that only ask last; `others`: a caller's own by their places."""
@@ -271,25 +269,33 @@ class Suite:
 
     def _asking(self) -> Iterator[Planned]:
         """Attacks that only ask, on a light twin."""
-        budget, light, settings = self.budget, self.light, self.common | {"seed": self.seed}
+        budget, twin, settings = self.budget, self.light, self.common | {"seed": self.seed}
         roles = ("asks", "base") if self._undefended() else ("asks",)
         plan = functools.partial(self._plan, most=budget.black_box)
-        yield plan("noise", attacks.Noise(points=budget.noise, **settings), light, *roles)
+        yield plan("noise", attacks.Noise(points=budget.noise, **settings), twin, *roles)
         if settings["norm"] in (attacks.Square.norms or NORMS):
             square = attacks.Square(queries=budget.queries, early_stop=not self.randomised, **settings)
             averaged = dataclasses.replace(square, draws=budget.averaged if self.randomised else 1)
-            yield plan("square", averaged, light, *roles)
+            yield plan("square", averaged, twin, *roles)
             if self.randomised:
                 # One noise for all queries: what an attacker sees who pairs queries in a batch, or knows the seed.
-                known = Subject(light.defence, classes=self.subject.classes, fixed=self.seed)
+                known = Subject(twin.defence, classes=self.subject.classes, fixed=self.seed)
                 yield plan("square-known-seed", square, known, *roles, "known seed")
         if settings["norm"] in (attacks.HopSkipJump.norms or NORMS):
             effort: dict[str, Any] = {"iterations": budget.decisions, "evaluations": budget.evaluations}
-            yield plan("hop-skip-jump", attacks.HopSkipJump(**effort, **settings), light, *roles)
+            yield plan("hop-skip-jump", attacks.HopSkipJump(**effort, **settings), twin, *roles)
 
     def _undefended(self) -> bool:
         defence = self.subject.defence
         return isinstance(defence, Undefended) and defence.model is self.base
+
+
+def light(subject: Subject) -> Subject:
+    """Return the light twin of a defence under evaluation, or itself where there is none."""
+    defence = subject.defence
+    if isinstance(defence, Defence) and (twin := defence.light()) is not defence:
+        return Subject(twin, classes=subject.classes)
+    return subject
 
 
 def planned(suites: Sequence[Suite], others: Sequence[Attack] = ()) -> list[Planned]:

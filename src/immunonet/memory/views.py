@@ -1,0 +1,57 @@
+"""What a sentinel compares queries by: vectors that small perturbations do not move, of images or of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from immunonet.features.maps import FeatureMap, LayerMap, flat
+from immunonet.features.names import check_names
+
+View = Callable[[Tensor], Tensor]
+"""Inputs `(n, *S)` to vectors `(n, D)`."""
+
+# Pixels along each side of a field that is averaged, and frequencies along each side that are kept.
+FIELD, FREQUENCIES = 4, 6
+
+
+def pooled(x: Tensor) -> Tensor:
+    """Return images `(n, c, h, w)` averaged over fields of about 4 x 4 pixels, `(n, D)`; other inputs as they are."""
+    return averaged(x, FIELD).flatten(1)
+
+
+def spectrum(x: Tensor) -> Tensor:
+    """Return sizes of the lowest frequencies of images `(n, c, h, w)`, as roots, `(n, D)`: no shift of a periodic image
+    changes them; other inputs as they are.
+    """
+    if x.ndim != 4:
+        return x.flatten(1)
+    sizes = torch.fft.rfft2(x, norm="ortho").abs()
+    down = torch.cat([sizes[:, :, :FREQUENCIES], sizes[:, :, -FREQUENCIES + 1 :]], 2)
+    return down[..., :FREQUENCIES].sqrt().flatten(1)
+
+
+def averaged(x: Tensor, field: int) -> Tensor:
+    """Return images averaged over fields of about so many pixels along each side; other inputs as they are."""
+    if x.ndim != 4:
+        return x
+    height, width = (max(1, round(side / field)) for side in x.shape[2:])
+    return F.adaptive_avg_pool2d(x, (height, width))
+
+
+VIEWS: Mapping[str, View] = {"pooled": pooled, "spectrum": spectrum}
+
+
+def view(model: nn.Module, space: str | View) -> View:
+    """Return the view of a name in `VIEWS`, of a layer of a model, or of a callable on inputs."""
+    if not isinstance(space, str):
+        return FeatureMap(getattr(space, "__name__", "space"), space)
+    if space in VIEWS:
+        return VIEWS[space]
+    if space == "input":
+        return lambda x: flat("input", x, len(x))
+    check_names(model, [space], None)
+    return LayerMap(model, space)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections import Counter, OrderedDict
 from typing import Any, NamedTuple, Self
@@ -18,6 +19,8 @@ from immunonet.memory.views import View, view
 AT_ONCE, SOURCES = 64, 10_000
 # Clean inputs that the threshold is learned from, at most.
 LEARNED = 20_000
+# How often more false alarms than promised may come.
+UNSURE = 0.05
 
 
 class Watched(NamedTuple):
@@ -70,17 +73,18 @@ class Sentinel:
     def fit(self, clean: Any) -> Self:
         """Learn the threshold from clean inputs `(N, *S)` as they come in random order, and return self.
 
-        ValueError where they are too few for a share of `false_alarm`, or for the window: a window holds more of them
-        the longer it is, and what is far from its neighbours in a short one need not be in a long one.
+        With a confidence of .95 no more than a share `false_alarm` of others like them are flagged where the window is
+        full. ValueError where they are too few to say so, or to fill it: what is far from its neighbours among few need
+        not be among many.
         """
         x = incoming.inputs("clean", clean, bounds=self.bounds, own=True)
-        least = max(1 / self.false_alarm, min(self.window, LEARNED) + 1)
+        least = max(math.ceil(math.log(UNSURE) / math.log1p(-self.false_alarm)), self.window + 1)
         if len(x) < least:
             raise ValueError(
-                f"clean must hold at least {round(least):,} inputs, for false_alarm={self.false_alarm:g} and "
+                f"clean must hold at least {least:,} inputs, for false_alarm={self.false_alarm:g} and "
                 f"window={self.window:,}, got {len(x):,}: give more, or a shorter window or more false alarms"
             )
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: max(LEARNED, round(least))]
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: max(LEARNED, least)]
         self.shape = tuple(x.shape[1:])
         with self._lock:
             found = self.signatures(x[order.to(x.device)])
@@ -88,7 +92,7 @@ class Sentinel:
             # A ring: every one of them comes after as many others.
             self.take(found[-self.window :])
             scores = torch.cat([self._scored(part) for part in found.split(AT_ONCE)])
-            self.threshold = float(scores.sort().values[int(self.false_alarm * len(scores))])
+            self.threshold = float(scores.sort().values[promised(len(scores), self.false_alarm) - 1])
             self.reset()
         return self
 
@@ -210,3 +214,19 @@ class Sentinel:
         self._sources.move_to_end(source)
         while len(self._sources) > SOURCES:
             self._sources.popitem(last=False)
+
+
+def promised(n: int, share: float) -> int:
+    """Return the largest m such that below the m-th lowest of n clean scores lies more than a `share` of all clean ones
+    with a probability of at most `UNSURE`; 0 if there is none.
+
+    What lies below it is beta distributed, with parameters m and n + 1 - m: it is above `share` as often as fewer than
+    m of n tries of that probability succeed.
+    """
+    m, fewer = 0, math.exp(n * math.log1p(-share))
+    term = fewer
+    while fewer <= UNSURE and m < n:
+        m += 1
+        term *= (n - m + 1) / m * share / (1 - share)
+        fewer += term
+    return m

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from immunonet.features.maps import FeatureMap, LayerMap, flat
+from immunonet.features.maps import FeatureMap, LayerMap
 from immunonet.features.names import check_names
 
 View = Callable[[Tensor], Tensor]
@@ -42,7 +42,12 @@ def averaged(x: Tensor, field: int) -> Tensor:
     return F.adaptive_avg_pool2d(x, (height, width))
 
 
-VIEWS: Mapping[str, View] = {"pooled": pooled, "spectrum": spectrum}
+def whole(x: Tensor) -> Tensor:
+    """Return inputs as they are, `(n, D)`."""
+    return x.flatten(1)
+
+
+VIEWS: Mapping[str, View] = {"pooled": pooled, "spectrum": spectrum, "input": whole}
 
 
 def view(model: nn.Module, space: str | View) -> View:
@@ -51,7 +56,5 @@ def view(model: nn.Module, space: str | View) -> View:
         return FeatureMap(getattr(space, "__name__", "space"), space)
     if space in VIEWS:
         return VIEWS[space]
-    if space == "input":
-        return lambda x: flat("input", x, len(x))
     check_names(model, [space], None)
     return LayerMap(model, space)

@@ -106,6 +106,8 @@ def evaluate(
     if black_box is not None:
         budget = dataclasses.replace(budget, black_box=_check.integer("black_box", black_box))
     seed = _check.integer("seed", seed, least=0, most=2**31)
+    if sentinel is not None and sentinel.threshold is None:
+        raise ValueError("sentinel must be fitted: sentinel.fit(clean inputs)")
     if not callable(defence):
         raise TypeError(f"defence must be a module or a function of inputs, got {type(defence).__name__}")
     for network in networks:
@@ -147,8 +149,6 @@ def evaluate(
         "own": [identity(type(attack), attack) for attack in attacks],
     }  # fmt: skip
     if sentinel is not None:
-        if sentinel.threshold is None:
-            raise ValueError("sentinel must be fitted: sentinel.fit(clean inputs)")
         known["sentinel"] = stream.identity(sentinel)
     undefended = Subject(Undefended(base), classes=classes)
     scene = Scene(subject=subject, base=undefended, x=x, y=y, plan=plan, seeds=draws.seeds, sentinel=sentinel)

@@ -229,27 +229,31 @@ def kills(options: argparse.Namespace) -> list[Row]:
 
 
 def hardening(options: argparse.Namespace) -> list[Row]:
-    """Right answers before and after cells of the first half of the attacked images joined, on the other half."""
+    """Right answers before and after cells of the first half of the attacked images joined, on the other half.
+
+    At most so many plasma and as many memory cells of an image are `kept`. DkNN is fitted on the same repertoire.
+    """
     rails, found = defended(options, options.images)
     half = len(found.labels) // 2
-    memory, plain = Memory(None), rails.with_settings(memory=None)
-    met(rails.with_settings(memory=memory), found.attacked[:half], found.labels[:half])
-    hardened = plain.with_settings().harden(memory)
+    plain, images = rails.with_settings(memory=None), others(found, half)
     own, held = plain.repertoire, (plain.held.x, plain.held.y)
-    cells, labels = memory.confirmed_cells()
-    dknn = [
-        DkNN(found.net, "input").fit(x, y, calibration=held)
-        for x, y in ((own.x, own.y), (torch.cat([own.x, cells]), torch.cat([own.y, labels])))
-    ]
-    rows = []
-    for name, images in others(found, half).items():
-        for kind, before, after in (("RAILS", plain, hardened), ("DkNN", *dknn)):
-            right = [one.predict(images) == found.labels[half:] for one in (before, after)]
-            rows += [
-                {"defence": kind, "images": name, "cells": 0, **counted(right[0])},
-                {"defence": kind, "images": name, "cells": len(cells), **counted(right[1]),
-                 "p": statistics.mcnemar(*right)},
-            ]  # fmt: skip
+    truth = found.labels[half:]
+    before = {"RAILS": plain, "DkNN": DkNN(found.net, "input").fit(own.x, own.y, calibration=held)}
+    right = {(kind, name): one.predict(x) == truth for kind, one in before.items() for name, x in images.items()}
+    rows = [{"defence": kind, "kept": 0, "images": name, **counted(one)} for (kind, name), one in right.items()]
+    for kept in (1, 16):
+        asking, memory = hardenable(plain, cells=kept)
+        met(asking, found.attacked[:half], found.labels[:half])
+        hardened = plain.with_settings().harden(memory)
+        more = hardened.repertoire
+        dknn = DkNN(found.net, "input").fit(torch.cat([more.x, more.cells]), more.y, calibration=held)
+        for kind, after in (("RAILS", hardened), ("DkNN", dknn)):
+            for name, x in images.items():
+                now = after.predict(x) == truth
+                rows.append(
+                    {"defence": kind, "kept": kept, "cells": len(more.cells), "images": name, **counted(now),
+                     "p": statistics.mcnemar(right[kind, name], now)}
+                )  # fmt: skip
     return rows
 
 

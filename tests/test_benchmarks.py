@@ -143,7 +143,7 @@ def test_hardening_and_poison(load, digits, monkeypatch, tmp_path):
     only = ["--only", "hardening", "poisoning", "drift"]
     tables = {name: table["rows"] for name, table in run(load("memory"), monkeypatch, tmp_path, *digits, *sizes,
                                                           *only).items()}  # fmt: skip
-    assert len(tables["hardening"]) == 20
+    assert len(tables["hardening"]) == 30
     assert all(0 <= row["correct"] <= row["n"] == 5 for row in tables["hardening"])
     assert [row.get("wrong") for row in tables["poisoning"]] == [None, 0, *[1] * 10]
     assert all(row["undone"] for row in tables["poisoning"][1:8])

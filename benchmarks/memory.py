@@ -326,7 +326,9 @@ def arrived(plain: RAILS, found: Setting, first: bool, at_once: bool, seed: int)
         given = wrong(labels, "chosen", seed) if hostile else labels
         waiting |= remembered(rails, found.attacked[part], given, "hostile" if hostile else "caller")[1]
         if at_once or i == 4:
-            confirm(memory, waiting)
+            there = list(waiting)[-len(memory) :]
+            with contextlib.suppress(ValueError):  # where there was no room, nothing is there
+                memory.confirm(there, [waiting[one] for one in there])
             waiting = {}
     told = memory.stats()
     order = f"wrong ones {'first' if first else 'last'}, confirmed {'at once' if at_once else 'at the end'}"
@@ -334,13 +336,6 @@ def arrived(plain: RAILS, found: Setting, first: bool, at_once: bool, seed: int)
         "case": order, "share": 0.2, "wrong": n, **asked(plain.with_settings().harden(memory), found),
         "contradicted": told["contradicted"], "of_hostile": told["sources"].get("hostile", {}).get("contradicted", 0),
     }  # fmt: skip
-
-
-def confirm(memory: Memory, labels: dict[str, int]) -> None:
-    """Confirm the entries that are still there."""
-    for one, label in labels.items():
-        with contextlib.suppress(ValueError):
-            memory.confirm(one, label)
 
 
 def drift(options: argparse.Namespace) -> list[Row]:

@@ -34,7 +34,8 @@ class InRam:
         """Set the confirmed labels of entries, by their ids, in one version."""
         import pyarrow as pa
 
-        chosen = self._latest.filter(Which(ids=tuple(labels)).expression())
+        # In one piece: what a filter gives has as many, empty or not, as what it was taken from.
+        chosen = self._latest.filter(Which(ids=tuple(labels)).expression()).combine_chunks()
         values = pa.array([labels[one] for one in chosen["id"].to_pylist()], pa.int32())
         changed = chosen.set_column(chosen.schema.get_field_index("confirmed"), "confirmed", values)
         rest = self._latest.filter(~Which(ids=tuple(labels)).expression())

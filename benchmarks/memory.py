@@ -1,4 +1,4 @@
-"""What a memory costs and gives: writes, look-ups among many signatures, recalled answers, steered ones, and kills.
+"""What a memory costs and gives: writes, look-ups, recalled answers, steered ones, kills, hardening and poison.
 
 python benchmarks/memory.py --data DIR --threads 1 --json benchmarks/out/memory.json
 """
@@ -6,7 +6,9 @@ python benchmarks/memory.py --data DIR --threads 1 --json benchmarks/out/memory.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import math
 import random
 import subprocess
 import sys
@@ -18,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import Row, mnist, parser, run, seconds, use_threads
-from immunonet import RAILS, ImmuneResponse, Memory
+from common import Row, Setting, mnist, parser, run, seconds, use_threads
+from immunonet import RAILS, DkNN, ImmuneResponse, Memory, data, statistics
+from immunonet.attacks import FGSM, PGD
 from immunonet.memory.index import Lookup
 from immunonet.memory.space import Space
 
@@ -38,9 +41,13 @@ def main() -> None:
     p.add_argument("--entries", type=int, default=1_000_000, help="signatures that are searched")
     p.add_argument("--kills", type=int, default=20)
     p.add_argument("--writes", type=int, default=10_000, help="of four processes together, each time")
+    p.add_argument("--drift", type=int, default=10_000, help="writes through a fifth as much capacity")
     options = p.parse_args()
     use_threads(options.threads)
-    jobs = {"writes": writes, "lookup": lookup, "recall": recall, "steering": steering, "kills": kills}
+    jobs = {
+        "writes": writes, "lookup": lookup, "recall": recall, "steering": steering, "kills": kills,
+        "hardening": hardening, "poisoning": poisoning, "drift": drift,
+    }  # fmt: skip
     run(options, {name: lambda job=job: job(options) for name, job in jobs.items()})
 
 
@@ -219,6 +226,207 @@ def kills(options: argparse.Namespace) -> list[Row]:
                 }
             )  # fmt: skip
     return rows
+
+
+def hardening(options: argparse.Namespace) -> list[Row]:
+    """Right answers before and after cells of the first half of the attacked images joined, on the other half.
+
+    At most so many plasma and as many memory cells of an image are `kept`. DkNN is fitted on the same repertoire.
+    """
+    rails, found = defended(options, options.images)
+    half = len(found.labels) // 2
+    plain, images = rails.with_settings(memory=None), others(found, half)
+    own, held = plain.repertoire, (plain.held.x, plain.held.y)
+    truth = found.labels[half:]
+    before = {"RAILS": plain, "DkNN": DkNN(found.net, "input").fit(own.x, own.y, calibration=held)}
+    right = {(kind, name): one.predict(x) == truth for kind, one in before.items() for name, x in images.items()}
+    rows = [{"defence": kind, "kept": 0, "images": name, **counted(one)} for (kind, name), one in right.items()]
+    for kept in (1, 16):
+        asking, memory = hardenable(plain, cells=kept)
+        met(asking, found.attacked[:half], found.labels[:half])
+        hardened = plain.with_settings().harden(memory)
+        more = hardened.repertoire
+        dknn = DkNN(found.net, "input").fit(torch.cat([more.x, more.cells]), more.y, calibration=held)
+        for kind, after in (("RAILS", hardened), ("DkNN", dknn)):
+            for name, x in images.items():
+                now = after.predict(x) == truth
+                rows.append(
+                    {"defence": kind, "kept": kept, "cells": len(more.cells), "images": name, **counted(now),
+                     "p": statistics.mcnemar(right[kind, name], now)}
+                )  # fmt: skip
+    return rows
+
+
+def others(found: Setting, half: int) -> dict[str, torch.Tensor]:
+    """Return the second half of the images, clean and under attacks on the network."""
+    x, y = found.clean[half:], found.labels[half:]
+    attacked = {"clean": x, "PGD 60/255": found.attacked[half:]}
+    attacked["FGSM 60/255"] = FGSM(eps=60 / 255)(found.net, x, y).adversarials
+    for eps in (40, 80):
+        attack = PGD(eps=eps / 255, step=eps / 3 / 255, iterations=20, random_start=False)
+        attacked[f"PGD {eps}/255"] = attack(found.net, x, y).adversarials
+    return attacked
+
+
+def poisoning(options: argparse.Namespace) -> list[Row]:
+    """What wrong confirmations do to a hardened RAILS, what shows of them, and what is left once they are gone.
+
+    Half of the images are met, attacked; the other half is asked. Labels that are "chosen" are those that have the most
+    kept cells among the wrong ones: of a label without cells, nothing joins.
+    """
+    rails, found = defended(options, options.images)
+    plain = rails.with_settings(memory=None)
+    rows = [{"case": "not hardened", **asked(plain, found)}]
+    rows += [poisoned(plain, found, 0, "random", options.seed)]
+    rows += [poisoned(plain, found, share, how, options.seed) for how in ("random", "chosen") for share in SHARES]
+    rows += [arrived(plain, found, first, now, options.seed) for now in (True, False) for first in (True, False)]
+    return rows
+
+
+SHARES = (0.01, 0.05, 0.2)
+
+
+def poisoned(plain: RAILS, found: Setting, share: float, how: str, seed: int) -> Row:
+    """Return what a source does whose share of the entries is confirmed wrongly, and that all of it can be undone."""
+    half = len(found.labels) // 2
+    x, y, n = found.attacked[:half], found.labels[:half], math.ceil(share * half)
+    rails, memory = hardenable(plain)
+    met(rails, x[n:], y[n:])
+    memory.tag("clean")
+    before = plain.with_settings().harden(memory).predict_proba(found.attacked[half:])
+    if n:
+        met(rails, x[:n], wrong(y[:n], how, seed), source="hostile")
+    told = memory.stats()
+    hardened = plain.with_settings().harden(memory)
+    row = {
+        "case": f"{how} labels", "share": share, "wrong": n, **asked(hardened, found),
+        "contradicted": told["contradicted"],
+        "of_hostile": told["sources"].get("hostile", {}).get("contradicted", 0),
+    }  # fmt: skip
+    poison = memory.version
+    for undo in (lambda: memory.forget(source="hostile"), lambda: memory.rollback("clean")):
+        memory.rollback(poison)
+        undo()
+        hardened.harden(memory)
+        assert torch.equal(before, hardened.predict_proba(found.attacked[half:]))
+    return row | {"undone": True}
+
+
+def arrived(plain: RAILS, found: Setting, first: bool, at_once: bool, seed: int) -> Row:
+    """Return what a fifth of wrong entries does that came first, or last, where only four fifths have room.
+
+    Confirmed at once, or all that are still there at the end.
+    """
+    half = len(found.labels) // 2
+    n = half // 5
+    rails, memory = hardenable(plain, capacity=half - n)
+    waiting: dict[str, int] = {}
+    for i, part in enumerate(torch.arange(half).split(n)):
+        hostile, labels = i == (0 if first else 4), found.labels[part]
+        given = wrong(labels, "chosen", seed) if hostile else labels
+        waiting |= remembered(rails, found.attacked[part], given, "hostile" if hostile else "caller")[1]
+        if at_once or i == 4:
+            there = list(waiting)[-len(memory) :]
+            with contextlib.suppress(ValueError):  # where there was no room, nothing is there
+                memory.confirm(there, [waiting[one] for one in there])
+            waiting = {}
+    told = memory.stats()
+    order = f"wrong ones {'first' if first else 'last'}, confirmed {'at once' if at_once else 'at the end'}"
+    return {
+        "case": order, "share": 0.2, "wrong": n, **asked(plain.with_settings().harden(memory), found),
+        "contradicted": told["contradicted"], "of_hostile": told["sources"].get("hostile", {}).get("contradicted", 0),
+    }  # fmt: skip
+
+
+def drift(options: argparse.Namespace) -> list[Row]:
+    """Right answers of a RAILS that confirms its own answers, and is hardened by them five times.
+
+    Each time it first forgets what it held, since what is confirmed makes no room by itself. It meets test images that
+    are not asked later, every other one attacked, and the same again when all were met.
+    """
+    rails, found = defended(options, options.images)
+    plain = rails.with_settings(memory=None)
+    test = data.load("mnist", "test", directory=options.data)
+    x, y, capacity = test.x[options.images :], test.y[options.images :], options.drift // 5
+    attack = PGD(eps=60 / 255, step=20 / 255, iterations=20, random_start=False)
+    hardened, memory = hardenable(plain, capacity=capacity, cells=2)
+    before = plain.predict_proba(found.attacked)
+    rows = [{"written": 0, "held": 0, **asked(plain, found)}]
+    for start in range(0, options.drift, capacity):
+        right = 0
+        if start:
+            memory.forget(until=time.time())
+        for part in torch.arange(start, start + capacity).remainder(len(x)).split(200):
+            images = x[part].clone()
+            images[::2] = attack(found.net, images[::2], y[part][::2]).adversarials
+            right += int((met(hardened, images, None).labels == y[part]).sum())
+        hardened.harden(memory)
+        told = memory.stats()
+        rows.append(
+            {"written": start + capacity, "held": told["entries"], "own_answers_right": right / capacity,
+             "contradicted": told["contradicted"], **asked(hardened.with_settings(memory=None), found)}
+        )  # fmt: skip
+    assert torch.equal(before, hardened.with_settings(memory=None).harden(None).predict_proba(found.attacked))
+    return rows
+
+
+def hardenable(plain: RAILS, **how: Any) -> tuple[RAILS, Memory]:
+    """Return a twin with a memory of its own, and it."""
+    memory = Memory(None, **how)
+    rails = plain.with_settings(memory=memory)
+    rails.predict(plain.repertoire.x[:1])
+    return rails, memory
+
+
+def met(rails: RAILS, x: torch.Tensor, labels: Any, source: str = "caller") -> ImmuneResponse:
+    """Return the response to images, which is remembered and confirmed."""
+    assert rails.memory is not None
+    response, given = remembered(rails, x, labels, source)
+    rails.memory.confirm(list(given), list(given.values()))
+    return response
+
+
+def remembered(rails: RAILS, x: torch.Tensor, labels: Any, source: str) -> tuple[ImmuneResponse, dict[str, int]]:
+    """Return the response to images, which is remembered, and labels of the new entries.
+
+    `labels`: given ones, what gives them to the response, or None: its own.
+    """
+    assert rails.memory is not None
+    response = rails.respond(x)
+    given = response.labels if labels is None else labels(response) if callable(labels) else labels
+    ids = rails.memory.remember(response, x, source=source)
+    rows = zip(ids, given.tolist(), response.recalled.tolist(), strict=True)
+    return response, {one: label for one, label, recalled in rows if not recalled}
+
+
+def wrong(labels: torch.Tensor, how: str, seed: int) -> Any:
+    """Return wrong labels: drawn, or of a response those that have the most of the kept cells."""
+    if how == "random":
+        draw = torch.Generator().manual_seed(seed)
+        return (labels + torch.randint(1, 10, labels.shape, generator=draw)) % 10
+
+    def chosen(response: ImmuneResponse) -> torch.Tensor:
+        kept = torch.cat([response.plasma.label[:, :16], response.memory.label[:, :16]], 1)
+        counts = torch.nn.functional.one_hot(kept, 10).sum(1)
+        return counts.scatter(1, labels[:, None], -1).argmax(1)
+
+    return chosen
+
+
+def asked(rails: RAILS, found: Setting) -> Row:
+    """Return the right answers to the second half of the images, clean and attacked, and how many cells joined."""
+    half = len(found.labels) // 2
+    row: Row = {"cells": len(rails.repertoire.cells)}
+    for name, images in (("clean", found.clean), ("attacked", found.attacked)):
+        told = counted(rails.predict(images[half:]) == found.labels[half:])
+        row |= {name if key == "correct" else f"{name}_{key}": value for key, value in told.items() if key != "n"}
+    return row | {"n": len(found.labels) - half}
+
+
+def counted(right: torch.Tensor) -> Row:
+    """Return how many of n answers are right, with the interval of their share."""
+    low, high = statistics.interval(right[None])
+    return {"n": len(right), "correct": int(right.sum()), "low": low, "high": high}
 
 
 def write(folder: str, name: str, n: int) -> None:

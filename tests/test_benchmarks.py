@@ -138,6 +138,19 @@ def test_memory(load, digits, monkeypatch, tmp_path):
     assert [row["entries"] for row in tables["lookup"]["rows"]] == [500, 500]
 
 
+def test_hardening_and_poison(load, digits, monkeypatch, tmp_path):
+    sizes = ["--examples", "200", "--images", "10", "--drift", "50"]
+    only = ["--only", "hardening", "poisoning", "drift"]
+    tables = {name: table["rows"] for name, table in run(load("memory"), monkeypatch, tmp_path, *digits, *sizes,
+                                                          *only).items()}  # fmt: skip
+    assert len(tables["hardening"]) == 30
+    assert all(0 <= row["correct"] <= row["n"] == 5 for row in tables["hardening"])
+    assert [row.get("wrong") for row in tables["poisoning"]] == [None, 0, *[1] * 10]
+    assert all(row["undone"] for row in tables["poisoning"][1:8])
+    assert [row["written"] for row in tables["drift"]] == [0, 10, 20, 30, 40, 50]
+    assert all(row["held"] <= 10 for row in tables["drift"])
+
+
 def test_slope_of_a_power(load):
     assert load("cost").slope([1.0, 10.0, 100.0], [3.0, 300.0, 30000.0]) == pytest.approx(2)
 

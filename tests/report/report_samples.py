@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from immunonet import incoming
+from immunonet.defences.repertoire import Repertoire
 from immunonet.response import Cells, ImmuneResponse, Trace
 
 B, C, K, G = 5, 3, 4, 6
@@ -50,7 +51,9 @@ def made_rails(shape: tuple[int, ...], seed: int = 1) -> Any:
         members = torch.arange(C * K).reshape(C, K).expand(len(antigens), C, K)
         return members, members.float() / 10
 
-    return SimpleNamespace(repertoire=SimpleNamespace(x=x), naive=naive, bounds=incoming.bounds("bounds", (0, 1)))
+    return SimpleNamespace(
+        repertoire=Repertoire(x, torch.zeros(len(x)).long()), naive=naive, bounds=incoming.bounds("bounds", (0, 1))
+    )
 
 
 def made_rows() -> list[dict[str, Any]]:

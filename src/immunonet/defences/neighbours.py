@@ -5,25 +5,36 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from immunonet import _check, incoming, models
 from immunonet.defences.base import Defence, Sense
-from immunonet.defences.repertoire import Calibration, Repertoire, check_classes, hold_out
+from immunonet.defences.repertoire import Calibration, Examples, Repertoire, check_classes, hold_out
 from immunonet.features.build import build
 from immunonet.features.maps import METRICS, FeatureMap
 from immunonet.features.names import Layer, as_layers, check_names
 from immunonet.features.passes import described, witnessed
-from immunonet.features.search import ExactIndex, FeatureFile, Index, Progress, SignatureIndex, auto_budget, batches
+from immunonet.features.search import (
+    ExactIndex,
+    FeatureFile,
+    GrownIndex,
+    Index,
+    Progress,
+    SignatureIndex,
+    auto_budget,
+    batches,
+)
 from immunonet.features.witness import Witness
 from immunonet.immune import sensing
 
 PROBES = 8
 # Inputs whose neighbours are looked for at once where nothing else is done with them.
 SENSED = 256
+# Cells that join a repertoire are searched beside it, up to this share of its examples; more are searched with them.
+BESIDE = 0.25
 
 
 class NeighbourDefence(Defence):
@@ -36,6 +47,7 @@ class NeighbourDefence(Defence):
 
     repertoire: Repertoire
     calibration: Calibration
+    held: Examples
     _witness: Witness
     _cell_range: _check.Bounds
 
@@ -68,6 +80,8 @@ class NeighbourDefence(Defence):
         self.shape: tuple[int, ...] = ()
         self.feature_maps: list[FeatureMap] = []
         self.indices = nn.ModuleList()
+        # Those of the training examples alone, whatever joined them.
+        self._sealed = self.indices
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -115,7 +129,7 @@ class NeighbourDefence(Defence):
         self.check_examples(y, classes)
         try:
             self._remember(x, y, classes, feature_file, on_progress)
-            self.calibration = self._calibrate(x_cal, y_cal)
+            self._measure(Examples(x_cal, y_cal))
         except BaseException:
             self.feature_maps = []
             raise
@@ -124,9 +138,7 @@ class NeighbourDefence(Defence):
     def index(self, layer: int = 0) -> Index:
         """Return the search index of one layer, by its place in `layers`: its features of the repertoire."""
         self._require_fit()
-        index = self.indices[_check.integer("layer", layer, least=0, most=len(self.indices) - 1)]
-        assert isinstance(index, ExactIndex | SignatureIndex)
-        return index
+        return cast(Index, self.indices[_check.integer("layer", layer, least=0, most=len(self.indices) - 1)])
 
     def features(self, x: Any) -> list[Tensor]:
         """Return the features `(B, D)` of inputs `x` `(B, *S)`, one tensor per layer (reduced where affine)."""
@@ -182,6 +194,8 @@ class NeighbourDefence(Defence):
         return {
             "x": self.repertoire.x,
             "y": self.repertoire.y,
+            **({"cells": self.repertoire.cells} if len(self.repertoire.cells) else {}),
+            **{f"held.{name}": buffer for name, buffer in self.held.named_buffers()},
             **{f"calibration.{name}": buffer for name, buffer in self.calibration.named_buffers()},
             **{f"probe.{i}": probe for i, probe in enumerate(self.features(probes))},
             **({} if heard is None else {"probe.known": heard}),
@@ -202,7 +216,8 @@ class NeighbourDefence(Defence):
         x = tensors["x"]
         if (classes := self._count_classes(x)) != self.classes:
             raise ValueError(f"model must give {self.classes} logits, as when this was saved, got {classes}")
-        self._remember(x, tensors["y"], classes, feature_file, on_progress)
+        y = tensors["y"]
+        self._remember(x, y[: len(x)], classes, feature_file, on_progress)
         again = "load the weights that the defence was fitted with"
         for i, (name, found) in enumerate(zip(self.layers, self.features(x[:PROBES]), strict=True)):
             probe = tensors[f"probe.{i}"]
@@ -215,10 +230,14 @@ class NeighbourDefence(Defence):
         prefix = "calibration."
         kept = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         self.calibration = Calibration(**kept)
+        # Earlier versions did not keep the calibration examples.
+        self.held = Examples(tensors.get("held.x", x[:0]), tensors.get("held.y", y[:0]))
+        if len(y) > len(x):
+            self._join(tensors["cells"], y[len(x) :])
 
     def identity(self) -> list[Any]:
         """Return all that answers depend on: kind, settings, layers, the model, and the repertoire if it is fitted."""
-        fitted = [self.repertoire.x, self.repertoire.y, *self.calibration.buffers()] if self.feature_maps else None
+        fitted = [*self.repertoire.buffers(), *self.calibration.buffers()] if self.feature_maps else None
         return [type(self).__qualname__, self.settings(), list(self._layers), self.model, fitted]
 
     def settings(self) -> dict[str, Any]:
@@ -248,8 +267,11 @@ class NeighbourDefence(Defence):
             shape = self._cells(self.repertoire.x[:1]).shape[1:]
             return self.index(layer).rows(index).reshape(*index.shape, *shape)
         examples, place = index.flatten().unique(return_inverse=True)
-        cells: Tensor = self._cells(self.repertoire.x[examples])[place].unflatten(0, index.shape)
-        return cells
+        n = int((examples < len(self.repertoire.x)).sum())
+        old, new = self.repertoire.x[examples[:n]], self.repertoire.cells[examples[n:] - len(self.repertoire.x)]
+        cells = torch.cat([*([self._cells(old)] if n else []), *([new] if len(new) else [])])
+        found: Tensor = cells[place].unflatten(0, index.shape)
+        return found
 
     def cell_limits(self) -> _check.Bounds:
         """Return the valid range of cells: of inputs, or in another space the repertoire's range per channel."""
@@ -287,17 +309,18 @@ class NeighbourDefence(Defence):
         if len(y) < self._least_in_all():
             raise ValueError(f"neighbours={self._least_in_all()} is more than the {len(y)} examples of the repertoire")
 
-    def _calibrate(self, x: Tensor, y: Tensor) -> Calibration:
-        found = [self._neighbourhood_of(part) for part in x.split(SENSED)]
+    def _measure(self, held: Examples) -> None:
+        """Calibrate on held-out examples, which are kept: where the repertoire changes they are scored again."""
+        found = [self._neighbourhood_of(part) for part in held.x.split(SENSED)]
         scores, far = (torch.cat(column) for column in zip(*found, strict=True))
-        return Calibration.scored(scores.gather(1, y[:, None])[:, 0], far)
+        self.held, self.calibration = held, Calibration.scored(scores.gather(1, held.y[:, None])[:, 0], far)
 
     def calibrate(self, x: Tensor, y: Tensor) -> None:
         """Calibrate what is sensed on other examples `x` `(n, *S)`, `y` `(n,)`; the repertoire stays."""
         with torch.no_grad():
-            x = self._inputs(x)
+            x = self._inputs(x).clone()
             y = incoming.labels("y", y, n=len(x), classes=self.classes, own=True).to(self.device)
-            self.calibration = self._calibrate(x, y)
+            self._measure(Examples(x, y))
 
     def fitted_by(self) -> dict[str, Any]:
         """Return the settings that what is fitted depends on: with others alike it may be adopted."""
@@ -312,7 +335,7 @@ class NeighbourDefence(Defence):
                     raise ValueError(f"{name} must stay {old!r}, which this was fitted with, got {new!r}: fit another")
             self.check_examples(other.repertoire.y, other.classes)
         self.memory_budget = other.memory_budget
-        for name in ("repertoire", "calibration", "indices"):
+        for name in ("repertoire", "calibration", "held", "indices", "_sealed"):
             if name in other._modules:
                 setattr(self, name, other._modules[name])
         for name in ("shape", "feature_maps", "_witness", "_cell_range"):
@@ -373,13 +396,13 @@ class NeighbourDefence(Defence):
             rows = _Rows(self, i)
             source = rows if file is None else FeatureFile(file, rows, len(y), on_progress=on_progress)
             indices.append(SignatureIndex(source, order, counts, on_progress=on_progress))
-        self.indices = nn.ModuleList(indices)
+        self.indices = self._sealed = nn.ModuleList(indices)
         self._witness = Witness(self._networks(), self._testimony)
 
     def _pass(self, order: Tensor, keys: list[Tensor | None], on_progress: Progress | None) -> None:
-        """Let every example pass through the model once: fill what indices compare, and the range of the cells."""
+        """Let every training example pass through the model once: fill what indices compare, and the cells' range."""
         place, ranges = order.argsort(), []
-        for some in batches(len(order)):
+        for some in batches(len(self.repertoire.x)):
             cells, features = self._examined(self.repertoire.x[some])
             channels = cells.movedim(1, 0).flatten(1) if cells.ndim > 1 else cells[None]
             ranges.append((channels.amin(1), channels.amax(1)))
@@ -391,10 +414,44 @@ class NeighbourDefence(Defence):
         low, high = (torch.stack(ends) for ends in zip(*ranges, strict=True))
         self._cell_range = _check.Bounds(tuple(low.amin(0).tolist()), tuple(high.amax(0).tolist()))
 
+    def _join(self, cells: Tensor, labels: Tensor) -> None:
+        """Let `cells` `(M, *S')` join the training examples, in place of those that joined before."""
+        n, m = len(self.repertoire.x), len(cells)
+        self.repertoire = self.repertoire.joined(cells, labels)
+        if not m:
+            self.indices = self._sealed
+            return
+        added = [feature_map.chunked(cells) for feature_map in self.feature_maps]
+        most = 4 * len(added) * max(features.shape[1] for features in added)
+        if most * m > self.memory_budget:
+            raise ValueError(
+                f"memory_budget={self.memory_budget:,} is too small for the features of {m:,} cells, {most * m:,} "
+                "bytes: remember fewer cells of each antigen, or give more"
+            )
+        if m > BESIDE * n and most * (2 * n + m) <= self.memory_budget:
+            self.indices = nn.ModuleList(self._whole(added))
+            return
+        parts = zip(self._sealed, added, strict=True)
+        self.indices = nn.ModuleList(
+            GrownIndex(cast(Index, sealed), n, features, labels, self.classes) for sealed, features in parts
+        )
+
+    def _whole(self, added: Sequence[Tensor]) -> list[ExactIndex]:
+        """Return an index per layer of training examples and of cells, with the features `(M, D)` of these."""
+        y = self.repertoire.y
+        order, counts = y.argsort(stable=True), torch.bincount(y, minlength=self.classes).tolist()
+        keys = [features.new_empty(len(y), features.shape[1]) for features in added]
+        self._pass(order, list(keys), None)
+        place = order.argsort()[len(self.repertoire.x) :]
+        for out, features in zip(keys, added, strict=True):
+            out[place] = features
+        return [ExactIndex(out, order, counts) for out in keys]
+
     def _fitted_on(self) -> str:
         if not self.feature_maps:
             return "not fitted"
-        return f"fitted on {len(self.repertoire):,} examples of {self.classes} classes"
+        joined = f", hardened by {m:,} cells" if (m := len(self.repertoire.cells)) else ""
+        return f"fitted on {len(self.repertoire.x):,} examples of {self.classes} classes{joined}"
 
     def _require_fit(self) -> None:
         if not self.feature_maps:

@@ -123,6 +123,48 @@ class RAILS(NeighbourDefence):
         self.memory = Memory(memory) if isinstance(memory, str | Path) else memory
         self._space: Space | None = None
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def harden(self, memory: Memory | None) -> Self:
+        """Let the confirmed entries' cells join the repertoire, in place of those that joined before; return self.
+
+        Of every confirmed entry those kept cells join whose label is the confirmed one; the antigen itself does not.
+        The calibration examples are scored again. The same version of a memory gives the same answers, so that after
+        `memory.rollback` this brings back those of before. None: the repertoire is again what `fit` took. Nothing may
+        be asked meanwhile; what fails changes nothing.
+
+        ValueError for a memory that is another model's or no model's yet, that keeps signatures alone, or in which no
+        confirmed entry has such a cell.
+        """
+        self.check_current()
+        if not len(self.held):
+            raise ValueError("this RAILS was saved without its calibration examples: call calibrate(x, y) first")
+        before = self.repertoire, self.indices, self.held, self.calibration
+        try:
+            self._join(*self._joining(memory))
+            self._measure(self.held)
+        except BaseException:
+            self.repertoire, self.indices, self.held, self.calibration = before
+            raise
+        return self
+
+    def _joining(self, memory: Memory | None) -> tuple[Tensor, Tensor]:
+        """Return the cells `(M, *S')` of a memory that join the repertoire, and their labels `(M,)`; None: no cells."""
+        if memory is None:
+            return self.repertoire.x[:0], self.repertoire.y[:0]
+        if not isinstance(memory, Memory):
+            raise TypeError(f"memory must be a Memory or None, got {memory!r}")
+        if memory.space is None:
+            raise ValueError(f"memory {memory.where} belongs to no model yet: remember() and confirm() something first")
+        self._bound(memory)
+        cells, labels = memory.confirmed_cells()
+        if not len(cells):
+            raise ValueError(
+                f"memory {memory.where} must have confirmed entries with cells of the confirmed label, got none: "
+                "confirm() some, or take back what joined before by harden(None)"
+            )
+        return cells.to(self.device), labels.to(self.device)
+
     def respond(
         self, x: Any, seed: int | None = None, batch_size: int | None = None, trace: bool = False
     ) -> ImmuneResponse:
@@ -226,20 +268,24 @@ class RAILS(NeighbourDefence):
         if self.memory is None:
             return None
         if self._space is None:
-            low, high = self.bounds.tensors(self.repertoire.x, self.shape)
-            drawn = torch.rand(SIGNED, *self.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-            probes = self._described(low + (high - low) * drawn)[1]
-            fingerprint = self._fingerprint()
-            known: dict[str, Any] = {
-                "classes": self.classes, "shape": self.shape,
-                "cell_shape": tuple(self._cells(self.repertoire.x[:1]).shape[1:]), "fingerprint": fingerprint,
-            }  # fmt: skip
-            self._space = self.memory.bind(
-                fingerprint,
-                probes,
-                lambda: learned(self._stored, len(self.repertoire), self.calibration.scales, probes, **known),
-            )
+            self._space = self._bound(self.memory)
         return self._space.sign(features)
+
+    def _bound(self, memory: Memory) -> Space:
+        """Return the space of a memory, which is made if it has none yet; ValueError where it is another model's."""
+        low, high = self.bounds.tensors(self.repertoire.x, self.shape)
+        drawn = torch.rand(SIGNED, *self.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        probes = self._described(low + (high - low) * drawn)[1]
+        fingerprint = self._fingerprint()
+        known: dict[str, Any] = {
+            "classes": self.classes, "shape": self.shape,
+            "cell_shape": tuple(self._cells(self.repertoire.x[:1]).shape[1:]), "fingerprint": fingerprint,
+        }  # fmt: skip
+        return memory.bind(
+            fingerprint,
+            probes,
+            lambda: learned(self._stored, len(self.repertoire.x), self.calibration.scales, probes, **known),
+        )
 
     def _stored(self, examples: Tensor) -> list[Tensor]:
         return [self.index(layer).rows(examples) for layer in range(len(self.maturations))]

@@ -11,8 +11,8 @@ from immunonet.features.search import Kept
 from immunonet.immune import sensing
 
 
-class Repertoire(Kept):
-    """Training examples `x` `(N, *S)` and labels `y` `(N,)`, in the order they were given."""
+class Examples(Kept):
+    """Examples `x` `(N, *S)` and labels `y` `(N,)`, in the order they were given."""
 
     x: Tensor
     y: Tensor
@@ -23,7 +23,33 @@ class Repertoire(Kept):
         self.register_buffer("y", y, persistent=False)
 
     def __len__(self) -> int:
-        return len(self.x)
+        return len(self.y)
+
+
+class Repertoire(Examples):
+    """Training examples `x` `(N, *S)`, `cells` `(M, *S')` that joined them, and the labels `y` `(N + M,)` of both.
+
+    An example's number is its place among both, so that those of training examples stay when cells join.
+    """
+
+    cells: Tensor
+
+    def __init__(self, x: Tensor, y: Tensor, cells: Tensor | None = None) -> None:
+        super().__init__(x, y)
+        self.register_buffer("cells", x.new_zeros(0) if cells is None else cells, persistent=False)
+
+    def joined(self, cells: Tensor, labels: Tensor) -> Repertoire:
+        """Return the same training examples with `cells` `(M, *S')`, in place of those that joined before."""
+        y = self.y[: len(self.x)]
+        return Repertoire(self.x, torch.cat([y, labels]), cells) if len(cells) else Repertoire(self.x, y)
+
+    @property
+    def shown(self) -> Tensor:
+        """What stands for each example in a picture `(N + M, *S)`: cells that are no inputs are left blank."""
+        if not len(self.cells):
+            return self.x
+        blank = self.x.new_zeros(len(self.cells), *self.x.shape[1:])
+        return torch.cat([self.x, self.cells if self.cells.shape[1:] == self.x.shape[1:] else blank])
 
 
 class Familiarity(Kept):

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+# Entries that are read at a time.
+SOME = 1000
+
+
 @dataclass(frozen=True, kw_only=True)
 class Version:
     """A state of a memory: its number, when it was made, how many entries it has, and its names."""
@@ -69,5 +73,5 @@ class Backend(Protocol):
     def read(self, columns: Sequence[str], which: Which | None = None, first: int | None = None) -> pa.Table:
         """Return columns of entries, also "_rowid"; `first`: of those with that address or a higher one."""
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """Yield all entries, some at a time."""
+    def batches(self, columns: Sequence[str] | None = None, which: Which | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield entries, some at a time, in any order: all of them with all columns, unless told which."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -106,6 +106,18 @@ def kept(response: ImmuneResponse, x: Tensor | None, most: int | None) -> dict[s
     }
 
 
+def carried(batch: pa.RecordBatch, shape: tuple[int, ...]) -> Iterator[tuple[int, Tensor, int]]:
+    """Yield each confirmed entry's place, its cells of that label `(n, *shape)`, and the label."""
+    for row in batch.to_pylist():
+        labels = torch.tensor(row["cell_labels"] or [], dtype=torch.long)
+        # A copy: what a buffer holds cannot be written to.
+        cells = torch.from_numpy(np.frombuffer(row["cells"] or b"", np.float32).copy()).reshape(len(labels), *shape)
+        yield row["place"], cells[labels == row["confirmed"]], row["confirmed"]
+
+
+CARRIED = ("place", "confirmed", "cells", "cell_labels")
+
+
 def listed(values: Tensor, kind: Any) -> pa.Array:
     """Return `(n, D)` values as rows of lists of length D."""
     import pyarrow as pa
@@ -141,7 +153,7 @@ def now() -> datetime:
 class Which:
     """Entries with one of `ids`, from one `source`, not before `since` nor at or after `until`; None: any.
 
-    `arrived`: no later than that place in the order of arrival; `unconfirmed`: only such.
+    `arrived`: no later than that place in the order of arrival; `confirmed`: only those that were, or were not.
     """
 
     ids: tuple[str, ...] | None = None
@@ -149,7 +161,7 @@ class Which:
     since: datetime | None = None
     until: datetime | None = None
     arrived: int | None = None
-    unconfirmed: bool = False
+    confirmed: bool | None = None
 
     def sql(self) -> str:
         """Return the condition as SQL."""
@@ -164,8 +176,8 @@ class Which:
             parts.append(f"time < {_literal(self.until)}")
         if self.arrived is not None:
             parts.append(f"place <= {self.arrived}")
-        if self.unconfirmed:
-            parts.append("confirmed IS NULL")
+        if self.confirmed is not None:
+            parts.append(f"confirmed IS {'NOT ' if self.confirmed else ''}NULL")
         return " AND ".join(parts) or "true"
 
     def expression(self) -> Any:
@@ -184,8 +196,8 @@ class Which:
             found = found & (pc.field("time") < _stamp(self.until))
         if self.arrived is not None:
             found = found & (pc.field("place") <= self.arrived)
-        if self.unconfirmed:
-            found = found & pc.field("confirmed").is_null()
+        if self.confirmed is not None:
+            found = found & (pc.field("confirmed").is_valid() if self.confirmed else pc.field("confirmed").is_null())
         return found
 
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from immunonet.memory.backend import Version
+from immunonet.memory.backend import SOME, Version
 from immunonet.memory.entries import Which, ids_by_label, quoted
 
 if TYPE_CHECKING:
@@ -147,10 +147,13 @@ class InFolder:
                 query = query.where(" AND ".join(conditions))
             return query.to_arrow().select(list(columns))
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """Yield all entries, some at a time."""
+    def batches(self, columns: Sequence[str] | None = None, which: Which | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield entries, some at a time: all of them with all columns, unless told which."""
         with self._told("read"):
-            yield from self._latest().search().to_batches(batch_size=1000)
+            query = self._latest().search()
+            query = query if columns is None else query.select(list(columns))
+            query = query if which is None else query.where(which.sql())
+            yield from query.to_batches(batch_size=SOME)
 
     def _latest(self) -> Any:
         self._table.checkout_latest()

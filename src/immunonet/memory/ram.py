@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from immunonet.memory.backend import Version
+from immunonet.memory.backend import SOME, Version
 from immunonet.memory.entries import Which, now
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ class InRam:
         """Set the confirmed labels of entries, by their ids, in one version."""
         import pyarrow as pa
 
-        chosen = self._latest.filter(Which(ids=tuple(labels)).expression())
+        # In one piece: what a filter gives has as many, empty or not, as what it was taken from.
+        chosen = self._latest.filter(Which(ids=tuple(labels)).expression()).combine_chunks()
         values = pa.array([labels[one] for one in chosen["id"].to_pylist()], pa.int32())
         changed = chosen.set_column(chosen.schema.get_field_index("confirmed"), "confirmed", values)
         rest = self._latest.filter(~Which(ids=tuple(labels)).expression())
@@ -98,9 +99,10 @@ class InRam:
             found = found.filter(pc.field("_rowid") >= first)
         return found.select(list(columns))
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """Yield all entries, some at a time."""
-        yield from self._latest.drop_columns("_rowid").to_batches()
+    def batches(self, columns: Sequence[str] | None = None, which: Which | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield entries, some at a time: all of them with all columns, unless told which."""
+        names = [name for name in self._latest.column_names if name != "_rowid"] if columns is None else columns
+        yield from self.read(names, which).to_batches(max_chunksize=SOME)
 
     @property
     def _latest(self) -> pa.Table:

@@ -299,6 +299,26 @@ class Memory:
             },
         }
 
+    def confirmed_cells(self) -> tuple[Tensor, Tensor]:
+        """Return the kept cells `(M, *S')` of confirmed entries that carry the confirmed label, and it, `(M,)` int64.
+
+        In the order in which the entries arrived; their antigens are not among the cells. ValueError where no cells are
+        kept.
+        """
+        with self._lock:
+            backend = self._required()
+            assert self._space is not None
+            if self.keep != "cells":
+                raise ValueError(f"keep must be 'cells' for cells to be there, memory {self.where} has {self.keep!r}")
+            shape, found = self._space.cell_shape, list[tuple[int, Tensor, int]]()
+            for batch in backend.batches(entries.CARRIED, Which(confirmed=True)):
+                found += entries.carried(batch, shape)
+        found.sort(key=lambda one: one[0])
+        return (
+            torch.cat([torch.zeros(0, *shape), *(cells for _, cells, _ in found)]),
+            torch.tensor([label for _, cells, label in found for _ in cells], dtype=torch.long),
+        )
+
     def export(self, path: str | Path) -> int:
         """Write all entries to a Parquet file, whole or not at all, and return how many they are."""
         import pyarrow.parquet as pq
@@ -423,7 +443,7 @@ class Memory:
         going = max(over, self.capacity // GOING)
         free = np.sort(places[~known])
         if len(free):
-            backend.delete(Which(arrived=int(free[min(going, len(free)) - 1]), unconfirmed=True))
+            backend.delete(Which(arrived=int(free[min(going, len(free)) - 1]), confirmed=False))
         if over > len(free):
             backend.delete(Which(arrived=int(np.sort(places[known])[over - len(free) - 1])))
         self._changed()

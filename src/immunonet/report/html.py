@@ -71,7 +71,7 @@ def exhibits(
     """
     images.require_images("clean", clean.shape[1:])
     members, distances = rails.naive(adversarial[list(indices)])
-    repertoire = rails.repertoire.x
+    repertoire = rails.repertoire.shown
     evolved = {
         kind: (part, images.cell_images(part, clean.shape[1:], repertoire))
         for kind, part in (("plasma", response.plasma), ("memory", response.memory))

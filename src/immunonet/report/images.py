@@ -79,7 +79,7 @@ def response_figure(
 
     `antigens` `(B, 1, H, W)` or `(B, 3, H, W)`, those that `response` answers, within `bounds`; `indices`:
     which of them (the first four); `names`: one per class; `cells`: how many of each kind at most. Cells
-    that live in a hidden layer are no images: give `repertoire` `(N, *S)` (that is `rails.repertoire.x`) and
+    that live in a hidden layer are no images: give `repertoire` `(N, *S)` (that is `rails.repertoire.shown`) and
     the examples that they descend from are drawn instead. `figure.savefig("response.png")` writes it. Raises
     ValueError for antigens that are no images, or that are not those of the response.
     """

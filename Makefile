@@ -1,8 +1,8 @@
-# `make demo` sets up and runs the demonstration; `make test` sets up and passes the tests.
+# `make demo` sets up and runs the demonstration; `make test` sets up and passes the tests; `make cover` tells what they cover.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint setup
+.PHONY: demo test cover lint setup
 
 setup: .venv/.installed
 
@@ -15,6 +15,10 @@ demo: setup
 	$(BIN)/immunonet demo --out demo --json demo/results.json
 
 test: lint
+	$(BIN)/python -m pytest -n 2
+
+# A third slower.
+cover: setup
 	$(BIN)/python -m pytest --cov -n 2
 
 lint: setup

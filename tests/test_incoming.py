@@ -32,6 +32,7 @@ READ_ELSEWHERE = {
     "data.py", "features/search.py", "features/affine.py", "immune/noise.py",
     "evaluation/campaign.py", "evaluation/lab.py", "evaluation/outcome.py", "evaluation/protocol.py",
     "evaluation/sanity.py", "_pictures.py", "studies/behaviour.py", "studies/search.py", "report/robustness.py",
+    "memory/entries.py", "memory/recall.py", "memory/store.py",
     # Plain numbers: bounds, and shares of draws.
     "_check.py", "statistics.py",
 }  # fmt: skip

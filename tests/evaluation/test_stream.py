@@ -8,7 +8,7 @@ from torch import nn
 
 from immunonet import Sentinel, attacks, evaluate, incoming
 from immunonet.evaluation import stream
-from immunonet.evaluation.stream import COPIES, WAYS, Guarded, Way, Won, alarms, askers, attacked, honest, told
+from immunonet.evaluation.stream import COPIES, WAYS, Assault, Guarded, Way, Won, alarms, askers, attacked, honest, told
 from immunonet.evaluation.threats import Threat
 
 BOUNDS = incoming.bounds("bounds", (0.0, 1.0))
@@ -32,7 +32,8 @@ def sentinel():
 def guarded(sentinel, *, queries=100, refuses=True, way=WAYS["plain"]):
     x, traffic = torch.full((1, 6), 0.4), torch.rand(50, 6)
     y = torch.zeros(1, dtype=torch.long)
-    return Guarded(First(), sentinel, x, y, THREAT, way=way, queries=queries, refuses=refuses, traffic=traffic)
+    assault = Assault(method=attacks.NES(), threat=THREAT, way=way, queries=queries, refuses=refuses)
+    return Guarded(First(), sentinel, x, y, assault, traffic)
 
 
 def test_what_is_flagged_is_refused_or_marked(sentinel):
@@ -78,13 +79,16 @@ def test_who_keeps_out_of_the_way_of_his_own_queries_comes_through():
     watch.threshold = 0.02
     x, y = torch.full((1, 6), 0.45), torch.zeros(1, dtype=torch.long)
     method = attacks.NES(eps=0.2, step=0.005, sigma=0.001, samples=4, queries=200)
-    one = {"queries": 200, "refuses": True, "traffic": clean}
-    plain = attacked(First(), watch, x, y, THREAT, method, way=Way(), **one)
-    guided = attacked(First(), watch, x, y, THREAT, method, way=WAYS["oars"], **one)
+
+    def come_to(way):
+        assault = Assault(method=method, threat=THREAT, way=WAYS[way], queries=200, refuses=True)
+        return attacked(First(), watch, x, y, assault, clean)
+
+    plain, guided = come_to("plain"), come_to("oars")
     assert plain["won"] is None
     assert plain["flags"] > 100
     assert guided["won"] is not None
-    assert attacked(First(), watch, x, y, THREAT, method, way=WAYS["oars"], **one) == guided
+    assert come_to("oars") == guided
     assert watch.queries == 0
 
 
@@ -130,7 +134,7 @@ def test_the_protocol_tells_what_a_sentinel_stops(tmp_path):
     clean = torch.rand(300, 6, generator=torch.Generator().manual_seed(0))
     watch = Sentinel(net, "input", window=100, neighbours=2, false_alarm=0.05).fit(clean)
     heard = []
-    known = {"base": net, "eps": 0.1, "black_box": 3, "folder": tmp_path, "sentinel": watch}
+    known = {"base": net, "eps": 0.1, "black_box": 1, "folder": tmp_path, "sentinel": watch}
     found = evaluate(lambda z: net(z).log_softmax(1), x, y, on_progress=heard.append, **known)
     told = found.to_dict()["sentinel"]
     assert [(row["attack"], row["way"]) for row in told["attacks"]] == [

@@ -133,8 +133,8 @@ def wrong(path):
     yield {"odd": {}}
     if isinstance(value, str) and key not in FREE:
         yield "unknown"
-    if not isinstance(value, str) and value != ["input"] and path != ("curves", 2, "values", 1):
-        yield "lots"  # there it is the name of a layer
+    if not isinstance(value, str) and value != ["input"] and path != ("curves", 2, "values", 1) and key != "memory":
+        yield "lots"  # there it is the name of a layer, and where a share of cells may stand, a folder
     if isinstance(value, bool | list | dict):
         yield 3.5
     if isinstance(value, bool | str | list | dict):

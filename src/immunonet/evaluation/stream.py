@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import statistics
@@ -46,6 +47,36 @@ WAYS: Mapping[str, Way] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class Assault:
+    """An attack by asking: its `method`, the `threat` that it keeps to, its `way` to ask, and its budget of `queries`.
+
+    `refuses`: whether what is flagged is refused, or answered all the same.
+    """
+
+    method: Attack
+    threat: Threat
+    way: Way
+    queries: int
+    refuses: bool
+
+    def told(self) -> dict[str, Any]:
+        """Return all of it, as JSON."""
+        way = dataclasses.asdict(self.way)
+        return {"attack": self.method.describe(), "way": way, "queries": self.queries, "refuses": self.refuses}
+
+
+def assaults(method: Attack, threat: Threat, way: str, queries: int) -> tuple[Assault, Assault]:
+    """Return an attack where flags only mark, and where what is flagged is refused.
+
+    Where nothing is refused, who would draw anew what was, or asks from many sources, asks as anybody does.
+    """
+    own = WAYS[way]
+    plain = dataclasses.replace(own, tries=1, sources=1)
+    common: dict[str, Any] = {"method": method, "threat": threat, "queries": queries}
+    return Assault(way=plain, refuses=False, **common), Assault(way=own, refuses=True, **common)
+
+
 def askers(threat: Threat, queries: int) -> dict[str, Attack]:
     """Return the attacks under a threat that spend about so many queries on each image, or a little more."""
     common: dict[str, Any] = {"eps": threat.eps, "norm": threat.norm, "bounds": threat.bounds, "seed": threat.seed}
@@ -66,17 +97,17 @@ class Won(Exception):
 class Guarded(Refusing):
     """A model behind a sentinel, as one attacker meets it who attacks an image `x` `(1, *S)` labelled `y` `(1,)`.
 
-    It answers so many `queries`, and nothing after them. `Won` is raised where an answer was wrong within the `threat`.
-    What is flagged is refused, or only marked. `traffic` `(n, D)`: signatures of others' queries.
+    It answers as many queries as the assault has, and nothing after them. `Won` is raised where an answer was wrong
+    within the threat. `traffic` `(n, D)`: signatures of others' queries.
     """
 
     def __init__(
-        self, model: Callable[[Tensor], Tensor], sentinel: Sentinel, x: Tensor, y: Tensor, threat: Threat, *,
-        way: Way, queries: int, refuses: bool, traffic: Tensor,
+        self, model: Callable[[Tensor], Tensor], sentinel: Sentinel, x: Tensor, y: Tensor, assault: Assault,
+        traffic: Tensor,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.model, self.sentinel, self.x, self.y, self.threat = model, sentinel, x, y, threat
-        self.way, self.left, self.refuses, self.traffic = way, queries, refuses, traffic
+        self.model, self.sentinel, self.x, self.y, self.traffic = model, sentinel, x, y, traffic
+        self.threat, self.way, self.refuses, self.left = assault.threat, assault.way, assault.refuses, assault.queries
         self.asked = self.flags = 0
         # The numbers of the first query that was flagged, and of the first that won.
         self.flagged: int | None = None
@@ -120,20 +151,17 @@ class Guarded(Refusing):
 
 
 def attacked(
-    model: Callable[[Tensor], Tensor], sentinel: Sentinel, x: Tensor, y: Tensor, threat: Threat, method: Attack, *,
-    way: Way, queries: int, refuses: bool, traffic: Tensor,
-) -> dict[str, Any]:  # fmt: skip
+    model: Callable[[Tensor], Tensor], sentinel: Sentinel, x: Tensor, y: Tensor, assault: Assault, traffic: Tensor
+) -> dict[str, Any]:
     """Return what an attack on one image `x` `(1, *S)` came to: the queries `asked`, how many were flagged, and the
     number of the first that was `flagged` and of the first that `won`, or None.
     """
-    guarded = Guarded(
-        model, sentinel.twin(), x, y, threat, way=way, queries=queries, refuses=refuses, traffic=traffic
-    )  # fmt: skip
+    guarded, way, threat = Guarded(model, sentinel.twin(), x, y, assault, traffic), assault.way, assault.threat
     target: Refusing = guarded
     if way.copies:
         target = attacks.Blinded(guarded, draws=way.copies, bounds=threat.bounds, seed=threat.seed)
     try:
-        found = method.persistent(way.tries)(target, x, y).adversarials
+        found = assault.method.persistent(way.tries)(target, x, y).adversarials
         # Who asked by disguised copies alone has not asked about what he found.
         if way.copies and not torch.equal(found, x):
             guarded.left = max(guarded.left, 1)
@@ -224,10 +252,10 @@ def record(campaign: Campaign) -> dict[str, Any]:
                 told_as = campaign.claim.titled(name, threat)
                 parts = [
                     Part(
-                        key=f"{campaign.key} sentinel {told_as} {way} {image} {refuses}", run=_attacked,
-                        args=(threat, method, way, image, refuses, budget.queries), about=f"sentinel {told_as} {way}",
+                        key=f"{campaign.key} sentinel {_store.fingerprint([told_as, assault.told(), image])}",
+                        run=_attacked, args=(assault, image), about=f"sentinel {told_as} {way}",
                     )
-                    for refuses in (False, True)
+                    for assault in assaults(method, threat, way, budget.queries)
                     for image in images
                 ]  # fmt: skip
                 values = campaign.bench.get(parts)
@@ -244,14 +272,11 @@ def _standing(scene: Scene, most: int) -> Value:
     return (labels == scene.y.cpu()).nonzero()[:most, 0].tolist()
 
 
-def _attacked(scene: Scene, threat: Threat, method: Attack, way: str, image: int, refuses: bool, queries: int) -> Value:
+def _attacked(scene: Scene, assault: Assault, image: int) -> Value:
     sentinel, one = scene.sentinel, slice(image, image + 1)
     assert sentinel is not None
-    others = torch.cat([scene.x[:image], scene.x[image + 1 :]])
-    return attacked(
-        light(scene.subject), sentinel, scene.x[one], scene.y[one], threat, method, way=WAYS[way], queries=queries,
-        refuses=refuses, traffic=sentinel.signatures(others),
-    )  # fmt: skip
+    traffic = sentinel.signatures(torch.cat([scene.x[:image], scene.x[image + 1 :]]))
+    return attacked(light(scene.subject), sentinel, scene.x[one], scene.y[one], assault, traffic)
 
 
 def _honest(scene: Scene, bounds: Any) -> Value:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import threading
 from collections import Counter, OrderedDict
@@ -169,9 +168,9 @@ class Sentinel:
     def twin(self) -> Self:
         """Return a sentinel that remembers the same and goes on by itself."""
         with self._lock:
-            found = copy.copy(self)
-            found._lock, found._held = threading.RLock(), self._held.clone()
-            found._sources = copy.deepcopy(self._sources)
+            found = type(self).__new__(type(self))
+            sources = OrderedDict((name, Counter(counts)) for name, counts in self._sources.items())
+            found.__setstate__(self.__getstate__() | {"_held": self._held.clone(), "_sources": sources})
         return found
 
     def __repr__(self) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from immunonet import _check, _store
+from immunonet import _check, _store, incoming
 from immunonet.memory import entries, record
 from immunonet.memory.backend import Backend, Version
 from immunonet.memory.entries import Which
@@ -153,7 +153,7 @@ class Memory:
         """
         source = entries.text_of("source", source)
         note = None if note is None else entries.text_of("note", note)
-        x = None if x is None else torch.as_tensor(x)
+        x = None if x is None else incoming.tensor("x", x)
         entries.check_response(response, x)
         assert response.imprint is not None
         space = self._known_space()

@@ -1,4 +1,4 @@
-"""How defences behave: learning curves, sensing, hardening by memory cells, what control changes and a sentinel stops."""
+"""How defences behave: learning curves, sensing, hardening, what control changes, and what a sentinel stops."""
 
 from __future__ import annotations
 

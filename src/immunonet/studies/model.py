@@ -270,7 +270,7 @@ class Watching(Single):
     """Attacks that only ask a `defence` behind a sentinel, and what that takes for attacks of honest queries.
 
     `images` that are right are attacked within `eps` in `norm`, by `attacks` that ask in each of `ways`, with so many
-    `queries` each. `clean`: images that are asked about for false alarms, the first `copied` of them in near copies too.
+    `queries` each. `clean`: images that are asked about for false alarms, the first `copied` in near copies as well.
     `space`, `neighbours`, `window`, `false_alarm`: the sentinel's.
     """
 

@@ -38,7 +38,7 @@ def asked(run: Run, entry: Watching) -> dict[Any, list[Part]]:
 
     fitted = part("threshold", _fitted, key=watch)
     standing = part("standing", _standing, key=[whole, entry.images])
-    found = {"threshold": [fitted]}
+    found: dict[Any, list[Part]] = {"threshold": [fitted]}
     for name, method in stream.askers(entry.threat(), entry.queries).items():
         for way in entry.ways if name in entry.attacks else ():
             for assault in stream.assaults(method, entry.threat(), way, entry.queries):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -18,7 +19,8 @@ from immunonet._words import show
 from immunonet.attacks import APGD, FGSM, PGD, Attack, HopSkipJump, Square
 from immunonet.defences.base import REGISTRY, kind_of
 from immunonet.defences.spec import Spec
-from immunonet.evaluation import lab, stream
+from immunonet.evaluation import lab
+from immunonet.evaluation.stream import Asker, Asking
 from immunonet.evaluation.threats import Threat
 from immunonet.studies.values import (
     Asked,
@@ -278,24 +280,16 @@ class Watching(Single):
     title: str = ""
     split: Split = "test"
     eps: Size
-    norm: str = "linf"
+    norm: Literal["linf", "l2", "l1"] = "linf"
     queries: Count = 2000
-    attacks: Names = ("hop-skip-jump", "nes", "square")
-    ways: Names = tuple(stream.WAYS)
+    attacks: Annotated[tuple[Asker, ...], Some] = typing.get_args(Asker)
+    ways: Annotated[tuple[Asking, ...], Some] = typing.get_args(Asking)
     clean: Count = 10_000
     copied: Count = 100
     space: str = "spectrum"
     neighbours: Count = 3
     window: Count = 10_000
     false_alarm: Size = 1e-3
-
-    @pydantic.model_validator(mode="after")
-    def _known(self) -> Watching:
-        for name in self.ways:
-            among(name, stream.WAYS, "way")
-        for name in self.attacks:
-            among(name, stream.askers(self.threat(), self.queries), "attack that only asks")
-        return self
 
     def watch(self) -> dict[str, Any]:
         """Return the settings of the sentinel."""

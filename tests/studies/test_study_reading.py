@@ -71,6 +71,11 @@ WHOLE = {
     "healing": [SINGLE | {
         "name": "healing", "attack": "pgd", "defence": "control", "settings": {"rank": 3}, "pictures": 3, "title": "",
     }],
+    "watching": [SINGLE | {
+        "name": "watching", "title": "Watching", "defence": "rails", "split": "test", "eps": "1/8", "norm": "linf",
+        "queries": 5, "attacks": ["nes"], "ways": ["plain", "slow"], "clean": 20, "copied": 2, "space": "pooled",
+        "neighbours": 2, "window": 5, "false_alarm": 0.1,
+    }],
     "search": [SINGLE | {
         "name": "search", "title": "Search", "confirm": 4, "trials": 5, "finalists": 2, "attacks": ["none", "pgd"],
         "defence": "rails", "settings": {"population": 20},
@@ -148,8 +153,8 @@ def test_the_table_that_is_tried_holds_every_key():
     base = WHOLE["bases"]["plain"]
     kinds = {
         "main": model.Comparison, "curves": model.Curve, "learning": model.Learning, "sensing": model.Sensing,
-        "hardening": model.Hardening, "healing": model.Healing, "search": model.Search, "targets": model.Target,
-        "contests": model.Contest, "goals": model.Goal,
+        "hardening": model.Hardening, "healing": model.Healing, "watching": model.Watching, "search": model.Search,
+        "targets": model.Target, "contests": model.Contest, "goals": model.Goal,
     }  # fmt: skip
     tables = {
         model.Study: WHOLE,

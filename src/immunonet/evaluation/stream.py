@@ -8,7 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,7 +41,10 @@ class Way:
     between: int = 0
 
 
-WAYS: Mapping[str, Way] = {
+Asker = Literal["hop-skip-jump", "nes", "square"]
+Asking = Literal["plain", "oars", "blinding", "sources", "slow"]
+
+WAYS: Mapping[Asking, Way] = {
     "plain": Way(), "oars": Way(tries=10), "blinding": Way(copies=4), "sources": Way(sources=100),
     "slow": Way(between=99),
 }  # fmt: skip
@@ -66,7 +69,7 @@ class Assault:
         return {"attack": self.method.describe(), "way": way, "queries": self.queries, "refuses": self.refuses}
 
 
-def assaults(method: Attack, threat: Threat, way: str, queries: int) -> tuple[Assault, Assault]:
+def assaults(method: Attack, threat: Threat, way: Asking, queries: int) -> tuple[Assault, Assault]:
     """Return an attack where flags only mark, and where what is flagged is refused.
 
     Where nothing is refused, who would draw anew what was, or asks from many sources, asks as anybody does.

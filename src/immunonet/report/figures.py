@@ -307,6 +307,25 @@ def loss_plane(planes: Mapping[str, Row]) -> Figure:
     return figure
 
 
+def watching(rows: Sequence[Row]) -> Figure:
+    """Return a figure of the share of attacks that a sentinel stops, by attack and way to ask.
+
+    `rows`: `attack`, `way`, `stopped_share` and its interval `ci95`, None where none fell without it.
+    """
+    figure, ways = blank(6.4, 3.4), list(dict.fromkeys(row["way"] for row in rows))
+    axes = figure.subplots()
+    for i, attack in enumerate(names := list(dict.fromkeys(row["attack"] for row in rows))):
+        own = [row for row in rows if row["attack"] == attack and row["stopped_share"] is not None]
+        at = np.array([ways.index(row["way"]) + 0.2 * (i - (len(names) - 1) / 2) for row in own])
+        centre, ends = (np.array([row[key] for row in own], dtype=float) for key in ("stopped_share", "ci95"))
+        _bars(axes, i, at, centre, ends.reshape(-1, 2), attack, joined=False)
+    axes.set_xticks(range(len(ways)), ways)
+    axes.set(xlim=(-0.5, len(ways) - 0.5), ylim=(-0.05, 1.05))
+    _style(axes, "Stopped by the sentinel", "how the attacker asks", "share of attacks")
+    axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
 def healing(entry: Row) -> Figure:
     """Return a figure of what control changes: distances to the manifolds, and pictures of attacked images, if any.
 

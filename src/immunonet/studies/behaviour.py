@@ -1,4 +1,4 @@
-"""How defences behave: learning curves, sensing of strangers, hardening by memory cells, and what control changes."""
+"""How defences behave: learning curves, sensing, hardening, what control changes, and what a sentinel stops."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from immunonet import _store, data, models, statistics
 from immunonet._words import show
 from immunonet.evaluation.bench import Part, Value, chunks
 from immunonet.evaluation.lab import CALIBRATION, Lab, Measurement, asked
+from immunonet.studies import watching
 from immunonet.studies.experiments import Run
 from immunonet.studies.model import Hardening, Healing, Learning, Sensing, Single
 
@@ -24,7 +25,7 @@ ROC_POINTS = 101
 # Decimal digits of what is kept.
 DIGITS = 5
 RULES = ("credibility", "distance", "distance_p")
-KINDS = ("learning", "sensing", "hardening", "healing")
+KINDS = ("learning", "sensing", "hardening", "healing", "watching")
 
 Values = Mapping[Any, Sequence[Value]]
 
@@ -42,7 +43,8 @@ def told(run: Run, kind: str) -> list[dict[str, Any]]:
 
     Learning: per eps the curves' means over antigens, with their 95 % half widths. Sensing: AUC and ROC of both rules
     for each stranger, and false-alarm rates. Hardening: accuracy before and after, attacked and clean, with p-values.
-    Healing: mean distances to the manifolds before and after, clean and attacked, and a few pictures.
+    Healing: mean distances to the manifolds before and after, clean and attacked, and a few pictures. Watching: what a
+    sentinel stopped, by attack and way to ask, and its false alarms.
     """
     records = []
     for entry in getattr(run.study, kind):
@@ -187,6 +189,7 @@ _ASKED: dict[str, tuple[Callable[..., dict[Any, list[Part]]], Callable[..., dict
     "sensing": (_sensing, _sensed),
     "hardening": (_hardening, _hardened),
     "healing": (_healing, _healed),
+    "watching": (watching.asked, watching.told),
 }
 
 

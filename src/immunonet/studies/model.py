@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -12,13 +13,15 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("studies need pydantic: pip install 'immunonet[cli]'", name="pydantic") from error
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from immunonet import zoo
+from immunonet import incoming, zoo
 from immunonet._check import among
 from immunonet._words import show
 from immunonet.attacks import APGD, FGSM, PGD, Attack, HopSkipJump, Square
 from immunonet.defences.base import REGISTRY, kind_of
 from immunonet.defences.spec import Spec
 from immunonet.evaluation import lab
+from immunonet.evaluation.stream import Asker, Asking
+from immunonet.evaluation.threats import Threat
 from immunonet.studies.values import (
     Asked,
     Attacked,
@@ -265,6 +268,38 @@ class Healing(Single):
     title: str = ""
 
 
+class Watching(Single):
+    """Attacks that only ask a `defence` behind a sentinel, and what that takes for attacks of honest queries.
+
+    `images` that are right are attacked within `eps` in `norm`, by `attacks` that ask in each of `ways`, with so many
+    `queries` each. `clean`: images that are asked about for false alarms, the first `copied` in near copies as well.
+    `space`, `neighbours`, `window`, `false_alarm`: the sentinel's.
+    """
+
+    defence: str = "cnn"
+    title: str = ""
+    split: Split = "test"
+    eps: Size
+    norm: Literal["linf", "l2", "l1"] = "linf"
+    queries: Count = 2000
+    attacks: Annotated[tuple[Asker, ...], Some] = typing.get_args(Asker)
+    ways: Annotated[tuple[Asking, ...], Some] = typing.get_args(Asking)
+    clean: Count = 10_000
+    copied: Count = 100
+    space: str = "spectrum"
+    neighbours: Count = 3
+    window: Count = 10_000
+    false_alarm: Size = 1e-3
+
+    def watch(self) -> dict[str, Any]:
+        """Return the settings of the sentinel."""
+        return {name: getattr(self, name) for name in ("space", "neighbours", "window", "false_alarm")}
+
+    def threat(self) -> Threat:
+        """Return what the attacks keep to."""
+        return Threat(eps=self.eps, norm=self.norm, bounds=incoming.bounds("bounds", (0.0, 1.0)), seed=0)
+
+
 class Range(Table):
     """The numbers from `low` to `high`, both included; `log`: drawn evenly in their logarithm, `low` above 0."""
 
@@ -429,6 +464,7 @@ class Study(Table):
     sensing: tuple[Sensing, ...] = ()
     hardening: tuple[Hardening, ...] = ()
     healing: tuple[Healing, ...] = ()
+    watching: tuple[Watching, ...] = ()
     search: tuple[Search, ...] = ()
     targets: tuple[Target, ...] = ()
 

@@ -21,7 +21,7 @@ from immunonet.studies import model
 from immunonet.studies.model import Range, Study
 from immunonet.studies.values import value_of
 
-NAMES = ("mnist", "cifar10", "svhn", "connectivity", "control", "control-cifar10")
+NAMES = ("mnist", "cifar10", "svhn", "connectivity", "control", "control-cifar10", "memory", "memory-cifar10")
 # What the defences of an experiment must have of their own, where most kinds have nothing to do.
 _NEEDS: dict[tuple[type[Any], str], str] = {
     (model.Learning, "defence"): "learning_curves",
@@ -144,7 +144,7 @@ def _check(study: Study) -> None:
         raise Wrong("must hold at least one experiment where there are no paths and contests", "main")
     _check_paths(study)
     names: set[Any] = {"main"}
-    for place in ("main", "curves", "learning", "sensing", "hardening", "healing", "search", "targets"):
+    for place in ("main", "curves", "learning", "sensing", "hardening", "healing", "watching", "search", "targets"):
         for i, entry in enumerate(getattr(study, place)):
             with at(place, i):
                 _check_defences(study, entry)

@@ -120,7 +120,12 @@ def test_views_of_images():
     torch.testing.assert_close(pooled(x)[0, 0], x[0, 0, :4, :4].mean())
     torch.testing.assert_close(spectrum(x.roll(3, 2)), spectrum(x), rtol=1e-3, atol=1e-4)
     assert not torch.allclose(spectrum(x.flip(2) ** 2), spectrum(x), atol=1e-2)
+    # Those of a whole transform, the lowest.
+    sizes = torch.fft.fft2(x.double(), norm="ortho").abs().roll(5, 2)[:, :, :11, :6]
+    torch.testing.assert_close(spectrum(x), sizes.sqrt().float().flatten(1), rtol=1e-3, atol=1e-3)
+    assert spectrum(torch.rand(1, 3, 4, 5)).shape == (1, 3 * 3 * 3)
     for one in VIEWS.values():
+        assert len(one(x[:0])) == 0
         assert torch.equal(one(torch.ones(2, 5)), torch.ones(2, 5))
 
 

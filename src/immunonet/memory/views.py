@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -29,9 +30,20 @@ def spectrum(x: Tensor) -> Tensor:
     """
     if x.ndim != 4:
         return x.flatten(1)
-    sizes = torch.fft.rfft2(x, norm="ortho").abs()
-    down = torch.cat([sizes[:, :, :FREQUENCIES], sizes[:, :, -FREQUENCIES + 1 :]], 2)
-    return down[..., :FREQUENCIES].sqrt().flatten(1)
+    height, width = x.shape[2:]
+    down, across = min(FREQUENCIES, (height + 1) // 2), min(FREQUENCIES, width // 2 + 1)
+    found = waves(1 - down, down, height, x) @ x.to(torch.complex64) @ waves(0, across, width, x).T
+    return found.abs().sqrt().flatten(1)
+
+
+def waves(first: int, end: int, n: int, like: Tensor) -> Tensor:
+    """Return waves of the frequencies from `first` to before `end` over n values, `(F, n)`, of length 1.
+
+    A few products take less than a whole transform, which fails on an empty batch besides.
+    """
+    frequencies, places = (torch.arange(*ends, device=like.device) for ends in ((first, end), (0, n)))
+    angles = torch.outer(frequencies, places).float()
+    return torch.polar(torch.full_like(angles, n**-0.5), -2 * math.pi / n * angles)
 
 
 def averaged(x: Tensor, field: int) -> Tensor:

@@ -18,6 +18,8 @@ from immunonet.memory.views import View, view
 AT_ONCE, SOURCES = 64, 10_000
 # Clean inputs that the threshold is learned from, at most.
 LEARNED = 20_000
+# How many more than the nearest by products are measured.
+SPARE = 16
 # How often more false alarms than promised may come.
 UNSURE = 0.05
 
@@ -65,7 +67,7 @@ class Sentinel:
         self.threshold: float | None = None
         self._lock = threading.RLock()
         # Where the next query goes among those that are held, and how many these are.
-        self._held, self._next, self._count = torch.empty(0), 0, 0
+        self._held, self._squares, self._next, self._count = torch.empty(0), torch.empty(0), 0, 0
         self.reset()
 
     @torch.no_grad()
@@ -134,7 +136,7 @@ class Sentinel:
             signatures = signatures[-self.window :]
             self._room(signatures)
             places = (self._next + torch.arange(len(signatures), device=signatures.device)) % self.window
-            self._held[places] = signatures
+            self._held[places], self._squares[places] = signatures, signatures.square().sum(1)
             self._next = (self._next + len(signatures)) % self.window
             self._count = min(self._count + len(signatures), self.window)
 
@@ -170,7 +172,10 @@ class Sentinel:
         with self._lock:
             found = type(self).__new__(type(self))
             sources = OrderedDict((name, Counter(counts)) for name, counts in self._sources.items())
-            found.__setstate__(self.__getstate__() | {"_held": self._held.clone(), "_sources": sources})
+            found.__setstate__(
+                self.__getstate__()
+                | {"_held": self._held.clone(), "_squares": self._squares.clone(), "_sources": sources}
+            )
         return found
 
     def __repr__(self) -> str:
@@ -188,25 +193,39 @@ class Sentinel:
 
     def _room(self, like: Tensor) -> None:
         if self._held.shape[1:] != like.shape[1:] or self._held.device != like.device:
-            self._held = like.new_zeros(self.window, *like.shape[1:])
+            self._held, self._squares = like.new_zeros(self.window, like.shape[1]), like.new_zeros(self.window)
             self._next = self._count = 0
 
     def _scored(self, signatures: Tensor) -> Tensor:
         """Return the scores `(B,)` of at most `AT_ONCE` queries, each compared with the window before it; take them."""
         self._room(signatures)
-        n, held = len(signatures), self._held[: self._count]
-        before = torch.cdist(signatures, held, compute_mode="donot_use_mm_for_euclid_dist")
-        among = torch.cdist(signatures, signatures, compute_mode="donot_use_mm_for_euclid_dist")
+        n, before, squares = len(signatures), self._count, signatures.square().sum(1)
         row = torch.arange(n, device=signatures.device)
         # What is held has an age, 0 the oldest; the i-th query pushed out those that were too many by then.
-        age = (torch.arange(self._count, device=row.device) - self._next) % max(self._count, 1)
-        gone = age[None] < (self._count + row - self.window)[:, None]
-        other = (row[None] >= row[:, None]) | (row[None] < (row - self.window)[:, None])
-        distances = torch.cat([before.masked_fill(gone, torch.inf), among.masked_fill(other, torch.inf)], 1)
+        age = (torch.arange(before, device=row.device) - self._next) % max(before, 1)
+        gone = age < (before + row - self.window)[:, None]
+        other = (row >= row[:, None]) | (row < (row - self.window)[:, None])
+        # Products tell which are near, differences how near: products of near copies have no digits left for that.
+        far = torch.cat(
+            [
+                (self._squares[:before] - 2 * signatures @ self._held[:before].T).masked_fill_(gone, torch.inf),
+                (squares - 2 * signatures @ signatures.T).masked_fill_(other, torch.inf),
+            ],
+            1,
+        )
+        near = far.topk(min(self.neighbours + SPARE, before + n), dim=1, largest=False)
+        among = near.indices >= before
+        points = torch.where(
+            among[:, :, None],
+            signatures[(near.indices - before).clamp(min=0)],
+            self._held[near.indices.clamp(max=self.window - 1)],
+        )
+        exact = (points - signatures[:, None]).square().sum(2).sqrt()
+        exact = exact.masked_fill(near.values == torch.inf, torch.inf)
         self.take(signatures)
-        if distances.shape[1] < self.neighbours:
-            return distances.new_full((n,), torch.inf)
-        return distances.topk(self.neighbours, dim=1, largest=False).values.mean(1)
+        if before + n < self.neighbours:
+            return signatures.new_full((n,), torch.inf)
+        return exact.topk(self.neighbours, dim=1, largest=False).values.mean(1)
 
     def _note(self, source: str, queries: int, flagged: int) -> None:
         self._sources.setdefault(source, Counter()).update(queries=queries, flagged=flagged)

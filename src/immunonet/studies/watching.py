@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunonet import _store
+from immunonet import _store, models
 from immunonet.evaluation import stream
 from immunonet.evaluation.asking import Subject
 from immunonet.evaluation.bench import Part, Value, chunks
@@ -89,9 +89,8 @@ def _met(lab: Lab, entry: Watching, m: Measurement, fitted: Value) -> tuple[Sent
 
 
 def _subject(lab: Lab, m: Measurement) -> Subject:
-    net = lab.nets[m.base]
     with torch.no_grad():
-        classes = net(lab.images(m.split, slice(0, 1))[0]).shape[1]
+        classes = models.logits(lab.nets[m.base], lab.images(m.split, slice(0, 1))[0]).shape[1]
     return light(Subject(lab.fitted(m.spec, m.base, m.repertoire), classes=classes))
 
 

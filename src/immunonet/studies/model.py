@@ -286,7 +286,7 @@ class Watching(Single):
     ways: Annotated[tuple[Asking, ...], Some] = typing.get_args(Asking)
     clean: Count = 10_000
     copied: Count = 100
-    space: str = "spectrum"
+    space: str = "pooled"
     neighbours: Count = 3
     window: Count = 10_000
     false_alarm: Size = 1e-3

@@ -114,20 +114,20 @@ def examples(x: Any, y: Any = None, *, name: str = "x") -> tuple[Any, Any]:
     another iterable, may yield batches too: its items are single examples where their label has no dimension.
     ValueError or TypeError names the place of what cannot be taken.
     """
-    if not (isinstance(x, Dataset | DataLoader) or (y is None and _holds_examples(x))):
+    if not (isinstance(x, Dataset | DataLoader) or (y is None and holds_examples(x))):
         if y is None:
             raise TypeError(f"y is missing: give labels, or a Dataset or DataLoader of (x, y) as {name}")
         return x, y
     if y is not None:
         raise TypeError(f"y must be left out when {name} is a {type(x).__name__}, which holds the labels")
     xs, ys, places = [], [], []
-    indexed = _indexed(x)
+    single = has_index(x)
     for place, item in _items(name, x):
-        one_x, one_y = _pair(name, place, item)
+        one_x, one_y = pair(name, place, item)
         # Copies: what yields them may use the same memory for the next.
         found_x = tensor(f"the input of {place}", one_x).clone()
         found_y = tensor(f"the label of {place}", one_y).clone()
-        if indexed or not found_y.ndim:
+        if single or not found_y.ndim:
             found_x, found_y = found_x[None], found_y[None]
         elif not found_x.ndim or len(found_x) != len(found_y):
             raise ValueError(
@@ -144,7 +144,7 @@ def examples(x: Any, y: Any = None, *, name: str = "x") -> tuple[Any, Any]:
 
 def calibration(value: Any) -> tuple[Any, Any]:
     """Return inputs and labels from `(x_cal, y_cal)`, or from whatever `examples` reads them of."""
-    if _holds_examples(value):
+    if holds_examples(value):
         return examples(value, name="calibration")
     if not isinstance(value, tuple | list):
         raise TypeError(
@@ -266,7 +266,8 @@ def _culprit(array: np.ndarray[Any, Any]) -> str:
     return next((f" ({type(item).__name__} at index {i})" for i, item in wrong), "")
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
+    """Return whether a value is a tensor, or what can be made into an array at once."""
     if isinstance(value, np.generic):
         return False
     return isinstance(value, Tensor) or any(hasattr(value, m) for m in ("__array__", "to_numpy", "getbands"))
@@ -275,14 +276,15 @@ def _is_array(value: Any) -> bool:
 def _nests_arrays(value: Any) -> bool:
     while isinstance(value, list | tuple) and value:
         value = value[0]
-    return _is_array(value)
+    return is_array(value)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Number) or (isinstance(value, Tensor | np.ndarray) and not value.ndim)
 
 
-def _holds_examples(value: Any) -> bool:
+def holds_examples(value: Any) -> bool:
+    """Return whether a value yields examples, inputs with their labels, rather than being inputs itself."""
     if isinstance(value, Dataset | DataLoader):
         return True
     if isinstance(value, list | tuple):
@@ -290,12 +292,12 @@ def _holds_examples(value: Any) -> bool:
             isinstance(item, Mapping) or (isinstance(item, tuple) and len(item) == 2 and not _is_number(item[0]))
             for item in value
         )
-    if _is_array(value) or isinstance(value, Sequence | Mapping | np.generic):
+    if is_array(value) or isinstance(value, Sequence | Mapping | np.generic):
         return False
-    return isinstance(value, Iterable) or _indexed(value)
+    return isinstance(value, Iterable) or has_index(value)
 
 
-def _indexed(value: Any) -> bool:
+def has_index(value: Any) -> bool:
     """Return whether examples are had by their index."""
     streams = isinstance(value, DataLoader | IterableDataset)
     return not streams and hasattr(value, "__getitem__") and hasattr(value, "__len__")
@@ -303,7 +305,7 @@ def _indexed(value: Any) -> bool:
 
 def _items(name: str, data: Any) -> Iterator[tuple[str, Any]]:
     """Give the place and the content of all that `data` yields."""
-    if _indexed(data):
+    if has_index(data):
         for i in range(len(data)):
             try:
                 item = data[i]
@@ -329,7 +331,8 @@ def _items(name: str, data: Any) -> Iterator[tuple[str, Any]]:
         count += 1
 
 
-def _pair(name: str, place: str, item: Any) -> tuple[Any, Any]:
+def pair(name: str, place: str, item: Any) -> tuple[Any, Any]:
+    """Return the input and the label of an item of `name`; TypeError names its place if it holds no such two."""
     if isinstance(item, Mapping):
         found = [[key for key in keys if key in item] for keys in (INPUT_KEYS, LABEL_KEYS)]
         if any(len(keys) != 1 for keys in found):

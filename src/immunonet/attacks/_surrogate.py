@@ -65,8 +65,9 @@ def maturing(rails: Any) -> tuple[Maturation, ...]:
 @torch.no_grad()
 def probe_distances(defence: NeighbourDefence, neighbours: Sequence[int]) -> list[Tensor]:
     """Return the distances `(n, C, k)` of up to 100 examples to the k nearest of every class, per layer with its k."""
-    x = defence.repertoire.x
-    probes = defence.compared(x[:: max(1, len(x) // _PROBES)][:_PROBES])[1]
+    repertoire = defence.repertoire
+    some = repertoire.inputs(slice(0, None, max(1, len(repertoire.x) // _PROBES)))[:_PROBES]
+    probes = defence.compared(some)[1]
     pairs = zip(probes, neighbours, strict=True)
     return [defence.index(layer).nearest(features, k)[0] for layer, (features, k) in enumerate(pairs)]
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, incoming, models
+from immunonet import _check, incoming, indexed, models
 from immunonet.defences.base import Defence, Sense
 from immunonet.defences.repertoire import Calibration, Examples, Repertoire, check_classes, hold_out
 from immunonet.features.build import build
@@ -91,6 +91,7 @@ class NeighbourDefence(Defence):
         y: Any = None,
         calibration: Any = 0.05,
         *,
+        keep: Literal["auto", "memory", "source"] = "auto",
         feature_file: str | Path | None = None,
         on_progress: Progress | None = None,
     ) -> Self:
@@ -98,13 +99,19 @@ class NeighbourDefence(Defence):
 
         Args:
             x: inputs `(N, *S)` within bounds (tensor, array, frame, or list of these; whole numbers where bounds are
-                wider than 1), or a Dataset, a DataLoader or a list of `(x, y)` or of such dicts. All is copied, as
-                float32: a feature that this would round by more than a thousandth of its standard deviation (a
+                wider than 1), or a Dataset, a DataLoader or a list of `(x, y)` or of such dicts. All is computed with
+                as float32: a feature that this would round by more than a thousandth of its standard deviation (a
                 float64 column with a large offset) is a ValueError, which says to subtract the offset.
             y: labels `(N,)`, whole numbers in [0, C) where the model gives C logits.
             calibration: the fraction of the examples held out to calibrate on (the same ones each time), or others, as
                 `(x_cal, y_cal)` or a Dataset or DataLoader, which the model should never have seen: p-values are valid
                 only then. With fewer than 1 / false_alarm - 1 of them nothing can look foreign.
+            keep: "memory": copies of all examples. "source": they stay where they are, in an array (`np.memmap` too) or
+                a Dataset with a length and `__getitem__` (also of Hugging Face), and are read by their index when they
+                are needed; labels, features and digests are kept. They must stay as they are: one that has changed is
+                a ValueError when it is read. `save` keeps the digests alone, and `load` takes `source=`, what was given
+                here as `x`. "auto": "source" where copies would take more than `memory_budget`, and more than what is
+                given takes in memory, if that has an index; else "memory".
             feature_file: where features beyond `memory_budget` are kept as float16 (2 N D bytes, logged before they
                 are written; ".0", ".1" and so on are added for several layers); None: computed again when needed.
             on_progress: called with how many examples are done, and how many there are, layer by layer.
@@ -114,22 +121,21 @@ class NeighbourDefence(Defence):
             labels, a class with fewer examples than neighbours, or a model or layer that cannot be used.
             After a failed fit the defence is unfitted.
         """
-        x, y = incoming.examples(x, y)
-        x = self._kept("x", x, fitted=True)
+        x, y = self._taken(x, y, keep)
         classes = self._count_classes(x)
-        y = incoming.labels("y", y, n=len(x), classes=classes, own=True).to(self.device)
+        given = Examples(x, incoming.labels("y", y, n=len(x), classes=classes, own=True).to(self.device))
         if not _check.is_number(calibration):
             x_cal, y_cal = incoming.calibration(calibration)
             x_cal = self._kept("x_cal", x_cal, shape=tuple(x.shape[1:]))
             y_cal = incoming.labels("y_cal", y_cal, n=len(x_cal), classes=classes, own=True).to(self.device)
+            held = Examples(x_cal, y_cal)
         else:
             fraction = _check.number("calibration", calibration, least=0, most=1, above=True)
-            keep, held = hold_out(y, fraction, seed=0)
-            x, y, x_cal, y_cal = x[keep], y[keep], x[held], y[held]
-        self.check_examples(y, classes)
+            given, held = (given.part(which) for which in hold_out(given.y, fraction, seed=0))
+        self.check_examples(given.y, classes)
         try:
-            self._remember(x, y, classes, feature_file, on_progress)
-            self._measure(Examples(x_cal, y_cal))
+            self._remember(given, classes, feature_file, on_progress)
+            self._measure(held)
         except BaseException:
             self.feature_maps = []
             raise
@@ -189,13 +195,14 @@ class NeighbourDefence(Defence):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return repertoire and calibration, and features of a few examples, by which another model is told."""
-        probes = self.repertoire.x[:PROBES]
+        probes = self.repertoire.inputs(slice(PROBES))
         heard = self._known(probes)
+        x = self.repertoire.x
         return {
-            "x": self.repertoire.x,
-            "y": self.repertoire.y,
+            **({} if isinstance(x, Tensor) else {"digests": x.origin.complete()}),
+            **self.repertoire.tensors(),
             **({"cells": self.repertoire.cells} if len(self.repertoire.cells) else {}),
-            **{f"held.{name}": buffer for name, buffer in self.held.named_buffers()},
+            **{f"held.{name}": tensor for name, tensor in self.held.tensors().items()},
             **{f"calibration.{name}": buffer for name, buffer in self.calibration.named_buffers()},
             **{f"probe.{i}": probe for i, probe in enumerate(self.features(probes))},
             **({} if heard is None else {"probe.known": heard}),
@@ -205,39 +212,63 @@ class NeighbourDefence(Defence):
         self,
         tensors: Mapping[str, Tensor],
         *,
+        source: Any = None,
         feature_file: str | Path | None = None,
         on_progress: Progress | None = None,
     ) -> None:
         """Take back what `tensors` gave; features are computed again, or read.
 
-        `feature_file` and `on_progress` as in `fit`: a file that `fit` wrote is opened, where features exceed the
-        budget again, and nothing in it is computed. ValueError for a model with other weights.
+        `source`: what `fit` took as `x`, where examples stayed there. `feature_file` and `on_progress` as in `fit`: a
+        file that `fit` wrote is opened, where features exceed the budget again, and nothing in it is computed.
+        ValueError for a model with other weights, or a source of other examples.
         """
-        x = tensors["x"]
+        given, held = self._found(tensors, source)
+        x, y = given.x, tensors["y"]
         if (classes := self._count_classes(x)) != self.classes:
             raise ValueError(f"model must give {self.classes} logits, as when this was saved, got {classes}")
-        y = tensors["y"]
-        self._remember(x, y[: len(x)], classes, feature_file, on_progress)
+        self._remember(given, classes, feature_file, on_progress)
+        probes = given.inputs(slice(PROBES))
         again = "load the weights that the defence was fitted with"
-        for i, (name, found) in enumerate(zip(self.layers, self.features(x[:PROBES]), strict=True)):
+        for i, (name, found) in enumerate(zip(self.layers, self.features(probes), strict=True)):
             probe = tensors[f"probe.{i}"]
             # Format 1 kept features as they are before the metric.
             if not _alike(found, probe) and not _alike(found, self.feature_maps[i].finished(probe.clone())):
                 raise ValueError(f"model gives other features at layer {name!r} than when this was saved: {again}")
-        heard = self._known(x[:PROBES])
+        heard = self._known(probes)
         if heard is not None and not torch.allclose(heard, tensors["probe.known"], atol=1e-3):
             raise ValueError(f"model, which has a voice, gives other logits than when this was saved: {again}")
         prefix = "calibration."
         kept = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         self.calibration = Calibration(**kept)
-        # Earlier versions did not keep the calibration examples.
-        self.held = Examples(tensors.get("held.x", x[:0]), tensors.get("held.y", y[:0]))
+        self.held = held
         if len(y) > len(x):
             self._join(tensors["cells"], y[len(x) :])
 
+    def _found(self, tensors: Mapping[str, Tensor], source: Any) -> tuple[Examples, Examples]:
+        """Return the training and the calibration examples that `tensors` gave, or that a source holds."""
+        y = tensors["y"]
+        # Earlier versions did not keep the calibration examples.
+        held_y = tensors.get("held.y", y[:0])
+        if "digests" not in tensors:
+            if source is not None:
+                raise ValueError("source must be left out: this was saved with its examples")
+            x = tensors["x"]
+            return Examples(x, y[: len(x)]), Examples(tensors.get("held.x", x[:0]), held_y)
+        known, places = tensors["digests"], tensors["places"]
+        if source is None:
+            raise ValueError(
+                f"source must be given: this was fitted by keep='source' on {len(known):,} examples, which are not "
+                "among what was saved. Give what fit took as x, as load(folder, model, source=dataset)"
+            )
+        origin = indexed.again(source, known, bounds=self.bounds)
+        given = Examples(indexed.Indexed(origin, places.cpu()), y[: len(places)])
+        if "held.places" not in tensors:
+            return given, Examples(tensors["held.x"], held_y)
+        return given, Examples(indexed.Indexed(origin, tensors["held.places"].cpu()), held_y)
+
     def identity(self) -> list[Any]:
         """Return all that answers depend on: kind, settings, layers, the model, and the repertoire if it is fitted."""
-        fitted = [*self.repertoire.buffers(), *self.calibration.buffers()] if self.feature_maps else None
+        fitted = [*self.repertoire.told(), *self.calibration.buffers()] if self.feature_maps else None
         return [type(self).__qualname__, self.settings(), list(self._layers), self.model, fitted]
 
     def settings(self) -> dict[str, Any]:
@@ -264,11 +295,11 @@ class NeighbourDefence(Defence):
         Where stored features are the cells themselves, nothing is computed.
         """
         if self.space is not None and self.feature_maps[layer].keeps_cells:
-            shape = self._cells(self.repertoire.x[:1]).shape[1:]
+            shape = self._cells(self.repertoire.inputs(slice(1))).shape[1:]
             return self.index(layer).rows(index).reshape(*index.shape, *shape)
         examples, place = index.flatten().unique(return_inverse=True)
         n = int((examples < len(self.repertoire.x)).sum())
-        old, new = self.repertoire.x[examples[:n]], self.repertoire.cells[examples[n:] - len(self.repertoire.x)]
+        old, new = self.repertoire.inputs(examples[:n]), self.repertoire.cells[examples[n:] - len(self.repertoire.x)]
         cells = torch.cat([*([self._cells(old)] if n else []), *([new] if len(new) else [])])
         found: Tensor = cells[place].unflatten(0, index.shape)
         return found
@@ -311,7 +342,7 @@ class NeighbourDefence(Defence):
 
     def _measure(self, held: Examples) -> None:
         """Calibrate on held-out examples, which are kept: where the repertoire changes they are scored again."""
-        found = [self._neighbourhood_of(part) for part in held.x.split(SENSED)]
+        found = [self._neighbourhood_of(part) for part in held.parts(SENSED)]
         scores, far = (torch.cat(column) for column in zip(*found, strict=True))
         self.held, self.calibration = held, Calibration.scored(scores.gather(1, held.y[:, None])[:, 0], far)
 
@@ -360,7 +391,7 @@ class NeighbourDefence(Defence):
     @torch.no_grad()
     def _testimony(self) -> list[Tensor]:
         """Return what the model, as it is now, gives for the first examples wherever that counts."""
-        x = self.repertoire.x[:PROBES]
+        x = self.repertoire.inputs(slice(PROBES))
         heard = self._known(x)
         return witnessed(models.inside(self.model), self._layers, x) + ([] if heard is None else [heard])
 
@@ -369,22 +400,22 @@ class NeighbourDefence(Defence):
 
     def _remember(
         self,
-        x: Tensor,
-        y: Tensor,
+        given: Examples,
         classes: int,
         feature_file: str | Path | None = None,
         on_progress: Progress | None = None,
     ) -> None:
-        probes = x[:: max(1, len(x) // PROBES)][:PROBES]
+        y = given.y
+        probes = given.inputs(slice(0, None, max(1, len(y) // PROBES)))[:PROBES]
         inside = models.inside(self.model)
         plain = build(inside, self._layers, self.space, probes, reduced=inside is models.eager(self.model))
         self.feature_maps = [METRICS[self.metric](feature_map) for feature_map in plain]
-        self.classes, self.shape = classes, tuple(x.shape[1:])
-        self.repertoire = Repertoire(x, y)
+        self.classes, self.shape = classes, tuple(given.x.shape[1:])
+        self.repertoire = Repertoire(given.x, y)
         order, counts = y.argsort(stable=True), torch.bincount(y, minlength=classes).tolist()
-        widths = [features.shape[1] for features in self._examined(x[:1])[1]]
+        widths = [features.shape[1] for features in self._examined(probes[:1])[1]]
         fit = [4 * len(y) * width * len(widths) <= self.memory_budget for width in widths]
-        keys = [x.new_empty(len(y), width) if fits else None for fits, width in zip(fit, widths, strict=True)]
+        keys = [probes.new_empty(len(y), width) if fits else None for fits, width in zip(fit, widths, strict=True)]
         if self.space is not None or any(fit):
             self._pass(order, keys, on_progress)
         indices: list[nn.Module] = []
@@ -403,7 +434,7 @@ class NeighbourDefence(Defence):
         """Let every training example pass through the model once: fill what indices compare, and the cells' range."""
         place, ranges = order.argsort(), []
         for some in batches(len(self.repertoire.x)):
-            cells, features = self._examined(self.repertoire.x[some])
+            cells, features = self._examined(self.repertoire.inputs(some))
             channels = cells.movedim(1, 0).flatten(1) if cells.ndim > 1 else cells[None]
             ranges.append((channels.amin(1), channels.amax(1)))
             for out, found in zip(keys, features, strict=True):
@@ -482,7 +513,15 @@ class NeighbourDefence(Defence):
             raise ValueError(f"{name} must hold at least one example, got shape {tuple(kept.shape)}")
         return kept.to(self.device)
 
-    def _count_classes(self, x: Tensor) -> int:
+    def _taken(self, x: Any, y: Any, keep: str) -> tuple[Tensor | indexed.Indexed, Any]:
+        """Return what `fit` is given: inputs, copied or where they are, and labels that are not checked yet."""
+        keep = _check.choice("keep", keep, ("auto", "memory", "source"))
+        if keep == "source" or (keep == "auto" and indexed.outgrows(x, self.memory_budget)):
+            return indexed.opened(x, y, bounds=self.bounds)
+        x, y = incoming.examples(x, y)
+        return self._kept("x", x, fitted=True), y
+
+    def _count_classes(self, x: Tensor | indexed.Indexed) -> int:
         """Return how many classes the model tells apart, judged by its logits of a few inputs."""
         for probe in (x[:2], x[:: max(1, len(x) // PROBES)][:PROBES]):
             try:
@@ -501,7 +540,7 @@ class _Rows:
 
     def __call__(self, examples: Tensor) -> Tensor:
         defence = self._defence
-        return defence._examined(defence.repertoire.x[examples])[1][self._layer]
+        return defence._examined(defence.repertoire.inputs(examples))[1][self._layer]
 
 
 def _alike(found: Tensor, stored: Tensor) -> bool:

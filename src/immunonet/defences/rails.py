@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from immunonet import _check, _store, attacks, incoming
 from immunonet.defences.base import Answer, Made
 from immunonet.defences.neighbours import NeighbourDefence
+from immunonet.defences.repertoire import Examples
 from immunonet.features.maps import FeatureMap, LogitsMap
 from immunonet.features.names import Layer
 from immunonet.features.search import Progress
@@ -151,7 +152,7 @@ class RAILS(NeighbourDefence):
     def _joining(self, memory: Memory | None) -> tuple[Tensor, Tensor]:
         """Return the cells `(M, *S')` of a memory that join the repertoire, and their labels `(M,)`; None: no cells."""
         if memory is None:
-            return self.repertoire.x[:0], self.repertoire.y[:0]
+            return self.repertoire.inputs(slice(0)), self.repertoire.y[:0]
         if not isinstance(memory, Memory):
             raise TypeError(f"memory must be a Memory or None, got {memory!r}")
         if memory.space is None:
@@ -273,13 +274,13 @@ class RAILS(NeighbourDefence):
 
     def _bound(self, memory: Memory) -> Space:
         """Return the space of a memory, which is made if it has none yet; ValueError where it is another model's."""
-        low, high = self.bounds.tensors(self.repertoire.x, self.shape)
+        low, high = self.bounds.tensors(self.repertoire.inputs(slice(0)), self.shape)
         drawn = torch.rand(SIGNED, *self.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         probes = self._described(low + (high - low) * drawn)[1]
         fingerprint = self._fingerprint()
         known: dict[str, Any] = {
             "classes": self.classes, "shape": self.shape,
-            "cell_shape": tuple(self._cells(self.repertoire.x[:1]).shape[1:]), "fingerprint": fingerprint,
+            "cell_shape": tuple(self._cells(self.repertoire.inputs(slice(1))).shape[1:]), "fingerprint": fingerprint,
         }  # fmt: skip
         return memory.bind(
             fingerprint,
@@ -470,22 +471,22 @@ class RAILS(NeighbourDefence):
 
     def _remember(
         self,
-        x: Tensor,
-        y: Tensor,
+        given: Examples,
         classes: int,
         feature_file: str | Path | None = None,
         on_progress: Progress | None = None,
     ) -> None:
-        cells = self._cells(x[:1])
+        first = given.inputs(slice(1))
+        cells = self._cells(first)
         if self.space is None or self.cell_bounds is not None:
             self.cell_limits().tensors(cells, cells.shape[1:], name="cell_bounds")
         self.classes, self._space = classes, None
-        if 4 * (values := self._population_values(x)) > self.memory_budget:
+        if 4 * (values := self._population_values(first)) > self.memory_budget:
             raise ValueError(
                 f"memory_budget={self.memory_budget:,} is too small for one antigen: "
                 f"its population takes {4 * values:,} bytes"
             )
-        super()._remember(x, y, classes, feature_file, on_progress)
+        super()._remember(given, classes, feature_file, on_progress)
 
     def extra_repr(self) -> str:
         """Return layers, settings that differ from their defaults, and what it is fitted on, in words."""

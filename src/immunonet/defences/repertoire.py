@@ -3,27 +3,56 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from immunonet.features.search import Kept
 from immunonet.immune import sensing
+from immunonet.indexed import Indexed
 
 
 class Examples(Kept):
-    """Examples `x` `(N, *S)` and labels `y` `(N,)`, in the order they were given."""
+    """Examples `x` `(N, *S)` and labels `y` `(N,)`, in the order they were given.
 
-    x: Tensor
+    `x` is a tensor, or what reads the examples from where they lie whenever they are asked for.
+    """
+
+    x: Tensor | Indexed
     y: Tensor
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
+    def __init__(self, x: Tensor | Indexed, y: Tensor) -> None:
         super().__init__()
-        self.register_buffer("x", x, persistent=False)
+        if isinstance(x, Tensor):
+            self.register_buffer("x", x, persistent=False)
+        else:
+            self.x = x
         self.register_buffer("y", y, persistent=False)
 
     def __len__(self) -> int:
         return len(self.y)
+
+    def inputs(self, which: slice | Tensor) -> Tensor:
+        """Return the inputs `(n, *S)` of some examples, beside their labels' device."""
+        return self.x[which].to(self.y.device)
+
+    def parts(self, size: int) -> Iterator[Tensor]:
+        """Yield the inputs of all examples, so many at a time."""
+        for start in range(0, len(self.x), size):
+            yield self.inputs(slice(start, start + size))
+
+    def part(self, which: Tensor) -> Examples:
+        """Return examples `which` `(n,)`; where they are read when they are asked for, none of them is read."""
+        return Examples(self.x[which] if isinstance(self.x, Tensor) else self.x.part(which), self.y[which])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is kept of them by name: inputs, or else their `places` in the source, and labels."""
+        return {"x": self.x, "y": self.y} if isinstance(self.x, Tensor) else {"places": self.x.places, "y": self.y}
+
+    def told(self) -> list[Tensor | str]:
+        """Return what tells them from other examples: all tensors, or a digest of those that lie elsewhere."""
+        return [*self.buffers(), *([] if isinstance(self.x, Tensor) else [self.x.checksum()])]
 
 
 class Repertoire(Examples):
@@ -34,9 +63,10 @@ class Repertoire(Examples):
 
     cells: Tensor
 
-    def __init__(self, x: Tensor, y: Tensor, cells: Tensor | None = None) -> None:
+    def __init__(self, x: Tensor | Indexed, y: Tensor, cells: Tensor | None = None) -> None:
         super().__init__(x, y)
-        self.register_buffer("cells", x.new_zeros(0) if cells is None else cells, persistent=False)
+        none = torch.zeros(0, dtype=torch.float32, device=y.device)
+        self.register_buffer("cells", none if cells is None else cells, persistent=False)
 
     def joined(self, cells: Tensor, labels: Tensor) -> Repertoire:
         """Return the same training examples with `cells` `(M, *S')`, in place of those that joined before."""
@@ -44,12 +74,15 @@ class Repertoire(Examples):
         return Repertoire(self.x, torch.cat([y, labels]), cells) if len(cells) else Repertoire(self.x, y)
 
     @property
-    def shown(self) -> Tensor:
-        """What stands for each example in a picture `(N + M, *S)`: cells that are no inputs are left blank."""
+    def shown(self) -> Tensor | Indexed:
+        """What stands for each example in a picture `(N + M, *S)`: cells that are no inputs are left blank.
+
+        Examples that lie elsewhere are read as they are asked for, unless cells joined them: then all of them are read.
+        """
         if not len(self.cells):
             return self.x
-        blank = self.x.new_zeros(len(self.cells), *self.x.shape[1:])
-        return torch.cat([self.x, self.cells if self.cells.shape[1:] == self.x.shape[1:] else blank])
+        blank = torch.zeros(len(self.cells), *self.x.shape[1:], device=self.cells.device)
+        return torch.cat([self.inputs(slice(None)), self.cells if self.cells.shape[1:] == self.x.shape[1:] else blank])
 
 
 class Familiarity(Kept):

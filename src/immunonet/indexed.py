@@ -21,9 +21,10 @@ PROBES, ROWS = 100, 500
 
 
 class Reader(Protocol):
-    """What gives examples by their index."""
+    """What gives examples by their index. `name`: of the argument that it came as; `kind`: in words."""
 
     name: str
+    kind: str
 
     def __len__(self) -> int: ...
 
@@ -93,6 +94,11 @@ class Origin:
         found = self.read(places)[1]
         assert found is not None
         return found
+
+    def record(self) -> dict[str, Any]:
+        """Return what the source is, as JSON: its kind, how many examples of which shape, and a checksum of all."""
+        known = {"examples": len(self.digests), "shape": list(self.shape), "sha256": _store.digest([self.complete()])}
+        return {"kind": self._reader.kind, **known}
 
     def complete(self) -> Tensor:
         """Return the digests of all examples `(N,)`; those that were never read are read for it."""
@@ -233,7 +239,7 @@ class _Rows:
     """Rows of an array, on disk or in memory."""
 
     def __init__(self, name: str, x: Any) -> None:
-        self.name, self._x = name, x
+        self.name, self.kind, self._x = name, f"{type(x).__name__} of {x.dtype}", x
 
     def __len__(self) -> int:
         return len(self._x)
@@ -254,7 +260,7 @@ class _Items:
     """Items of a map-style Dataset, several at a time where it can give them so."""
 
     def __init__(self, name: str, data: Any) -> None:
-        self.name, self._data = name, data
+        self.name, self.kind, self._data = name, type(data).__name__, data
 
     def __len__(self) -> int:
         return len(self._data)

@@ -33,6 +33,10 @@ class Cells:
         """Return a slice of each antigen's cells."""
         return Cells(self.x[:, cells], self.label[:, cells], self.affinity[:, cells], self.origin[:, cells])
 
+    def named(self, labels: Tensor) -> Cells:
+        """Return the same cells, their labels being places in `labels` `(B, M)`."""
+        return Cells(self.x, labels.gather(1, self.label), self.affinity, self.origin)
+
     @staticmethod
     def cat(parts: Sequence[Cells], dim: int = 0) -> Cells:
         """Return several batches (dim 0), or several sets of cells per antigen (dim 1), as one."""
@@ -59,6 +63,19 @@ class Trace:
 
     def __repr__(self) -> str:
         return f"Trace(votes {_shape(self.votes)})"
+
+    def among(self, labels: Tensor, naive_distances: Tensor) -> Trace:
+        """Return the curve of classes `labels` `(B, M)` among all C; others keep their naive cells, and have no votes.
+
+        `naive_distances` `(B, C, K)`.
+        """
+        mean, best = -naive_distances.mean(2), -naive_distances.amin(2)
+        return Trace(
+            affinity_mean=onto(mean, labels, self.affinity_mean),
+            affinity_best=onto(best, labels, self.affinity_best),
+            votes=onto(torch.zeros_like(mean), labels, self.votes),
+            entropy=self.entropy,
+        )
 
     @staticmethod
     def cat(parts: Sequence[Trace]) -> Trace:
@@ -157,6 +174,12 @@ class ImmuneResponse:
             trace=parts[0].trace and tuple(Trace.cat(layer) for layer in zip(*traces, strict=True)),
             imprint=Imprint.cat(imprints) if len(imprints) == len(parts) else None,
         )
+
+
+def onto(all_classes: Tensor, labels: Tensor, values: Tensor) -> Tensor:
+    """Return `all_classes` `(B, C)` with values `(..., B, M)` in the places of `labels` `(B, M)`: `(..., B, C)`."""
+    out = all_classes.expand(*values.shape[:-1], -1).clone()
+    return out.scatter_(-1, labels.expand(values.shape), values)
 
 
 def _shape(tensor: Tensor) -> str:

@@ -1,6 +1,7 @@
 """Examples that stay in their source: the same answers as from copies, and an error for whatever has changed."""
 
 import copy
+import json
 import pickle
 
 import numpy as np
@@ -181,6 +182,11 @@ def test_saved_and_loaded(defence, tmp_path):
     fitted.save(tmp_path / "saved")
     saved = sum(file.stat().st_size for file in (tmp_path / "saved").iterdir())
     assert saved < X.numel() * 4 + 20_000
+    told = json.loads((tmp_path / "saved" / "defence.json").read_text())["elsewhere"]["source"]
+    assert told["examples"] == 90
+    assert told["shape"] == [1, 6, 6]
+    assert told["kind"] == "memmap of float32"
+    assert len(told["sha256"]) == 64
     loaded = type(fitted).load(tmp_path / "saved", NET, source=X)
     alike(fitted, loaded)
     assert identity(fitted) == identity(loaded) != identity(DEFENCES[defence]().fit(X.flip(0), Y.flip(0)))

@@ -38,6 +38,7 @@ from immunonet import Maturation
         ({"early_stop": 1.5}, TypeError, "early_stop must be an integer"),
         ({"candidates": 0}, ValueError, "candidates must be at least 1, got 0"),
         ({"candidates": 2.0}, TypeError, "candidates must be an integer, got 2.0"),
+        ({"candidates": "all"}, TypeError, "candidates must be an integer, 'auto' or None, got 'all'"),
         ({"prune": -0.1}, ValueError, "prune must be a finite number in"),
         ({"prune": "no"}, TypeError, "prune must be a number"),
     ],

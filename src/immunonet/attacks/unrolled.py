@@ -73,6 +73,7 @@ class Unrolled(Surrogate):
                 m,
                 generations=min(generations, m.generations),
                 population=max(population, 2 * rails.classes * m.neighbours),
+                candidates=None,
             )
             for m in maturations
         ]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from immunonet.cli.common import note
+from immunonet.cli.common import listen, note
 
 _COMMANDS = ("demo", "train", "connect", "fit", "predict", "evaluate", "reproduce", "memory")
 
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     With $IMMUNONET_DEBUG set, errors keep their traceback.
     """
+    listen()
     try:
         app(arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:

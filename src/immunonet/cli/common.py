@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from immunonet import _check, _store, data, models, zoo
 from immunonet._check import nearest
+from immunonet._estimates import LOG
 from immunonet._imports import blame, called
 from immunonet.attacks.norms import NORMS
 from immunonet.evaluation.records import Row, envelope
@@ -64,6 +66,20 @@ _BY_SHAPE: dict[tuple[int, ...], str] = {(1, 28, 28): "mnist", (1, 8, 8): "digit
 def note(text: str, *, style: str | None = None) -> None:
     """Print a text on stderr as it is, above a progress bar if there is one."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Estimates(logging.Handler):
+    """Prints what long work takes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        note(record.getMessage())
+
+
+def listen() -> None:
+    """Let estimates of long work be printed on stderr."""
+    LOG.setLevel(logging.INFO)
+    LOG.handlers = [_Estimates()]
 
 
 def progress() -> Progress:

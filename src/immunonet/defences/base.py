@@ -195,6 +195,10 @@ class Defence(models.Asking, abc.ABC):
         """Return what was fitted, by name; `restore` takes it."""
         return {}
 
+    def elsewhere(self) -> dict[str, Any]:
+        """Return what `tensors` leaves out because it stays where it is, as JSON: for `load`, by its argument."""
+        return {}
+
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `tensors` gave; ValueError where the model is not the one it was fitted with."""
 
@@ -324,6 +328,7 @@ class Defence(models.Asking, abc.ABC):
             "settings": self.settings(),
             "classes": self.classes,
             "tensors": {"file": name, "sha256": checksum},
+            "elsewhere": self.elsewhere(),
         }
         try:
             _store.write_json(folder / DEFENCE_FILE, record | {"checksum": _store.fingerprint(record)})

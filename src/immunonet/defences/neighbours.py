@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import _check, incoming, indexed, models
+from immunonet._estimates import told
 from immunonet.defences.base import Defence, Sense
 from immunonet.defences.repertoire import Calibration, Examples, Repertoire, check_classes, hold_out
 from immunonet.features.build import build
@@ -208,6 +210,11 @@ class NeighbourDefence(Defence):
             **({} if heard is None else {"probe.known": heard}),
         }
 
+    def elsewhere(self) -> dict[str, Any]:
+        """Return what the source of the examples is, if they stay there: for `load(..., source=)`."""
+        x = self.repertoire.x
+        return {} if isinstance(x, Tensor) else {"source": x.origin.record()}
+
     def restore(
         self,
         tensors: Mapping[str, Tensor],
@@ -342,7 +349,10 @@ class NeighbourDefence(Defence):
 
     def _measure(self, held: Examples) -> None:
         """Calibrate on held-out examples, which are kept: where the repertoire changes they are scored again."""
-        found = [self._neighbourhood_of(part) for part in held.parts(SENSED)]
+        n = len(held)
+        said = f"calibrating on {n:,} examples", "their neighbours are looked for; a smaller calibration takes less"
+        parts = told(held.parts(SENSED), math.ceil(n / SENSED), *said)
+        found = [self._neighbourhood_of(part) for part in parts]
         scores, far = (torch.cat(column) for column in zip(*found, strict=True))
         self.held, self.calibration = held, Calibration.scored(scores.gather(1, held.y[:, None])[:, 0], far)
 
@@ -432,8 +442,9 @@ class NeighbourDefence(Defence):
 
     def _pass(self, order: Tensor, keys: list[Tensor | None], on_progress: Progress | None) -> None:
         """Let every training example pass through the model once: fill what indices compare, and the cells' range."""
-        place, ranges = order.argsort(), []
-        for some in batches(len(self.repertoire.x)):
+        place, ranges, n = order.argsort(), [], len(self.repertoire.x)
+        parts, why = list(batches(n)), "each passes once through the model"
+        for some in told(parts, len(parts), f"describing {n:,} examples", why):
             cells, features = self._examined(self.repertoire.inputs(some))
             channels = cells.movedim(1, 0).flatten(1) if cells.ndim > 1 else cells[None]
             ranges.append((channels.amin(1), channels.amax(1)))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import _check, _store, attacks, incoming
+from immunonet._estimates import tell, timed
 from immunonet.defences.base import Answer, Made
 from immunonet.defences.neighbours import NeighbourDefence
 from immunonet.defences.repertoire import Examples
@@ -23,7 +24,7 @@ from immunonet.features.names import Layer
 from immunonet.features.search import Progress
 from immunonet.immune import sensing
 from immunonet.immune.consensus import decided, lots, winner
-from immunonet.immune.maturation import Matured, Naive, flocked, mature
+from immunonet.immune.maturation import Matured, Naive, flocked, mature, populated
 from immunonet.immune.noise import Noise, derive, identities
 from immunonet.immune.operators import Family
 from immunonet.immune.settings import Maturation, per_layer, preset
@@ -34,6 +35,8 @@ from immunonet.response import Cells, ImmuneResponse, Imprint, Trace
 
 # Values of the populations that mature at once: enough antigens to share a generation's random numbers.
 BATCH_VALUES = 2**24
+# Cells by which the time of an answer is judged.
+TIMED = 64
 # Inputs by whose features a memory tells another model.
 SIGNED = 4
 
@@ -42,8 +45,10 @@ SIGNED = 4
 class _Antigens:
     """A batch of antigens before maturation: all of the response to them that no random number enters.
 
-    Their `cells` `(B, *S')`, the `bounds` of cells, per layer their `features` `(B, D)` and naive cells, what the model
-    itself says, `known` `(B, C)`, if it has a voice, and what tells their noise apart, if they do not share it.
+    Their `cells` `(B, *S')`, the `bounds` of cells, per layer their `features` `(B, D)`, their `flocks`, distances and
+    examples `(B, C, K)`, and the naive cells of the `M` classes that have cells, `labels` `(B, M)`, or None for all.
+    What the model itself says, `known` `(B, C)`, if it has a voice; what tells their noise apart, if they do not
+    share it.
 
     With a memory, `signatures` of all antigens, and those `recalled`, which are not among the B that mature.
     """
@@ -51,7 +56,9 @@ class _Antigens:
     cells: Tensor
     bounds: tuple[Tensor, Tensor]
     features: list[Tensor]
+    flocks: list[tuple[Tensor, Tensor]]
     naive: list[Naive]
+    labels: list[Tensor | None]
     known: Tensor | None
     names: list[str] | None
     signatures: Tensor | None = None
@@ -123,6 +130,7 @@ class RAILS(NeighbourDefence):
             raise TypeError(f"memory must be a Memory, its folder, or None, got {memory!r}")
         self.memory = Memory(memory) if isinstance(memory, str | Path) else memory
         self._space: Space | None = None
+        self._told = False
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -335,12 +343,13 @@ class RAILS(NeighbourDefence):
         return max(1, min(BATCH_VALUES, self.memory_budget // 4) // values)
 
     def _population_values(self, x: Tensor) -> int:
-        population = max(m.per_class(self.classes) for m in self.maturations) * self.classes
+        population = max(m.total(self.classes) for m in self.maturations)
         return self._cells(x[:1]).numel() * population
 
     def _flocked(self, x: Any, batch_size: int | None, recalling: bool = True) -> Iterator[_Antigens]:
         """Yield inputs `(B, *S)` in batches that mature at once, less what is `recalling`, with their naive cells."""
         x = self._inputs(x)
+        self._tell(x)
         size = self._batch_size(x) if batch_size is None else _check.integer("batch_size", batch_size)
         names = None if self.shared_noise else identities(x)
         for start in range(0, len(x), size):
@@ -356,11 +365,45 @@ class RAILS(NeighbourDefence):
                 new = ~recalled.hit
                 antigens, cells, features = antigens[new], cells[new], [one[new] for one in features]
                 own = None if own is None else [name for name, one in zip(own, new.tolist(), strict=True) if one]
+            flocks = [self._flock(features[i], i) for i in range(len(self.maturations))] if len(cells) else []
+            labels = [self._populated(i, *flock) for i, flock in enumerate(flocks)]
             naive = []
-            for i, settings in enumerate(self.maturations if len(cells) else ()):
-                distances, index = self._flock(features[i], i)
+            for i, (settings, some) in enumerate(zip(self.maturations, labels, strict=True) if flocks else ()):
+                distances, index = (found if some is None else _of_classes(found, some) for found in flocks[i])
                 naive.append(flocked(self.members(i, index), distances, index, cells, settings, bounds))
-            yield _Antigens(cells, bounds, features, naive, self._known(antigens), own, signatures, recalled)
+            known = self._known(antigens)
+            yield _Antigens(cells, bounds, features, flocks, naive, labels, known, own, signatures, recalled)
+
+    def _tell(self, x: Tensor) -> None:
+        """Say once, before the first answers, what those to inputs `(B, *S)` take, if that is long."""
+        known, self._told = self._told, True
+        if known:
+            return
+        passes = [settings.total(self.classes) * (settings.generations + 1) for settings in self.maturations]
+        seconds = sum(self._timed(x[:1], layer, n * len(x)) for layer, n in enumerate(passes))
+        cells = "inputs" if self.space is None else f"outputs of {self.space!r}"
+        why = f"cells are {cells}, and {sum(passes):,} of them an antigen pass on to {' and '.join(self.layers)}"
+        advice = "; cells in a hidden layer (space=) have a shorter way, fewer cells or generations take less"
+        tell(seconds, f"answering {len(x):,} antigens, unless they stop early,", why + advice)
+
+    def _timed(self, x: Tensor, layer: int, passes: int) -> float:
+        """Return the seconds of so many cells' passes up to a layer, from a few copies of the input `x` `(1, *S)`."""
+        feature_map = self.feature_maps[layer]
+        # Two hundredths of the work at most.
+        rows = min(feature_map.rows, TIMED, passes // 100)
+        if feature_map.keeps_cells or not rows:
+            return 0.0
+        cell, features = self._described(x)
+        family = (torch.zeros(1, dtype=torch.long, device=cell.device),) * 2
+        cells = cell.expand(rows, *cell.shape[1:]).contiguous()[None, None]
+        work = functools.partial(feature_map.distances, cells, family, cell, features[layer])
+        return timed(work) / rows * passes
+
+    def _populated(self, layer: int, distances: Tensor, index: Tensor) -> Tensor | None:
+        """Return the classes `(B, M)` that have cells at a layer, of flocks `(B, C, K)`; None: all of them."""
+        settings = self.maturations[layer]
+        few = settings.populated(self.classes) < self.classes
+        return populated(distances, index, settings) if few else None
 
     def _mature(
         self, antigens: _Antigens, seed: int, keep_cells: bool = False, trace: bool = False
@@ -385,13 +428,17 @@ class RAILS(NeighbourDefence):
                 keep_cells=keep_cells,
                 trace=trace,
             )
+            if (labels := antigens.labels[i]) is not None:
+                distances = antigens.flocks[i][0]
+                matured = matured.among(labels, distances)
+                curve = None if curve is None else curve.among(labels, distances)
             ends.append(matured)
             if curve is not None:
                 traces.append(curve)
         votes = torch.stack([matured.votes for matured in ends]).mean(0)
         if antigens.known is not None:
             votes = (1 - self.voice) * votes + self.voice * antigens.known
-        flocks = [(naive.distances, naive.index) for naive in antigens.naive]
+        flocks = antigens.flocks
         scores, far = self._neighbourhood(flocks)
         response = ImmuneResponse(
             labels=winner(votes, _fitness(ends, flocks), functools.partial(self._settle, antigens)),
@@ -446,8 +493,8 @@ class RAILS(NeighbourDefence):
     def _settle(self, antigens: _Antigens, rows: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
         """Return how many examples are at least as near as the nearest naive cells of classes `among`, and lots."""
         counts = drawn = torch.zeros_like(among, dtype=torch.long)
-        for layer, naive in enumerate(antigens.naive):
-            nearest = naive.distances[rows].amin(2).masked_fill(~among, -torch.inf)
+        for layer, (distances, _) in enumerate(antigens.flocks):
+            nearest = distances[rows].amin(2).masked_fill(~among, -torch.inf)
             inside, first = self.index(layer).within(antigens.features[layer][rows], nearest.amax(1))
             counts, drawn = counts + inside, drawn + lots(first)
         return counts, drawn
@@ -480,7 +527,7 @@ class RAILS(NeighbourDefence):
         cells = self._cells(first)
         if self.space is None or self.cell_bounds is not None:
             self.cell_limits().tensors(cells, cells.shape[1:], name="cell_bounds")
-        self.classes, self._space = classes, None
+        self.classes, self._space, self._told = classes, None, False
         if 4 * (values := self._population_values(first)) > self.memory_budget:
             raise ValueError(
                 f"memory_budget={self.memory_budget:,} is too small for one antigen: "
@@ -572,6 +619,11 @@ def _hidden(layers: Sequence[Layer], settings: Mapping[str, Any]) -> dict[str, A
     if settings.get("space") is not None or len(layers) != 1 or not isinstance(layers[0], str):
         raise ValueError("hidden needs one layer, the name of a submodule, and no space of its own: cells live in it")
     return {} if layers[0] == "input" else {"space": layers[0]}
+
+
+def _of_classes(flocks: Tensor, labels: Tensor) -> Tensor:
+    """Return of flocks `(B, C, K)` those of classes `labels` `(B, M)`, `(B, M, K)`."""
+    return flocks.gather(1, labels[..., None].expand(-1, -1, flocks.shape[2]))
 
 
 def _to_antigens(feature_map: FeatureMap, antigens: Tensor, features: Tensor, cells: Tensor, family: Family) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import _store
+from immunonet._estimates import told
 from immunonet.immune import flocking
 
 # Directions of a signature, and examples that they are fitted on.
@@ -460,7 +461,9 @@ def computed(rows: Rows, examples: Tensor, on_progress: Progress | None = None) 
     """Return the features of examples, computed about `ROWS` at a time, by their numbers, into one tensor."""
     places = examples.argsort()
     out: Tensor | None = None
-    for some in batches(len(examples)):
+    parts = list(batches(len(examples)))
+    said = f"computing the features of {len(examples):,} examples", "they are more than memory_budget holds"
+    for some in told(parts, len(parts), *said):
         found = rows(examples[places[some]])
         out = found.new_empty(len(examples), found.shape[1]) if out is None else out
         out[places[some]] = found

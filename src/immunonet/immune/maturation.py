@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 
 from immunonet.immune import backend, operators
-from immunonet.immune.consensus import consensus, cut, entropy
+from immunonet.immune.consensus import consensus, cut, entropy, lots
 from immunonet.immune.noise import Noise
 from immunonet.immune.operators import Family, Mutation
 from immunonet.immune.settings import Maturation
-from immunonet.response import Cells, Trace
+from immunonet.response import Cells, Trace, onto
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,20 @@ class Matured:
     generations: Tensor
     plasma: Cells
     memory: Cells
+
+    def among(self, labels: Tensor, naive_distances: Tensor) -> Matured:
+        """Return the same of the classes `labels` `(B, M)` among all C: others have no votes and their naive cells.
+
+        `naive_distances` `(B, C, K)`.
+        """
+        nearest = -naive_distances.amin(2)
+        return dataclasses.replace(
+            self,
+            votes=onto(torch.zeros_like(nearest), labels, self.votes),
+            best=onto(nearest, labels, self.best),
+            plasma=self.plasma.named(labels),
+            memory=self.memory.named(labels),
+        )
 
 
 @dataclass
@@ -169,7 +184,18 @@ def _candidates(naive_distances: Tensor, settings: Maturation) -> Tensor:
     """Return whether each class `(B, C)` is one of the nearest few, or as near as the last; their cells evolve."""
     classes = naive_distances.shape[1]
     nearest = naive_distances.amin(2)
-    return nearest <= cut(nearest[..., None], min(settings.candidates or classes, classes))
+    return nearest <= cut(nearest[..., None], settings.evolving(classes))
+
+
+def populated(naive_distances: Tensor, index: Tensor, settings: Maturation) -> Tensor:
+    """Return the classes `(B, M)` that have cells, in order: all C, or the M with the nearest naive cells.
+
+    `naive_distances`, `index` `(B, C, K)`, nearest first. Of classes exactly as near as the last of M, the lot of their
+    nearest example decides.
+    """
+    drawn = lots(index[..., 0]).argsort(dim=1)
+    order = naive_distances[..., 0].gather(1, drawn).argsort(dim=1, stable=True)
+    return drawn.gather(1, order[:, : settings.populated(naive_distances.shape[1])]).sort(dim=1).values
 
 
 def _clones(population: _Population, family: Family) -> tuple[Tensor, Tensor]:

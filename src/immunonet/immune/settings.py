@@ -12,6 +12,9 @@ from torch import Tensor
 
 from immunonet import _check
 
+# Of more classes than this only the candidates have cells.
+MANY = 100
+
 
 @dataclass(frozen=True, kw_only=True)
 class Maturation:
@@ -40,7 +43,9 @@ class Maturation:
         prune: a class whose fittest cell is farther than the last plasma cell by more than this fraction stops
             evolving and keeps its last cells; None: never.
         candidates: only the cells of this many classes, those with the nearest naive cells, evolve; the others'
-            stay clones. For problems with many classes. None: all classes.
+            stay clones or, of more than 100 classes, are left out, and the population is shared among the candidates.
+            None: all classes. "auto": all of up to 100; of more, as many as leave every naive cell two clones,
+            population / (2 neighbours), at least 10.
     """
 
     population: int = 1000
@@ -57,7 +62,7 @@ class Maturation:
     memory: float = 0.20
     early_stop: int | None = 2
     prune: float | None = 0.1
-    candidates: int | None = None
+    candidates: int | Literal["auto"] | None = "auto"
 
     def __post_init__(self) -> None:
         _check.keep(self, _check.integer, "population", "neighbours")
@@ -71,7 +76,8 @@ class Maturation:
         _check.keep(self, _check.choice, "crossover", options=("affinity", "authors", None))
         if self.plasma + self.memory > 1 + 1e-9:
             raise ValueError(f"plasma + memory must be at most 1, got {self.plasma:g} + {self.memory:g}")
-        _check.keep(self, _check.integer, "early_stop", "candidates", optional=True)
+        _check.keep(self, _check.integer, "early_stop", optional=True)
+        _check.keep(self, _candidates, "candidates", optional=True)
         _check.keep(self, _check.number, "prune", least=0, optional=True)
 
     @property
@@ -80,13 +86,29 @@ class Maturation:
         rate = self.mutation_rate
         return rate if isinstance(rate, tuple) else (0.0, rate)
 
+    def populated(self, classes: int) -> int:
+        """Return how many of so many classes have cells: all, or of more than `MANY` the candidates."""
+        if classes <= MANY or self.candidates is None:
+            return classes
+        few = max(10, self.population // (2 * self.neighbours)) if self.candidates == "auto" else self.candidates
+        return min(classes, few)
+
+    def evolving(self, classes: int) -> int:
+        """Return the cells of how many of so many classes evolve."""
+        populated = self.populated(classes)
+        return populated if self.candidates is None or self.candidates == "auto" else min(populated, self.candidates)
+
     def per_class(self, classes: int) -> int:
-        """Return P, the cells per class: the population rounded up to a multiple of classes times neighbours."""
-        return math.ceil(self.population / (classes * self.neighbours)) * self.neighbours
+        """Return P, the cells per class that has any: the population rounded up to a multiple of these and K."""
+        return math.ceil(self.population / (self.populated(classes) * self.neighbours)) * self.neighbours
+
+    def total(self, classes: int) -> int:
+        """Return T, the cells of all classes."""
+        return self.per_class(classes) * self.populated(classes)
 
     def sizes(self, classes: int) -> tuple[int, int]:
         """Return how many plasma cells (at least 1) and memory cells there are, each share rounded to the nearest."""
-        total = self.per_class(classes) * classes
+        total = self.total(classes)
         plasma = max(1, round(self.plasma * total))
         return plasma, min(round(self.memory * total), total - plasma)
 
@@ -108,6 +130,7 @@ class Maturation:
             "mutation_range": (0.05, 0.15),
             "early_stop": None,
             "prune": None,
+            "candidates": None,
         }
         return cls(**text | overrides)
 
@@ -127,6 +150,7 @@ class Maturation:
             "crossover": "authors",
             "early_stop": None,
             "prune": None,
+            "candidates": None,
         }
         if dataset == "mnist":
             return cls(**common | {"temperature": 18.0} | overrides)
@@ -156,6 +180,12 @@ def per_layer(maturation: Any, layers: int) -> tuple[Maturation, ...]:
     if len(maturation) != layers:
         raise ValueError(f"maturation must be one, or one per layer ({layers}), got {len(maturation)}")
     return tuple(maturation)
+
+
+def _candidates(name: str, value: Any) -> Literal["auto"] | int:
+    if isinstance(value, str) and value != "auto":
+        raise TypeError(f"{name} must be an integer, 'auto' or None, got {value!r}")
+    return "auto" if isinstance(value, str) else _check.integer(name, value)
 
 
 def _several(value: Any) -> bool:

@@ -1,0 +1,46 @@
+"""What long work takes, said as soon as a small part of it was timed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+# Seconds from which work is worth a word.
+LONG = 30.0
+LOG = logging.getLogger("immunonet.estimates")
+"""Where it is said, at level INFO; the command line prints it."""
+
+T = TypeVar("T")
+
+
+def told(parts: Iterable[T], count: float, what: str, why: str) -> Iterator[T]:
+    """Yield the parts of some work; say after the first what it takes, which is `count` times as much as that."""
+    start = time.perf_counter()
+    for i, part in enumerate(parts):
+        yield part
+        if not i:
+            tell((time.perf_counter() - start) * count, what, why)
+
+
+def tell(seconds: float, what: str, why: str) -> None:
+    """Say how long `what` takes, and why, if that is long."""
+    if seconds >= LONG:
+        LOG.info("%s takes about %s: %s", what, in_words(seconds), why)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Return the seconds of some work that was done once before: what is compiled is compiled by then."""
+    work()
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def in_words(seconds: float) -> str:
+    """Return a time in its largest unit, to two digits: "45 seconds", "3.5 minutes", "12 hours"."""
+    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 1.5 * size:
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"{float(f'{seconds:.2g}'):g} seconds"

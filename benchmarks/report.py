@@ -138,7 +138,8 @@ def document(tables: dict[str, Any]) -> str:
         "- **Memory.** `memory_budget` bounds the features that are kept and the populations of a batch. Beyond it signatures shortlist, and features are "
         "computed again, or read where `fit(..., feature_file=...)` names a file: table `wide`.\n"
         "- **Millions of rows.** Nothing to set: in memory signatures screen where few directions hold the features, and the answer stays exact.\n"
-        "- **Many classes.** `Maturation(candidates=M)` lets only the nearest M classes evolve: table `classes`.",
+        "- **Many classes.** Of more than 100 only the nearest have cells, population / (2 neighbours) or `Maturation(candidates=M)`: table "
+        "`classes`. What many examples and classes take: [scaling.md](scaling.md).",
         "## Measurements",
     ]
     for name, found in tables.items():

@@ -30,7 +30,7 @@ def load(monkeypatch):
         return importlib.import_module(name)
 
     yield find
-    for name in ("common", "loop", "engine", "flocking", "cost", "memory", "report"):
+    for name in ("common", "loop", "engine", "flocking", "cost", "memory", "larger", "scaling", "report"):
         sys.modules.pop(name, None)
 
 
@@ -129,6 +129,38 @@ def test_recall_counts_what_is_as_near_as_the_exact_kth(load):
 def test_cost(load, monkeypatch, tmp_path):
     found = run(load("cost"), monkeypatch, tmp_path, "--classes", "20", "--only", "classes")
     assert [row["candidates"] for row in found["classes"]["rows"]] == ["1", "None"]
+
+
+def test_larger(load, monkeypatch, tmp_path):
+    sizes = ["--examples", "200", "--side", "24", "--images", "2", "--part", "150", "--generations", "1"]
+    found = run(load("larger"), monkeypatch, tmp_path, *sizes, "--out", str(tmp_path), "--calibration", ".1")
+    (row,) = found["larger"]["rows"]
+    assert row["same_answers"]
+    assert row["float32_GiB"] == pytest.approx(200 * 3 * 24 * 24 * 4 / 2**30)
+    assert row["peak_GiB"] >= row["before_GiB"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
+def test_scaling(load, monkeypatch, tmp_path):
+    sizes = ["--examples", "400", "4000", "--classes", "3", "150", "--width", "8", "--batch", "4"]
+    found = run(load("scaling"), monkeypatch, tmp_path, *sizes)
+    assert [(row["examples"], row["classes"]) for row in found["searches"]["rows"]] == [
+        (400, 3),
+        (4000, 3),
+        (4000, 150),
+    ]
+    assert [row["with_cells"] for row in found["answers"]["rows"]] == [3, 50]
+    assert all(row["search_ms"] > 0 for row in found["model"]["rows"])
+    assert len(found["model"]["rows"]) == 22
+
+
+def test_the_model_of_a_search_is_found_again(load):
+    known = [
+        {"examples": n, "features": 10, "classes": c, "ms_per_antigen": 0.5 * n / 1e5 + 0.01 * c}
+        for n in (1000, 100_000)
+        for c in (10, 300)
+    ]
+    assert load("scaling").fitted(known) == pytest.approx((0.5, 0.01))
 
 
 def test_memory(load, digits, monkeypatch, tmp_path):

@@ -44,6 +44,7 @@ class Origin:
     def __init__(self, reader: Reader, shape: Sequence[int], bounds: Bounds, digests: Tensor) -> None:
         """Take what reads examples of `shape` `(*S)`, and `digests` `(N,)` int64 of them, 0 where none is known yet."""
         self._reader, self._bounds, self.shape, self.digests = reader, bounds, tuple(shape), digests
+        # Those that come with the inputs are compared with these, where they are known.
         self.labels: Tensor | None = None
 
     def __deepcopy__(self, _: Any) -> Origin:
@@ -65,12 +66,13 @@ class Origin:
         given, y = self._reader.read(ordered.tolist())
         if len(given) != len(ordered):
             raise ValueError(f"{name} must give an example per index, got {len(given)} for {len(ordered)}")
-        x = self._checked(given, ordered)
-        self._compare(digests(x), self.digests, ordered)
+        x = self._checked(given.cpu(), ordered)
+        self._compare(digests(x), ordered)
         if y is not None and self.labels is not None and bool((wrong := y != self.labels[ordered]).any()):
             raise ValueError(_changed(f"the label of {name}", int(ordered[wrong.nonzero()[0, 0]])))
-        found_x: Tensor = x[back]
-        return found_x, None if y is None else y[back]
+        if len(ordered) == len(back) and bool((back.diff() > 0).all()):
+            return x, y
+        return x[back], None if y is None else y[back]
 
     def _checked(self, given: Tensor, places: Tensor) -> Tensor:
         name = self._reader.name
@@ -83,11 +85,13 @@ class Origin:
                 incoming.inputs(f"{name}[{place}]", row[None], bounds=self._bounds)
             raise
 
-    def _compare(self, now: Tensor, known: Tensor, places: Tensor) -> None:
-        before = known[places]
-        if bool((wrong := (before != 0) & (before != now)).any()):
+    def _compare(self, now: Tensor, places: Tensor) -> None:
+        before = self.digests[places]
+        new = before == 0
+        if bool((wrong := ~new & (before != now)).any()):
             raise ValueError(_changed(self._reader.name, int(places[wrong.nonzero()[0, 0]])))
-        known[places] = now
+        if bool(new.any()):
+            self.digests[places] = now
 
     def labelled(self, places: Tensor) -> Tensor:
         """Return the labels `(n,)` of examples `places` `(n,)` whose labels come with the inputs."""
@@ -165,8 +169,8 @@ def opened(x: Any, y: Any, *, bounds: Bounds) -> tuple[Indexed, Any]:
     return Indexed(origin, torch.arange(n)), y
 
 
-def again(source: Any, known: Tensor, *, bounds: Bounds) -> Origin:
-    """Return the origin whose examples' digests are `known` `(N,)`; `source`: what `fit` took as `x`.
+def again(source: Any, known: Tensor, labels: Tensor, *, bounds: Bounds) -> Origin:
+    """Return the origin of examples with digests `known` and `labels` `(N,)`; `source`: what `fit` took as `x`.
 
     ValueError, after a look at `PROBES` examples, where it holds others; all others are compared when they are read.
     """
@@ -176,6 +180,7 @@ def again(source: Any, known: Tensor, *, bounds: Bounds) -> Origin:
     try:
         sample, _ = reader.read((few := _spread(len(known))).tolist())
         origin = Origin(reader, sample.shape[1:], bounds, known.cpu().clone())
+        origin.labels = labels.cpu()
         origin.read(few)
     except ValueError as error:
         raise ValueError(f"source must be what this was fitted on, in the same order: {error}") from error
@@ -194,8 +199,8 @@ def outgrows(x: Any, budget: int) -> bool:
         return copies > budget and (isinstance(x, np.memmap) or copies > x.nbytes)
     if isinstance(x, Sequence):
         return False
-    one, _ = incoming.pair("x", "x[0]", x[0])
-    return 4 * len(x) * incoming.tensor("the input of x[0]", one).numel() > budget
+    one, _ = _Items("x", x).read([0])
+    return 4 * len(x) * one.numel() > budget
 
 
 def digests(x: Tensor) -> Tensor:

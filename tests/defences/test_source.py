@@ -213,6 +213,8 @@ def test_load_refuses_other_examples(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load(tmp_path / "source", NET, source=source)
+    with pytest.raises(ValueError, match=r"source must be .*: the label of source\[0\] is not what it was"):
+        load(tmp_path / "source", NET, source=Items(X, (Y + 1) % 3))
     with pytest.raises(TypeError, match=r"source must be had by its index.*got Stream"):
         load(tmp_path / "source", NET, source=Stream())
     with pytest.raises(ValueError, match="source must be left out: this was saved with its examples"):

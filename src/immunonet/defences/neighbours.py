@@ -43,8 +43,8 @@ class NeighbourDefence(Defence):
     """A trained classifier behind a vote of nearest training examples. It is fitted before anything is asked.
 
     The model's weights must stay as they were at `fit`: where they have changed, every call raises a ValueError. Any
-    number of threads may ask at once. Copies and pickles hold all of it, the model too; `save` is smaller and outlives
-    versions of Python.
+    number of threads may ask at once (and read a Dataset whose examples stay there: it must bear that). Copies and
+    pickles hold all of it, the model too, but copies share a source; `save` is smaller and outlives versions of Python.
     """
 
     repertoire: Repertoire
@@ -267,11 +267,15 @@ class NeighbourDefence(Defence):
                 f"source must be given: this was fitted by keep='source' on {len(known):,} examples, which are not "
                 "among what was saved. Give what fit took as x, as load(folder, model, source=dataset)"
             )
-        origin = indexed.again(source, known, bounds=self.bounds)
+        labels = torch.empty_like(known)
+        labels[places] = y[: len(places)]
+        held_places = tensors.get("held.places")
+        if held_places is not None:
+            labels[held_places] = held_y
+        origin = indexed.again(source, known, labels, bounds=self.bounds)
         given = Examples(indexed.Indexed(origin, places.cpu()), y[: len(places)])
-        if "held.places" not in tensors:
-            return given, Examples(tensors["held.x"], held_y)
-        return given, Examples(indexed.Indexed(origin, tensors["held.places"].cpu()), held_y)
+        x_cal = tensors["held.x"] if held_places is None else indexed.Indexed(origin, held_places.cpu())
+        return given, Examples(x_cal, held_y)
 
     def identity(self) -> list[Any]:
         """Return all that answers depend on: kind, settings, layers, the model, and the repertoire if it is fitted."""

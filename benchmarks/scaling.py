@@ -20,8 +20,8 @@ from immunonet import RAILS, Maturation
 from immunonet.features.search import ExactIndex
 
 NEIGHBOURS = 10
-# Bytes an example takes beside its features: their square as float32; its label, its place, its number and its digest.
-BESIDE = 4 + 4 * 8
+# Bytes an example takes beside its features: their square, float32; its label, number, two places and digest, int64.
+BESIDE = 4 + 5 * 8
 GIB = 2**30
 
 

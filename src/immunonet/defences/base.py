@@ -46,6 +46,7 @@ class Answer:
 
     `sense`: how foreign the inputs look, or None. `credibility` `(B,)` in (0, 1]: how well what is known supports the
     labels, or None. `shares` `(B, C)`: what `predict_proba` gives where that is not the exponential; sums to 1.
+    `recalled` `(B,)` bool: answered from memory; None where there is none.
     """
 
     labels: Tensor
@@ -53,6 +54,7 @@ class Answer:
     sense: Sense | None = None
     credibility: Tensor | None = None
     shares: Tensor | None = None
+    recalled: Tensor | None = None
 
     @classmethod
     def of(cls, logits: Tensor) -> Answer:
@@ -177,6 +179,14 @@ class Defence(models.Asking, abc.ABC):
     def healed(self, x: Any) -> Healed | None:
         """Return what answers to inputs `(B, *S)` change on their way; None of a kind that changes nothing."""
         return None
+
+    def attend(
+        self, x: Any, *, source: str | Sequence[str] = "unknown", seed: int | None = None
+    ) -> tuple[Answer, list[str] | None]:
+        """Return the answer to inputs `(B, *S)` from one source or one each, and the ids by which a memory holds them,
+        written by then; None of a defence without one.
+        """
+        return self.answered(x, seed), None
 
     def draws(self, x: Any, seeds: Sequence[int]) -> Tensor:
         """Return labels `(R, B)` int64 of inputs `(B, *S)` under R seeds: the rows are those of `predict(x, seed)`."""

@@ -195,13 +195,26 @@ class RAILS(NeighbourDefence):
         `shares` are v, the consensus. Where votes tie, the label that is said is put first by about a millionth.
         `seed` and `batch_size` as in `respond`.
         """
-        found = list(self._answers(x, seed, batch_size))
+        return self._answered(list(self._answers(x, seed, batch_size)))[0]
+
+    @torch.no_grad()
+    def attend(
+        self, x: Any, *, source: str | Sequence[str] = "unknown", seed: int | None = None
+    ) -> tuple[Answer, list[str] | None]:
+        """Return the answer to antigens `(B, *S)`, and the ids of their entries in the memory, if there is one."""
+        if self.memory is None:
+            return super().attend(x, source=source, seed=seed)
+        x = incoming.tensor("x", x)
+        answer, response = self._answered(list(self._answers(x, seed, None, keep_cells=self.memory.keep == "cells")))
+        return answer, self.memory.remember(response, x, source=source)
+
+    def _answered(self, found: Sequence[tuple[ImmuneResponse, Tensor]]) -> tuple[Answer, ImmuneResponse]:
+        """Return the answer that the responses to batches, with distances `(B, L)`, come to, and all of them as one."""
         joined, far = ImmuneResponse.cat([response for response, _ in found]), torch.cat([far for _, far in found])
         n = sum(settings.sizes(self.classes)[0] for settings in self.maturations)
-        logs = ((n * joined.votes + 1) / (n + self.classes)).log()
-        return Answer(
-            joined.labels, decided(logs, joined.labels), self._sense_of(far), joined.credibility, joined.votes
-        )
+        logs = decided(((n * joined.votes + 1) / (n + self.classes)).log(), joined.labels)
+        recalled = None if self.memory is None else joined.recalled
+        return Answer(joined.labels, logs, self._sense_of(far), joined.credibility, joined.votes, recalled), joined
 
     @torch.no_grad()
     def draws(self, x: Any, seeds: Sequence[int], batch_size: int | None = None) -> Tensor:

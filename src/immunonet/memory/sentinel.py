@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -98,17 +100,17 @@ class Sentinel:
         return self
 
     @torch.no_grad()
-    def watch(self, x: Any, source: str = "unknown") -> Watched:
-        """Return which of the queries `(B, *S)` of a source are flagged, each compared with those before it, and
-        remember them.
+    def watch(self, x: Any, source: str | Sequence[str] = "unknown") -> Watched:
+        """Return which of the queries `(B, *S)` of a source, or of one each, are flagged, each compared with those
+        before it, and remember them.
 
         ValueError for inputs that are none, before anything is remembered.
         """
         return self.judge(self.signatures(x), source)
 
-    def judge(self, signatures: Tensor, source: str = "unknown") -> Watched:
+    def judge(self, signatures: Tensor, source: str | Sequence[str] = "unknown") -> Watched:
         """Return the same for queries by their `signatures` `(B, D)`."""
-        source = entries.text_of("source", source)
+        sources = entries.sources_of(source, len(signatures))
         if self.threshold is None:
             raise RuntimeError("the sentinel must be fitted before it watches: sentinel.fit(clean inputs)")
         with self._lock:
@@ -117,7 +119,7 @@ class Sentinel:
             flagged = score < self.threshold
             self.queries += len(score)
             self.flags += int(flagged.sum())
-            self._note(source, len(score), int(flagged.sum()))
+            self._note(sources, flagged.tolist())
         return Watched(flagged, score)
 
     @torch.no_grad()
@@ -227,9 +229,11 @@ class Sentinel:
             return signatures.new_full((n,), torch.inf)
         return exact.topk(self.neighbours, dim=1, largest=False).values.mean(1)
 
-    def _note(self, source: str, queries: int, flagged: int) -> None:
-        self._sources.setdefault(source, Counter()).update(queries=queries, flagged=flagged)
-        self._sources.move_to_end(source)
+    def _note(self, sources: Sequence[str], flags: Sequence[bool]) -> None:
+        queries, flagged = Counter(sources), Counter(itertools.compress(sources, flags))
+        for source, n in queries.items():
+            self._sources.setdefault(source, Counter()).update(queries=n, flagged=flagged[source])
+            self._sources.move_to_end(source)
         while len(self._sources) > SOURCES:
             self._sources.popitem(last=False)
 

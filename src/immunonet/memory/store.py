@@ -144,14 +144,15 @@ class Memory:
     # What changes it.
 
     def remember(
-        self, response: ImmuneResponse, x: Any = None, *, source: str = "unknown", note: str | None = None
-    ) -> list[str]:
-        """Keep the response to antigens `x` `(B, *S)` and return the ids of its B entries.
+        self, response: ImmuneResponse, x: Any = None, *, source: str | Sequence[str] = "unknown",
+        note: str | None = None,
+    ) -> list[str]:  # fmt: skip
+        """Keep the response to antigens `x` `(B, *S)`, from one `source` or one each; return the ids of its B entries.
 
         An antigen that was recalled gets no entry, and its id is that of the entry it was recalled from: no chain of
         near copies leads farther from what was met. Several threads' entries are written together.
         """
-        source = entries.text_of("source", source)
+        sources = entries.sources_of(source, len(response.labels))
         note = None if note is None else entries.text_of("note", note)
         x = None if x is None else incoming.tensor("x", x)
         entries.check_response(response, x)
@@ -163,7 +164,7 @@ class Memory:
             shape = ", ".join(map(str, space.shape))
             raise ValueError(f"x must hold the antigens, (B, {shape}), got {None if x is None else tuple(x.shape)}")
         kept = x if self.keep == "cells" else None
-        rows = entries.written(response, kept, space, most=self.cells, source=source, note=note)
+        rows = entries.written(response, kept, space, most=self.cells, sources=sources, note=note)
         ids: list[str] = rows["id"].to_pylist()
         new = [one is None for one in response.imprint.entries]
         if any(new):

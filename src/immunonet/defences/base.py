@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from immunonet import _check, _store, incoming, models
 from immunonet.features.names import Layer, as_layers, layer_names
 from immunonet.response import Trace
+
+if TYPE_CHECKING:
+    from immunonet.memory.store import Memory
 
 # The format of what `save` writes; 1 named a defence by its class, and its file of tensors after the repertoire.
 FORMAT = 2
@@ -187,6 +190,10 @@ class Defence(models.Asking, abc.ABC):
         written by then; None of a defence without one.
         """
         return self.answered(x, seed), None
+
+    def remember_in(self, memory: Memory) -> None:
+        """Answer from a memory from now on, and keep in it what is attended to; ValueError of a kind that cannot."""
+        raise ValueError(f"{self.kind} cannot have a memory: fit a rails")
 
     def draws(self, x: Any, seeds: Sequence[int]) -> Tensor:
         """Return labels `(R, B)` int64 of inputs `(B, *S)` under R seeds: the rows are those of `predict(x, seed)`."""

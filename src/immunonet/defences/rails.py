@@ -123,6 +123,12 @@ class RAILS(NeighbourDefence):
         self.memory = Memory(memory) if isinstance(memory, str | Path) else memory
         self._space: Space | None = None
 
+    @torch.no_grad()
+    def remember_in(self, memory: Memory) -> None:
+        """Answer from a memory from now on; ValueError where it is another model's."""
+        self.check_current()
+        self._space, self.memory = self._bound(memory), memory
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def harden(self, memory: Memory | None) -> Self:

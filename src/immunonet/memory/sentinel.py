@@ -7,12 +7,13 @@ import math
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, incoming
+from immunonet import _check, _store, incoming
 from immunonet.memory import entries
 from immunonet.memory.views import View, view
 
@@ -168,6 +169,26 @@ class Sentinel:
             "space": space, "neighbours": self.neighbours, "window": self.window, "false_alarm": self.false_alarm,
             "threshold": self.threshold,
         }  # fmt: skip
+
+    def save(self, path: str | Path) -> None:
+        """Write its settings and threshold to a file, as JSON; the queries that it remembers are not kept."""
+        if self.threshold is None:
+            raise RuntimeError("the sentinel must be fitted before it is saved: sentinel.fit(clean inputs)")
+        if not isinstance(self.space, str):
+            raise ValueError(f"space must have a name to be saved, got {self.space!r}")
+        _store.write_json(path, self.settings() | {"shape": list(self.shape)})
+
+    @classmethod
+    def load(cls, path: str | Path, defence: nn.Module) -> Self:
+        """Return the sentinel that `save` wrote, over the same defence; ValueError for a file that is none."""
+        record = _store.read_json(path)
+        try:
+            threshold, shape = float(record.pop("threshold")), tuple(map(int, record.pop("shape")))
+            found = cls(defence, **record)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not describe a sentinel ({error}): save it again") from error
+        found.threshold, found.shape = threshold, shape
+        return found
 
     def twin(self) -> Self:
         """Return a sentinel that remembers the same and goes on by itself."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -233,7 +233,7 @@ def _literal(moment: datetime) -> str:
 
 def ids_of(name: str, value: Any) -> tuple[str, ...]:
     """Return ids given as one or several; raise where one is no text, or comes twice."""
-    found = (value,) if isinstance(value, str) else tuple(value)
+    found = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     if wrong := [one for one in found if not isinstance(one, str)]:
         raise TypeError(f"{name} must be ids as remember() returned them, strings, got {wrong[0]!r}")
     if len(set(found)) < len(found):

@@ -204,6 +204,8 @@ def create(service: Service, *, lifespan: Callable[[], Any] | None = None) -> Fa
     async def rollback(request: Request) -> dict[str, Any]:
         let(request, "admin")
         found, own = await given(request, "version"), memory()
+        if type(found["version"]) not in (int, str):
+            raise Refused(422, "version must be a number or a name")
         await kept(own.rollback, found["version"])
         return {"version": own.version, "entries": len(own)}
 

@@ -41,6 +41,7 @@ def main() -> None:
     p.add_argument("--entries", type=int, default=1_000_000, help="signatures that are searched")
     p.add_argument("--kills", type=int, default=20)
     p.add_argument("--writes", type=int, default=10_000, help="of four processes together, each time")
+    p.add_argument("--light", action="store_true", help="drift: RAILS with at most 200 cells and 3 generations")
     p.add_argument("--drift", type=int, default=10_000, help="writes through a fifth as much capacity")
     options = p.parse_args()
     use_threads(options.threads)
@@ -140,16 +141,20 @@ def recall(options: argparse.Namespace) -> list[Row]:
 
 
 def latency(rails: RAILS, plain: RAILS, x: torch.Tensor, repeats: int) -> list[Row]:
-    """Time per answer at batch 1 and 64."""
+    """Time per recalled answer and per full response, by turns, one at a time and 100 together."""
     known = x[rails.respond(x).recalled]
     rows = []
-    for batch in (1, 64):
-        some = known[:64].split(batch)
-        fast, _ = seconds(lambda some=some: [rails.predict(one) for one in some], repeats)
-        slow, _ = seconds(lambda some=some: [plain.predict(one) for one in some], repeats)
-        n = sum(map(len, some))
-        rows.append({"queries": f"batch {batch}", "n": n, "recalled_ms": 1e3 * fast / n, "full_ms": 1e3 * slow / n,
-                     "times": slow / fast})  # fmt: skip
+    for batch in (1, 100):
+        parts = [part for part in known.split(batch) if len(part) == min(batch, len(known))]
+        times = {"recalled": [], "full": []}
+        for part in parts * repeats:
+            # What takes less is timed more often.
+            for name, defence in [("recalled", rails)] * 10 + [("full", plain)]:
+                times[name].append(seconds(lambda part=part, defence=defence: defence.predict(part), 1)[0] / len(part))
+        row: Row = {"queries": f"batch {batch}"}
+        for name, own in times.items():
+            row |= {f"{name}_n": len(own), f"{name}_ms": 1e3 * quantile(own, 50), f"{name}_p99_ms": 1e3 * quantile(own, 99)}
+        rows.append(row | {"times": row["full_ms"] / row["recalled_ms"]})
     return rows
 
 
@@ -346,6 +351,7 @@ def drift(options: argparse.Namespace) -> list[Row]:
     """
     rails, found = defended(options, options.images)
     plain = rails.with_settings(memory=None)
+    plain = plain.light() if options.light else plain
     test = data.load("mnist", "test", directory=options.data)
     x, y, capacity = test.x[options.images :], test.y[options.images :], options.drift // 5
     attack = PGD(eps=60 / 255, step=20 / 255, iterations=20, random_start=False)

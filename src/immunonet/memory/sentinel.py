@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter, OrderedDict
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from immunonet import _check, incoming
-from immunonet.memory import entries
+from immunonet.memory import entries, flags
 from immunonet.memory.views import View, view
 
 # Queries that are compared at once, and sources that are told apart, the last ones.
@@ -49,11 +50,14 @@ class Sentinel:
         neighbours: how many of the nearest queries count.
         window: how many of the last queries are remembered.
         false_alarm: share of clean queries that may be flagged.
+        log: a file that a line of JSON is appended to whenever some of the queries watched together are flagged: their
+            time and source, how many they were and how many were flagged (`immunonet memory page --flags` shows it).
+            A twin writes none.
     """
 
     def __init__(
         self, defence: nn.Module, space: str | View = "pooled", *,
-        neighbours: int = 5, window: int = 10_000, false_alarm: float = 1e-3,
+        neighbours: int = 5, window: int = 10_000, false_alarm: float = 1e-3, log: str | Path | None = None,
     ) -> None:  # fmt: skip
         if not isinstance(defence, nn.Module):
             raise TypeError(f"defence must be a torch.nn.Module, got {type(defence).__name__}")
@@ -63,6 +67,9 @@ class Sentinel:
         self.neighbours = _check.integer("neighbours", neighbours)
         self.window = _check.integer("window", window, least=self.neighbours)
         self.false_alarm = _check.number("false_alarm", false_alarm, least=0, most=1, above=True, below=True)
+        self.log = None if log is None else Path(log)
+        if self.log is not None and not (self.log.parent.is_dir() and not self.log.is_dir()):
+            raise ValueError(f"log must be a file in a folder that is there, got {log}: make the folder, or name a file")
         self.shape: tuple[int, ...] = ()
         self.threshold: float | None = None
         self._lock = threading.RLock()
@@ -115,9 +122,12 @@ class Sentinel:
             parts = [self._scored(part) for part in signatures.split(AT_ONCE)]
             score = torch.cat(parts) if parts else signatures.new_zeros(0)
             flagged = score < self.threshold
+            n = int(flagged.sum())
             self.queries += len(score)
-            self.flags += int(flagged.sum())
-            self._note(source, len(score), int(flagged.sum()))
+            self.flags += n
+            self._note(source, len(score), n)
+        if n and self.log is not None:
+            flags.note(self.log, source, len(score), n)
         return Watched(flagged, score)
 
     @torch.no_grad()
@@ -174,7 +184,7 @@ class Sentinel:
             sources = OrderedDict((name, Counter(counts)) for name, counts in self._sources.items())
             found.__setstate__(
                 self.__getstate__()
-                | {"_held": self._held.clone(), "_squares": self._squares.clone(), "_sources": sources}
+                | {"_held": self._held.clone(), "_squares": self._squares.clone(), "_sources": sources, "log": None}
             )
         return found
 

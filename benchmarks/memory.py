@@ -153,7 +153,11 @@ def latency(rails: RAILS, plain: RAILS, x: torch.Tensor, repeats: int) -> list[R
                 times[name].append(seconds(lambda part=part, defence=defence: defence.predict(part), 1)[0] / len(part))
         row: Row = {"queries": f"batch {batch}"}
         for name, own in times.items():
-            row |= {f"{name}_n": len(own), f"{name}_ms": 1e3 * quantile(own, 50), f"{name}_p99_ms": 1e3 * quantile(own, 99)}
+            row |= {
+                f"{name}_n": len(own),
+                f"{name}_ms": 1e3 * quantile(own, 50),
+                f"{name}_p99_ms": 1e3 * quantile(own, 99),
+            }
         rows.append(row | {"times": row["full_ms"] / row["recalled_ms"]})
     return rows
 

@@ -63,9 +63,7 @@ def test_a_memory_that_holds_nothing_has_a_page():
 
 
 def test_many_sources_are_few_strips_that_lose_nothing():
-    sources = {
-        f"s{i}": {"written": [i + 1, 0], "contradicting": [0, i % 2], "flagged": [0, 0]} for i in range(13)
-    }
+    sources = {f"s{i}": {"written": [i + 1, 0], "contradicting": [0, i % 2], "flagged": [0, 0]} for i in range(13)}
     text = module.page(record(sources=sources), title="Memory m")
     assert re.findall(r'<div class="name">([^<]*)<', text) == [*(f"s{i}" for i in range(12, 2, -1)), "3 other sources"]
     assert "6 entries, <b>1 contradicted</b>" in text

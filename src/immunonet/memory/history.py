@@ -20,9 +20,10 @@ from immunonet.memory.store import Memory
 def history(memory: Memory, flags: Sequence[Flags] = (), *, parts: int = 60) -> dict[str, Any]:
     """Return a memory's history as JSON: `stats`, `versions`, and per source what it did `from` one time `to` another.
 
-    These are the first and the last of entries and flags. The time between is cut into as many `parts` alike; of each, `sources` tell how many entries that are held now were
-    `written`, of how many of these the confirmed label is `contradicting` the answer, and how many queries were
-    `flagged`. A version's `change` is how many entries more it has than the one before, None for the first.
+    These are the first and the last of entries and flags, and the time between is cut into as many `parts` alike. Of
+    each of them `sources` tell how many entries that are held now were `written`, of how many of these the confirmed
+    label is `contradicting` the answer, and how many queries were `flagged`. A version's `change` is how many entries
+    more it has than the one before, None for the first. ValueError for a memory that belongs to no model yet.
     """
     parts = _check.integer("parts", parts)
     versions, table = memory.versions(), memory.columns("time", "source", "label", "confirmed")

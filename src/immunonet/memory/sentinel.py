@@ -69,7 +69,9 @@ class Sentinel:
         self.false_alarm = _check.number("false_alarm", false_alarm, least=0, most=1, above=True, below=True)
         self.log = None if log is None else Path(log)
         if self.log is not None and not (self.log.parent.is_dir() and not self.log.is_dir()):
-            raise ValueError(f"log must be a file in a folder that is there, got {log}: make the folder, or name a file")
+            raise ValueError(
+                f"log must be a file in a folder that is there, got {log}: make the folder, or name a file"
+            )
         self.shape: tuple[int, ...] = ()
         self.threshold: float | None = None
         self._lock = threading.RLock()

@@ -137,7 +137,12 @@ def evaluate(
     is also written to DIR/table.md. With --protocol one page per defence is written instead, DIR/NAME.html.
     """
     plain = {"--attack": attack, "--step": step, "--iterations": iterations, "--seeds": seeds}
-    further = {"--minutes": minutes, "--black-box": black_box, "--transfer": transfer, "--threat": threat}
+    further: dict[str, Any] = {
+        "--minutes": minutes,
+        "--black-box": black_box,
+        "--transfer": transfer,
+        "--threat": threat,
+    }
     further |= {"--sentinel": sentinel}
     for option, value in (further if protocol is None else plain).items():
         if value:

@@ -55,7 +55,7 @@ def grid(table: Table) -> str:
     return "\n".join([head(*table[0]), *(line(*cells) for cells in table[1:])])
 
 
-def watched(rows: Sequence[Mapping[str, Any]]) -> Table:
+def watched(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Return the table of what a sentinel stops, from a row per attack, way to ask, and norm where that is told."""
     heads = ("attack", "way", "fall without", "stopped", "flagged first", "fall all the same", "queries until flagged")
     return [(*heads, "until won")] + [
@@ -69,7 +69,7 @@ def watched(rows: Sequence[Mapping[str, Any]]) -> Table:
     ]  # fmt: skip
 
 
-def honest(rows: Sequence[Mapping[str, Any]]) -> Table:
+def honest(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Return the table of what a sentinel flags of honest queries, from a row per stream."""
     return [("queries", "flagged", "n")] + [(row["stream"], share(row, key="share"), f"{row['n']:,}") for row in rows]
 

@@ -41,13 +41,15 @@ def main() -> None:
     p.add_argument("--entries", type=int, default=1_000_000, help="signatures that are searched")
     p.add_argument("--kills", type=int, default=20)
     p.add_argument("--writes", type=int, default=10_000, help="of four processes together, each time")
-    p.add_argument("--light", action="store_true", help="drift: RAILS with at most 200 cells and 3 generations")
+    p.add_argument(
+        "--light", action="store_true", help="drift: at most 200 cells and 3 generations, and FGSM where images are met"
+    )
     p.add_argument("--drift", type=int, default=10_000, help="writes through a fifth as much capacity")
     options = p.parse_args()
     use_threads(options.threads)
     jobs = {
         "writes": writes, "lookup": lookup, "recall": recall, "steering": steering, "kills": kills,
-        "hardening": hardening, "poisoning": poisoning, "drift": drift,
+        "latency": latency, "hardening": hardening, "poisoning": poisoning, "drift": drift,
     }  # fmt: skip
     run(options, {name: lambda job=job: job(options) for name, job in jobs.items()})
 
@@ -132,22 +134,23 @@ def recall(options: argparse.Namespace) -> list[Row]:
                 "accuracy_full": (full == found.labels).float().mean().item(),
             }
         )  # fmt: skip
-    other = mnist(options, options.examples, 2 * options.images)
-    new = other.clean[options.images :]
+    new = data.load("mnist", "test", directory=options.data).x[options.images : 2 * options.images]
     hit = rails.respond(new).recalled
     rows.append({"queries": "other images", "n": len(new), "recalled": hit.float().mean().item()})
-    rows += latency(rails, plain, x, options.repeats)
     return rows
 
 
-def latency(rails: RAILS, plain: RAILS, x: torch.Tensor, repeats: int) -> list[Row]:
+def latency(options: argparse.Namespace) -> list[Row]:
     """Time per recalled answer and per full response, by turns, one at a time and 100 together."""
-    known = x[rails.respond(x).recalled]
+    rails, found = defended(options, options.images)
+    plain, response = rails.with_settings(memory=None), rails.respond(found.clean)
+    rails.memory.remember(response, found.clean)
+    known = found.clean[rails.respond(found.clean).recalled]
     rows = []
     for batch in (1, 100):
         parts = [part for part in known.split(batch) if len(part) == min(batch, len(known))]
         times = {"recalled": [], "full": []}
-        for part in parts * repeats:
+        for part in parts * options.repeats:
             # What takes less is timed more often.
             for name, defence in [("recalled", rails)] * 10 + [("full", plain)]:
                 times[name].append(seconds(lambda part=part, defence=defence: defence.predict(part), 1)[0] / len(part))
@@ -358,7 +361,9 @@ def drift(options: argparse.Namespace) -> list[Row]:
     plain = plain.light() if options.light else plain
     test = data.load("mnist", "test", directory=options.data)
     x, y, capacity = test.x[options.images :], test.y[options.images :], options.drift // 5
-    attack = PGD(eps=60 / 255, step=20 / 255, iterations=20, random_start=False)
+    attack = (
+        FGSM(eps=60 / 255) if options.light else PGD(eps=60 / 255, step=20 / 255, iterations=20, random_start=False)
+    )
     hardened, memory = hardenable(plain, capacity=capacity, cells=2)
     before = plain.predict_proba(found.attacked)
     rows = [{"written": 0, "held": 0, **asked(plain, found)}]

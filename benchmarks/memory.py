@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from common import Row, Setting, mnist, parser, run, seconds, use_threads
-from immunonet import RAILS, DkNN, ImmuneResponse, Memory, data, statistics
+from immunonet import RAILS, Cells, DkNN, ImmuneResponse, Memory, data, statistics
 from immunonet.attacks import FGSM, PGD
 from immunonet.memory.index import Lookup
 from immunonet.memory.space import Space
@@ -49,7 +49,7 @@ def main() -> None:
     use_threads(options.threads)
     jobs = {
         "writes": writes, "lookup": lookup, "recall": recall, "steering": steering, "kills": kills,
-        "latency": latency, "hardening": hardening, "poisoning": poisoning, "drift": drift,
+        "latency": latency, "hardening": hardening, "joining": joining, "poisoning": poisoning, "drift": drift,
     }  # fmt: skip
     run(options, {name: lambda job=job: job(options) for name, job in jobs.items()})
 
@@ -267,6 +267,63 @@ def hardening(options: argparse.Namespace) -> list[Row]:
                      "p": statistics.mcnemar(right[kind, name], now)}
                 )  # fmt: skip
     return rows
+
+
+def joining(options: argparse.Namespace) -> list[Row]:
+    """What joins a repertoire and what that does, on validation images: half of them are met, the other half is asked.
+
+    By RAILS of at most 200 cells and 3 generations. `true_near`, `other_near`: the share of the naive cells of the true
+    class, and of the others, that joined; `gap`: how much farther those of the nearest other class lie in the mean.
+    """
+    net, train = mnist(options, 1, 1).net, data.load("mnist", "train", directory=options.data)
+    first, held = data.split(len(train))
+    x, y = train.x[first[: options.examples]], train.y[first[: options.examples]]
+    clean, truth = train.x[held[: options.images]], train.y[held[: options.images]]
+    calibration = (train.x[held[options.images :]], train.y[held[options.images :]])
+    attacked = PGD(eps=60 / 255, step=20 / 255, iterations=20, random_start=False)(net, clean, truth).adversarials
+    half, none = options.images // 2, torch.zeros(0, dtype=torch.long)
+
+    def fitted(more: torch.Tensor, labels: torch.Tensor) -> RAILS:
+        known = torch.cat([x, more]), torch.cat([y, labels])
+        return RAILS(net, "input", seed=0).light().fit(*known, calibration=calibration)
+
+    plain = fitted(x[:0], none)
+    met = {"attacked": plain.respond(attacked[:half]), "clean": plain.respond(clean[:half])}
+    joined = {
+        "nothing": (x[:0], none),
+        "attacked antigens": (attacked[:half], truth[:half]),
+        "clean antigens": (clean[:half], truth[:half]),
+        "cells of attacked": of_label(met["attacked"].plasma, met["attacked"].memory, labels=truth[:half]),
+        "their plasma cells": of_label(met["attacked"].plasma, labels=truth[:half]),
+        "their memory cells": of_label(met["attacked"].memory, labels=truth[:half]),
+        "cells of clean": of_label(met["clean"].plasma, met["clean"].memory, labels=truth[:half]),
+    }
+    asked, own, rows, before = truth[half:], torch.eye(10).bool()[truth[half:]], [], {}
+    for what, (cells, labels) in joined.items():
+        rails = fitted(cells, labels)
+        for name, images in (("clean", clean[half:]), ("attacked", attacked[half:])):
+            right = rails.predict(images) == asked
+            members, distances = rails.naive(images)
+            near, far = (members >= len(x)).float().mean(2), distances.mean(2)
+            gap = far.masked_fill(own, torch.inf).amin(1) - far[own]
+            rows.append(
+                {
+                    "joined": what, "cells": len(cells), "images": name, **counted(right),
+                    "p": statistics.mcnemar(before.setdefault(name, right), right),
+                    "true_near": near[own].mean().item(), "other_near": near[~own].mean().item(),
+                    "gap": gap.mean().item(), "nearest_right": (gap > 0).float().mean().item(),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def of_label(*cells: Cells, labels: torch.Tensor, most: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first `most` cells of each kind that carry the labels `(B,)` of their antigens, and these."""
+    chosen = [(part.x[:, :most], part.label[:, :most] == labels[:, None]) for part in cells]
+    return (
+        torch.cat([x[right] for x, right in chosen]),
+        torch.cat([labels[:, None].expand_as(right)[right] for _, right in chosen]),
+    )
 
 
 def others(found: Setting, half: int) -> dict[str, torch.Tensor]:

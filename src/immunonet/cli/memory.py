@@ -93,7 +93,7 @@ def page(
     json: common.JsonOption = None,
 ) -> None:
     """Write an HTML page about what a memory holds, who wrote it when, and its versions."""
-    common.prepare(None, json)
+    common.prepare(out.parent, json)
     told = history(_opened(folder), log(flags) if flags else ())
     title = f"Memory {folder.resolve().name}"
     _store.write_text(out, reports.page(told, title=title, command=records.command()))

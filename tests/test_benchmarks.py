@@ -138,6 +138,17 @@ def test_memory(load, digits, monkeypatch, tmp_path):
     assert [row["entries"] for row in tables["lookup"]["rows"]] == [500, 500]
 
 
+def test_latency_and_what_joins(load, digits, monkeypatch, tmp_path):
+    sizes = ["--examples", "200", "--images", "8", "--only", "latency", "joining"]
+    tables = run(load("memory"), monkeypatch, tmp_path, *digits, *sizes)
+    assert [row["queries"] for row in tables["latency"]["rows"]] == ["batch 1", "batch 100"]
+    assert all(row["times"] > 0 for row in tables["latency"]["rows"])
+    rows = tables["joining"]["rows"]
+    assert [row["cells"] for row in rows[:6]] == [0, 0, 4, 4, 4, 4]
+    assert rows[0]["true_near"] == rows[0]["other_near"] == 0
+    assert all(0 <= row["true_near"] <= 1 for row in rows)
+
+
 def test_hardening_and_poison(load, digits, monkeypatch, tmp_path):
     sizes = ["--examples", "200", "--images", "10", "--drift", "50"]
     only = ["--only", "hardening", "poisoning", "drift"]

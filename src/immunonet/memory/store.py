@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from immunonet.memory.ram import InRam
 from immunonet.memory.recall import Recalled, columns_of, recalled
 from immunonet.memory.space import Space
 from immunonet.response import ImmuneResponse
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # Versions between two compactions, and how many without a name one leaves.
 COMPACTED, KEPT = 256, 100
@@ -299,6 +302,11 @@ class Memory:
                 for name in sorted(set(sources))
             },
         }
+
+    def columns(self, *names: str) -> pa.Table:
+        """Return columns of all entries, of those in `entries.schema`; ValueError where it belongs to no model yet."""
+        with self._lock:
+            return self._required().read(names)
 
     def confirmed_cells(self) -> tuple[Tensor, Tensor]:
         """Return the kept cells `(M, *S')` of confirmed entries that carry the confirmed label, and it, `(M,)` int64.

@@ -83,7 +83,7 @@ def build(
                     info="What the attack may look into. Who knows the defence is harder to withstand.",
                 )  # fmt: skip
                 go = gr.Button("Attack and answer", variant="primary", elem_id="im-go")
-            with gr.Column(scale=3, min_width=300):
+            with gr.Column(scale=3, min_width=280):
                 told = gr.HTML(BEFORE, js_on_load=asset("generations.js"), elem_id="im-story")
         go.click(_told(desk), [*source, knows, strength], told, api_visibility="private", **work)
         if sentinel is not None:
@@ -94,23 +94,26 @@ def build(
 
 def _antigen(desk: Desk) -> list[gr.components.Component]:
     """Lay out where an antigen comes from, and return the parts in the order of `Source`."""
+    assert desk.shape is not None
     kinds, last = desk.sources, 0 if desk.images is None else len(desk.images) - 1
     kind = gr.Radio(kinds, value=kinds[0], label="1. The antigen is")
-    groups = {}
-    with gr.Column(visible=_shown(TEST in kinds)) as groups[TEST]:
-        place = gr.Slider(0, max(last, 1), value=0, step=1, label="Number of the test image")
-    with gr.Column(visible=_shown(kinds[0] == DRAWING)) as groups[DRAWING]:
-        assert desk.shape is not None
-        width = 280 * max(0.085, 1.2 / min(desk.shape[1:]))
-        drawing = gr.HTML("", html_template=PAD.format(width=round(width)), js_on_load=asset("pad.js"), elem_id="im-pad")
-    with gr.Column(visible=_shown(False)) as groups[FILE]:
-        file = gr.File(label="Picture file", file_types=["image"], type="binary", height=120)
-        swap = gr.Checkbox(label="Take dark for light", info="For dark ink on white paper.")
+    place = gr.Slider(
+        0, max(last, 1), value=0, step=1, label="Number of the test image", visible=_shown(kinds[0] == TEST), buttons=[]
+    )
+    width = round(280 * max(0.085, 1.6 / min(desk.shape[1:])))
+    drawing = gr.HTML(
+        "", html_template=PAD.format(width=width), js_on_load=asset("pad.js"), elem_id="im-pad",
+        visible=_shown(kinds[0] == DRAWING),
+    )  # fmt: skip
+    file = gr.File(
+        label="Picture file", file_types=["image"], type="binary", height=120, visible=_shown(False), elem_id="im-file"
+    )
+    swap = gr.Checkbox(label="Take dark for light", info="For dark ink on white paper.", visible=_shown(False))
     preview = gr.HTML(elem_id="im-antigen")
     source: list[gr.components.Component] = [kind, place, drawing, file, swap]
     kind.change(
-        lambda chosen: [gr.update(visible=_shown(name == chosen)) for name in groups], kind, list(groups.values()),
-        api_visibility="private", show_progress="hidden",
+        lambda chosen: [gr.update(visible=_shown(name == chosen)) for name in (TEST, DRAWING, FILE, FILE)], kind,
+        source[1:], api_visibility="private", show_progress="hidden",
     )  # fmt: skip
     quick: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "always_last"}
     for part in source:
@@ -122,7 +125,7 @@ def _antigen(desk: Desk) -> list[gr.components.Component]:
 
 def _strength(desk: Desk) -> gr.Slider:
     return gr.Slider(
-        0, STRENGTH, value=0.15, step=0.01, label="Strength of the attack",
+        0, STRENGTH, value=0.15, step=0.01, label="Strength of the attack", buttons=[],
         info="How far each pixel may move, as a share of its range. 0: no attack.",
     )  # fmt: skip
 
@@ -132,11 +135,11 @@ def _sentinel(desk: Desk, source: list[gr.components.Component], strength: gr.Sl
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             method = gr.Radio(desk.askers, value=desk.askers[-1], label="The attacker asks by")
-            queries = gr.Slider(*QUERIES, value=300, step=50, label="Queries he has")
+            queries = gr.Slider(*QUERIES, value=300, step=50, label="Queries they have", buttons=[])
             refuses = gr.Checkbox(label="Refuse what is flagged", info="Else flags only mark.")
             ask = gr.Button("Let an attacker ask", variant="primary", elem_id="im-ask")
             stop = gr.Button("Stop", elem_id="im-stop")
-        with gr.Column(scale=3, min_width=300):
+        with gr.Column(scale=3, min_width=280):
             seen = gr.HTML('<div class="im-panel"><p>The curve of scores is drawn here.</p></div>', elem_id="im-watch")
     asks = ask.click(
         _watched(desk), [*source, method, strength, queries, refuses], seen, api_visibility="private",

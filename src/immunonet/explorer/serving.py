@@ -29,6 +29,15 @@ def looks() -> dict[str, Any]:
         font=["ui-sans-serif", "system-ui", "sans-serif"],
         font_mono=["ui-monospace", "Consolas", "monospace"],
     )
+    # Gradio's own greys and blues are too faint to be read by everybody (WCAG 2, 4.5 to 1).
+    theme.set(
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
+        block_label_text_color="*neutral_700", block_label_text_color_dark="*neutral_200",
+        block_title_text_color="*neutral_800", block_title_text_color_dark="*neutral_100",
+        button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_600",
+        button_primary_background_fill_dark="*primary_700", button_primary_background_fill_hover_dark="*primary_600",
+    )  # fmt: skip
     return {
         "theme": theme, "css": asset("style.css"), "footer_links": [], "run_history": False, "show_error": True,
         "max_file_size": UPLOAD, "ssr_mode": False, "mcp_server": False, "pwa": False, "enable_monitoring": False,

@@ -31,7 +31,9 @@ def drawn(address: object, shape: Sequence[int], *, bounds: Bounds) -> Tensor:
     if not address:
         raise ValueError("the drawing is empty: draw something in the dark square first")
     if not isinstance(address, str) or not address.startswith(_DRAWN) or len(address) > LETTERS:
-        raise ValueError(f"the drawing must be the address of a PNG of at most {LETTERS:,} letters, it is something else")
+        raise ValueError(
+            f"the drawing must be the address of a PNG of at most {LETTERS:,} letters, it is something else"
+        )
     try:
         encoded = base64.b64decode(address.removeprefix(_DRAWN), validate=True)
     except binascii.Error as error:
@@ -72,4 +74,6 @@ def _check_size(encoded: bytes) -> None:
         # Pillow's plug-ins raise whatever they meet in a damaged file.
         raise ValueError("the picture cannot be read: give a PNG, JPEG, GIF or WebP file") from error
     if width * height > PIXELS:
-        raise ValueError(f"the picture must have at most {PIXELS:,} pixels, it has {width:,} x {height:,}: make it smaller")
+        raise ValueError(
+            f"the picture must have at most {PIXELS:,} pixels, it has {width:,} x {height:,}: make it smaller"
+        )

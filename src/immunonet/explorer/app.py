@@ -27,23 +27,34 @@ R = TypeVar("R")
 _LOG = logging.getLogger(__name__)
 # Visitors that may wait.
 WAITING = 32
-LEAD = (
-    "Give {title} an antigen, which is what an immune system calls whatever it meets: here, an image. Attack it, and "
-    "watch how it is answered."
-)
-PAD = (
-    '<div class="im-pad"><div class="im-sheet"><canvas width="280" height="280" tabindex="0" role="application" '
-    'data-width="{width}" aria-label="Drawing pad: draw by finger, pen or mouse. By keyboard, arrow keys move the brush, '
-    'and it draws while the space bar is held."></canvas><span class="im-cursor"></span></div><p>Draw large, white on '
-    "black. By keyboard: arrows move the brush, the space bar held down draws.</p>"
-    '<button type="button">Clear the drawing</button></div>'
-)
-BEFORE = '<div class="im-panel"><p>Choose an antigen, and press <b>Attack and answer</b>: what happens is shown here.</p></div>'
-WATCH = (
-    "### The sentinel\nWho may not look inside can still ask, again and again, about near copies of one image, until an "
-    "answer is wrong. The sentinel scores each query by its distance to the nearest of those before it: honest ones are "
-    "far from each other, an attacker's are close, and what falls below the threshold is flagged."
-)
+LEAD = """
+# How an immune response answers
+Give {title} an antigen, which is what an immune system calls whatever it meets: here, an image. Attack it, and watch
+how it is answered.
+"""
+PAD = """
+<div class="im-pad">
+  <div class="im-sheet">
+    <canvas width="280" height="280" tabindex="0" role="application" data-width="{width}"
+      aria-label="Drawing pad: draw by finger, pen or mouse; by keyboard, arrows move the brush, and it draws while the
+      space bar is held"></canvas>
+    <span class="im-cursor"></span>
+  </div>
+  <p>Draw large, white on black. By keyboard: arrows move the brush, the space bar held down draws.</p>
+  <button type="button">Clear the drawing</button>
+</div>
+"""
+BEFORE = """
+<div class="im-panel"><p>Choose an antigen, and press <b>Attack and answer</b>: what happens is shown here.</p></div>
+"""
+UNSEEN = '<div class="im-panel"><p>The curve of scores is drawn here.</p></div>'
+WATCH = """
+### The sentinel
+Who may not look inside can still ask, again and again, about near copies of one image, until an answer is wrong. The
+sentinel scores each query by its distance to the nearest of those before it: honest ones are far from each other, an
+attacker's are close, and what falls below the threshold is flagged. The attacker here asks about the antigen above,
+within the strength above.
+"""
 
 
 def build(
@@ -72,9 +83,10 @@ def build(
         seed=seed,
     )  # fmt: skip
     at_once = _check.integer("at_once", at_once)
+    page: gr.Blocks
     with gr.Blocks(title="immunonet explorer", analytics_enabled=False) as page:
-        gr.Markdown(f"# How an immune response answers\n{LEAD.format(title=defence.title)}", elem_classes="im-lead")
-        work = {"concurrency_limit": at_once, "concurrency_id": "work"}
+        gr.Markdown(LEAD.format(title=defence.title), elem_classes="im-lead")
+        work: dict[str, Any] = {"concurrency_limit": at_once, "concurrency_id": "work"}
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 source, strength = _antigen(desk), _strength(desk)
@@ -94,13 +106,12 @@ def build(
 
 def _antigen(desk: Desk) -> list[gr.components.Component]:
     """Lay out where an antigen comes from, and return the parts in the order of `Source`."""
-    assert desk.shape is not None
     kinds, last = desk.sources, 0 if desk.images is None else len(desk.images) - 1
     kind = gr.Radio(kinds, value=kinds[0], label="1. The antigen is")
     place = gr.Slider(
         0, max(last, 1), value=0, step=1, label="Number of the test image", visible=_shown(kinds[0] == TEST), buttons=[]
     )
-    width = round(280 * max(0.085, 1.6 / min(desk.shape[1:])))
+    width = round(280 * max(0.085, 1.6 / min(desk.antigen[1:])))
     drawing = gr.HTML(
         "", html_template=PAD.format(width=width), js_on_load=asset("pad.js"), elem_id="im-pad",
         visible=_shown(kinds[0] == DRAWING),
@@ -140,7 +151,7 @@ def _sentinel(desk: Desk, source: list[gr.components.Component], strength: gr.Sl
             ask = gr.Button("Let an attacker ask", variant="primary", elem_id="im-ask")
             stop = gr.Button("Stop", elem_id="im-stop")
         with gr.Column(scale=3, min_width=280):
-            seen = gr.HTML('<div class="im-panel"><p>The curve of scores is drawn here.</p></div>', elem_id="im-watch")
+            seen = gr.HTML(UNSEEN, elem_id="im-watch")
     asks = ask.click(
         _watched(desk), [*source, method, strength, queries, refuses], seen, api_visibility="private",
         show_progress="minimal", **work,

@@ -61,30 +61,38 @@ class Desk:
     shape: Sequence[int] | None = None
     seconds: float = 20.0
     seed: int = 0
+    antigen: tuple[int, ...] = field(init=False)
+    """The shape of an antigen."""
     _stand_ins: Mapping[str, nn.Module] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name, kind in (("defence", Defence), ("base", nn.Module)):
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"{name} must be a {kind.__name__}, got {type(getattr(self, name)).__name__}")
-        for name, kind in (("images", data.Images), ("sentinel", Sentinel)):
-            if not isinstance(getattr(self, name), kind | None):
-                raise TypeError(f"{name} must be {kind.__name__} or None, got {type(getattr(self, name)).__name__}")
+        self._check_kinds()
         self.defence.check_current()
         _check.keep(self, _check.number, "seconds", least=0, above=True)
         _check.keep(self, _check.integer, "seed", least=0, most=2**63 - 1)
+        told: Any = self.shape or getattr(self.defence, "shape", ())
+        shape = tuple(told if self.images is None else self.images.x.shape[1:])
+        require_images("antigens of the explorer", shape)
+        object.__setattr__(self, "antigen", shape)
+        classes = len(plain(self.base, self._inputs(torch.zeros(1, *shape))).shares)
+        known = self.names or (self.images.classes if self.images is not None and self.images.named else None)
+        object.__setattr__(self, "names", class_names(known, classes))
+        object.__setattr__(self, "_stand_ins", self.defence.surrogates())
+
+    def _check_kinds(self) -> None:
+        kinds: dict[str, tuple[type, bool]] = {
+            "defence": (Defence, False), "base": (nn.Module, False), "images": (data.Images, True),
+            "sentinel": (Sentinel, True),
+        }  # fmt: skip
+        for name, (kind, optional) in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (optional and value is None):
+                wanted = f"a {kind.__name__}{' or None' if optional else ''}"
+                raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
         if self.images is not None and not len(self.images):
             raise ValueError("images must hold at least one image, got none: give None where there are none")
         if self.sentinel is not None and self.sentinel.threshold is None:
             raise ValueError("sentinel must be fitted: sentinel.fit(clean inputs)")
-        shape = self.images.x.shape[1:] if self.images is not None else self.shape or getattr(self.defence, "shape", ())
-        require_images("antigens of the explorer", tuple(shape))
-        object.__setattr__(self, "shape", tuple(shape))
-        known = list(self.names) or (list(self.images.classes) if self.images is not None else [])
-        classes = len(plain(self.base, self._inputs(torch.zeros(1, *shape))).shares)
-        named = not self.names and self.images is not None and not self.images.named
-        object.__setattr__(self, "names", class_names(known if known and not named else None, classes))
-        object.__setattr__(self, "_stand_ins", self.defence.surrogates())
 
     @property
     def bounds(self) -> _check.Bounds:
@@ -113,13 +121,12 @@ class Desk:
 
     def given(self, source: Source) -> Given:
         """Return the antigen that a visitor means; ValueError in plain words where there is none."""
-        assert self.shape is not None
         if _check.choice("the antigen's source", source.kind, self.sources) == DRAWING:
-            return Given(self._inputs(antigens.drawn(source.drawing, self.shape, bounds=self.bounds)), None)
+            return Given(self._inputs(antigens.drawn(source.drawing, self.antigen, bounds=self.bounds)), None)
         if source.kind == FILE:
             if not source.file:
                 raise ValueError("there is no picture yet: choose a file first")
-            found = antigens.read(source.file, self.shape, bounds=self.bounds, swap=bool(source.swap))
+            found = antigens.read(source.file, self.antigen, bounds=self.bounds, swap=bool(source.swap))
             return Given(self._inputs(found), None)
         assert self.images is not None
         place = _check.integer("the test image", int(source.place or 0), least=0, most=len(self.images) - 1)

@@ -46,7 +46,8 @@ def looks() -> dict[str, Any]:
 
 def mount(app: fastapi.FastAPI, page: gr.Blocks, path: str = "/") -> fastapi.FastAPI:
     """Return `app` with an explorer's page at `path`; routes that were added before go first."""
-    return gr.mount_gradio_app(app, page, path, server_name=HOST, **looks())
+    gr.mount_gradio_app(app, page, path, server_name=HOST, **looks())
+    return app
 
 
 def launch(page: gr.Blocks, *, port: int = 7860, ready: Callable[[str], object] = print) -> None:

@@ -39,7 +39,10 @@ class Reply:
 
 @dataclass(frozen=True, kw_only=True)
 class Assailed:
-    """An antigen after an attack: `x` `(1, *S)`; in how many `steps`, against what it `knows`, at most `eps` a pixel."""
+    """An antigen after an attack: `x` `(1, *S)`.
+
+    `eps`: how far a pixel may have moved; `steps` that were taken; `knows`: what it was taken against, in words.
+    """
 
     x: Tensor
     eps: float
@@ -161,15 +164,13 @@ def nearest(defence: Defence, x: Tensor, *, most: int = NEAREST) -> list[Cell] |
 
     They are those of the first layer, and at most so many.
     """
-    known = getattr(defence, "repertoire", None)
-    if known is None or not hasattr(defence, "index") or not hasattr(defence, "features"):
+    known: Any = defence
+    if not all(hasattr(defence, part) for part in ("repertoire", "index", "features")):
         return None
-    distances, found = (part[0, :, 0] for part in defence.index(0).nearest(defence.features(x)[0], 1))
-    order = distances.argsort()[:most]
+    distances, found = (part[0, :, 0] for part in known.index(0).nearest(known.features(x)[0], 1))
     return [
-        Cell(image=known.shown[place], label=int(known.y[place]), value=float(distances[label]))
-        for label in order.tolist()
-        for place in [int(found[label])]
+        Cell(image=known.repertoire.shown[int(found[label])], label=label, value=float(distances[label]))
+        for label in distances.argsort()[:most].tolist()
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from immunonet import models
 from immunonet.defences.base import Defence
-from immunonet.evaluation.stream import WAYS, Assault, Guarded, Won
+from immunonet.evaluation.stream import Assault, Guarded, Won
 from immunonet.memory.sentinel import Sentinel
 
 
@@ -63,10 +64,8 @@ def asking(
     guarded = Guarded(answers, twin, x, torch.tensor([y], device=x.device), assault, traffic=x[:0])
 
     def run() -> None:
-        try:
-            assault.method.persistent(WAYS["plain"].tries)(guarded, x, guarded.y)
-        except (Won, _Stopped):
-            pass
+        with contextlib.suppress(Won, _Stopped):
+            assault.method(guarded, x, guarded.y)
 
     def seen(over: bool) -> Seen:
         return Seen(

@@ -107,7 +107,10 @@ def seen(**how: Any) -> Seen:
     ("how", "words"),
     [
         ({"over": False}, "3 queries so far, 2 flagged."),
-        ({}, "gave up after 3 queries; the defence was not fooled. The first flag was at query 2. 2 of 3 were flagged."),
+        (
+            {},
+            "gave up after 3 queries; the defence was not fooled. The first flag was at query 2. 2 of 3 were flagged.",
+        ),
         ({"late": True}, "Time was up after 3 queries"),
         ({"won": 3}, "The attacker fooled the defence by query 3."),
         ({"flags": 0, "flagged": None, "scores": [2.0]}, "None was flagged."),

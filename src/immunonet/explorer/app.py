@@ -200,13 +200,13 @@ def plainly(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **keywords)
         except (ValueError, TypeError) as error:
             text = str(error)
-            raise gr.Error(f"{text[:1].upper()}{text[1:]}.", title="That did not work", print_exception=False) from None
+            raise gr.Error(f"{text[:1].upper()}{text[1:]}.", print_exception=False) from None
         except Exception as error:
             _LOG.exception("the explorer failed")
             raise gr.Error(
                 "Something went wrong here, and was written to the log. Try another antigen or attack.",
-                title="That did not work", print_exception=False,
-            ) from error  # fmt: skip
+                print_exception=False,
+            ) from error
 
     return asked
 

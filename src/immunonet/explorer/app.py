@@ -91,8 +91,8 @@ def build(
             with gr.Column(scale=1, min_width=280):
                 source, strength = _antigen(desk), _strength(desk)
                 knows = gr.Dropdown(
-                    desk.knowledge, value=desk.knowledge[0][1], label="2. Who attacks knows", filterable=False,
-                    info="What the attack may look into. Who knows the defence is harder to withstand.",
+                    desk.knowledge, value=desk.knowledge[0][1], label="2. The attacker knows", filterable=False,
+                    info="What the attack may look into. One who knows the defence is harder to withstand.",
                 )  # fmt: skip
                 go = gr.Button("Attack and answer", variant="primary", elem_id="im-go")
             with gr.Column(scale=3, min_width=280):
@@ -191,13 +191,13 @@ def _watched(desk: Desk) -> Callable[..., Iterator[str]]:
     return watch
 
 
-def plainly(function: Callable[P, R]) -> Callable[P, R]:
+def plainly(handler: Callable[P, R]) -> Callable[P, R]:
     """Return a function whose errors a visitor reads in plain words; what we did not foresee goes to the log."""
 
-    @functools.wraps(function)
+    @functools.wraps(handler)
     def asked(*args: P.args, **keywords: P.kwargs) -> R:
         try:
-            return function(*args, **keywords)
+            return handler(*args, **keywords)
         except (ValueError, TypeError) as error:
             text = str(error)
             raise gr.Error(f"{text[:1].upper()}{text[1:]}.", print_exception=False) from None

@@ -33,8 +33,7 @@ def antigen(x: Tensor, *, bounds: Bounds, label: str | None) -> str:
 def story(told: Story, *, names: Sequence[str], bounds: Bounds) -> str:
     """Return all panels about an antigen; `names`: one per class."""
     difference, largest = difference_array(told.clean[0], told.met[0])
-    low, high = bounds.tensors(told.met, told.met.shape[1:])
-    healed = None if told.healed is None else _picture(told.healed[0].clamp(low[0], high[0]), bounds)
+    healed = None if told.healed is None else _picture(told.healed[0], bounds)
     return _render(
         "story",
         told=told,

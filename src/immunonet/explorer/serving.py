@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
 from importlib import resources
@@ -56,12 +57,17 @@ def launch(page: gr.Blocks, *, port: int = 7860, ready: Callable[[str], object] 
     `port` from 0 to 65535, 0: one that is free. OSError where it is taken.
     """
     port = _check.integer("port", port, least=0, most=65535)
-    app = mount(fastapi.FastAPI(openapi_url=None), page)
-    server = uvicorn.Server(uvicorn.Config(app, host=HOST, port=port, log_level="warning"))
     # Bound here, so that its number is known, and a port that is taken an error like any other.
     with socket.create_server((HOST, port)) as bound:
-        ready(f"http://{HOST}:{bound.getsockname()[1]}")
-        server.run(sockets=[bound])
+        asyncio.run(_serve(page, bound, ready))
+
+
+async def _serve(page: gr.Blocks, bound: socket.socket, ready: Callable[[str], object]) -> None:
+    # Gradio leaves a loop of its own open where none runs yet.
+    app = mount(fastapi.FastAPI(openapi_url=None), page)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    ready(f"http://{HOST}:{bound.getsockname()[1]}")
+    await server.serve(sockets=[bound])
 
 
 def asset(name: str) -> str:

@@ -24,8 +24,7 @@ NEAREST, CELLS = 12, 12
 class Reply:
     """What a defence says of one antigen: a label, a share `(C,)` for each, and what else it tells; None: it does not.
 
-    `credibility` in (0, 1]; `foreign`, `recalled` from memory, and `innate` (answered at once, without generations);
-    `generations` that ran.
+    `credibility` in (0, 1]; `foreign`, `recalled` from memory, and `innate`: answered at once, without generations.
     """
 
     label: int
@@ -34,7 +33,6 @@ class Reply:
     foreign: bool | None = None
     recalled: bool | None = None
     innate: bool | None = None
-    generations: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +76,8 @@ def told(
 ) -> Story:
     """Return the story of an antigen `x` `(1, *S)`, which may have been attacked."""
     met = x if attack is None else attack.x
-    before, response = reply(defence, x, seed), responded(defence, met, seed)
+    before, response = _heard(defence, x, seed)
+    after, response = (before, response) if attack is None else _heard(defence, met, seed)
     shape = tuple(x.shape[1:])
     healed = defence.healed(met)
     return Story(
@@ -87,7 +86,7 @@ def told(
         truth=truth,
         attack=attack,
         network=(plain(base, x), plain(base, met)),
-        defence=(before, reply(defence, met, seed)),
+        defence=(before, after),
         nearest=nearest(defence, met),
         curves=list(zip(defence.layers, defence.learning_curves(met, seed), strict=False)),
         plasma=cells(defence, getattr(response, "plasma", None), shape),
@@ -125,24 +124,9 @@ def assailed(
     return Assailed(x=climb(most) if most > 1 else found, eps=eps, steps=most, knows=knows)
 
 
-@torch.no_grad()
 def reply(defence: Defence, x: Tensor, seed: int) -> Reply:
     """Return what a defence says of `x` `(1, *S)`."""
-    answer, response = defence.answered(x, seed), responded(defence, x, seed)
-
-    def first(name: str) -> Any:
-        value = getattr(response, name, None)
-        return None if value is None else value[0].item()
-
-    return Reply(
-        label=int(answer.labels[0]),
-        shares=answer.probabilities[0].tolist(),
-        credibility=None if answer.credibility is None else float(answer.credibility[0]),
-        foreign=None if answer.sense is None else bool(answer.sense.foreign[0]),
-        recalled=first("recalled"),
-        innate=first("innate"),
-        generations=first("generations"),
-    )
+    return _heard(defence, x, seed)[0]
 
 
 @torch.no_grad()
@@ -150,12 +134,6 @@ def plain(base: nn.Module, x: Tensor) -> Reply:
     """Return what a network by itself says of `x` `(1, *S)`."""
     shares = models.logits(base, x)[0].softmax(0)
     return Reply(label=int(shares.argmax()), shares=shares.tolist())
-
-
-def responded(defence: Defence, x: Tensor, seed: int) -> Any:
-    """Return the whole response of a defence to `x` `(1, *S)`, None of one that only answers."""
-    respond = getattr(defence, "respond", None)
-    return None if respond is None else respond(x, seed)
 
 
 @torch.no_grad()
@@ -186,3 +164,24 @@ def cells(defence: Defence, part: Cells | None, shape: tuple[int, ...], *, most:
     images = cell_images(part, shape, None if known is None else known.shown)[0]
     rows = zip(images, part.label[0].tolist(), part.affinity[0].tolist(), real.tolist(), strict=True)
     return [Cell(image=image, label=label, value=affinity) for image, label, affinity, one in rows if one]
+
+
+@torch.no_grad()
+def _heard(defence: Defence, x: Tensor, seed: int) -> tuple[Reply, Any]:
+    """Return a defence's reply to `x` `(1, *S)`, and its whole response, None of one that only answers."""
+    answer, respond = defence.answered(x, seed), getattr(defence, "respond", None)
+    response = None if respond is None else respond(x, seed)
+
+    def first(name: str) -> Any:
+        value = getattr(response, name, None)
+        return None if value is None else value[0].item()
+
+    told = Reply(
+        label=int(answer.labels[0]),
+        shares=answer.probabilities[0].tolist(),
+        credibility=None if answer.credibility is None else float(answer.credibility[0]),
+        foreign=None if answer.sense is None else bool(answer.sense.foreign[0]),
+        recalled=first("recalled"),
+        innate=first("innate"),
+    )
+    return told, response

@@ -27,6 +27,8 @@ R = TypeVar("R")
 _LOG = logging.getLogger(__name__)
 # Visitors that may wait.
 WAITING = 32
+# How often, in seconds, uploads are deleted, and how old they are then at least.
+KEPT = (600, 3600)
 LEAD = """
 # How an immune response answers
 Give {title} an antigen, which is what an immune system calls whatever it meets: here, an image. Attack it, and watch
@@ -84,7 +86,7 @@ def build(
     )  # fmt: skip
     at_once = _check.integer("at_once", at_once)
     page: gr.Blocks
-    with gr.Blocks(title="immunonet explorer", analytics_enabled=False) as page:
+    with gr.Blocks(title="immunonet explorer", analytics_enabled=False, delete_cache=KEPT) as page:
         gr.Markdown(LEAD.format(title=defence.title), elem_classes="im-lead")
         work: dict[str, Any] = {"concurrency_limit": at_once, "concurrency_id": "work"}
         with gr.Row():

@@ -42,7 +42,9 @@ def serve(
     batch: Annotated[int, typer.Option(min=1, help="Inputs that are answered together, at most.")] = 32,
     queue: Annotated[int, typer.Option(min=1, help="Inputs that may wait; more are told to come again.")] = 128,
     timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 30.0,
-    explore: Annotated[bool, typer.Option(help="Show the explorer at /.")] = True,
+    explore: Annotated[
+        bool, typer.Option(help="Show the explorer at /; not beside tokens, since it asks for none.")
+    ] = True,
     seed: Annotated[int | None, typer.Option(min=0, help="Default: fresh randomness for every batch.")] = None,
     device: common.DeviceOption = "cpu",
     ray: common.RayOption = None,
@@ -84,7 +86,19 @@ def serve(
     logging.basicConfig(format="%(message)s")
     logging.getLogger("immunonet.service").setLevel(logging.INFO)
     common.note(f"http://{host}:{port}: {own.defence.kind} of {folder}; ready when /readyz says so")
-    run(service, behind, folder, load, host=host, port=port)
+
+    def explorer_of(app: Any) -> None:
+        from immunonet import explorer
+
+        page = explorer.build(
+            own.defence, base=own.defence.model, names=own.classes, shape=own.shape, sentinel=watch and watch.twin()
+        )
+        explorer.mount(app, page, "/")
+
+    shown = explore and not tokens
+    if shown:
+        require("gradio", "serve")
+    run(service, behind, folder, load, host=host, port=port, around=explorer_of if shown else lambda app: None)
 
 
 def loaded(folder: Path, *, model: str | None, weights: Path | None, device: str) -> Any:

@@ -40,7 +40,7 @@ def run(
     service: Service, replicas: Replicas, folder: Path, load: Load, *, host: str = "127.0.0.1", port: int = 8000,
     around: Callable[[Any], None] = lambda app: None,
 ) -> None:  # fmt: skip
-    """Serve until a signal ends it; whatever was taken by then is answered. `around`: adds to the application.
+    """Serve until a signal ends it; whatever was taken by then is answered. `around`: adds pages to the application.
 
     Raises what kept the replicas from starting.
     """
@@ -70,6 +70,7 @@ def run(
 
     @contextlib.asynccontextmanager
     async def life() -> AsyncIterator[None]:
+        around(app)
         starting = asyncio.create_task(begin())
         yield
         await starting
@@ -77,7 +78,6 @@ def run(
         await asyncio.to_thread(replicas.stop)
 
     app = create(service, lifespan=life)
-    around(app)
     server = uvicorn.Server(
         uvicorn.Config(
             app,

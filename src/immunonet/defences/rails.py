@@ -237,6 +237,16 @@ class RAILS(NeighbourDefence):
         return labels if spared is None else among(spared.labels.expand(len(seeds), -1).T, labels.T, spared.hit).T
 
     @torch.no_grad()
+    def support(self, x: Any) -> Tensor:
+        """Return the p-value `(B,)` of the label that the model itself gives inputs `(B, *S)`, where `innate` is set.
+
+        Above `innate` that label is the answer. ValueError without it.
+        """
+        x = self._inputs(x)
+        scores = torch.cat([self._neighbourhood_of(part)[0] for part in x.split(SENSED)])
+        return self.calibration.support(scores, LogitsMap(self.model).chunked(x).argmax(1))
+
+    @torch.no_grad()
     def naive(self, x: Any, layer: int = 0) -> tuple[Tensor, Tensor]:
         """Return the naive B cells of `x` `(B, *S)` at one layer: repertoire indices and distances, `(B, C, K)`."""
         index = self.index(layer)
@@ -372,7 +382,7 @@ class RAILS(NeighbourDefence):
         x = self._inputs(x)
         if self.innate is None:
             return x, None, None
-        logits, calibration = LogitsMap(self.model).chunked(x), self.calibration
+        logits = LogitsMap(self.model).chunked(x)
         found, signed = [], []
         for part in x.split(SENSED):
             features = self._described(part)[1]
@@ -381,7 +391,7 @@ class RAILS(NeighbourDefence):
                 signed.append(signatures)
         scores, far = (torch.cat(column) for column in zip(*found, strict=True))
         labels = logits.argmax(1)
-        hit = calibration.support(scores, labels) > self.innate
+        hit = self.calibration.support(scores, labels) > self.innate
         if self.memory is not None:
             hit &= ~self.memory.recall(torch.cat(signed)).hit
         spared = Spared(

@@ -118,7 +118,7 @@ class Calibration(Familiarity):
         ValueError where its labels do not count.
         """
         if self.own_scores is None:
-            raise ValueError("own_scores must be those of the network's labels, got None: calibrate with innate set")
+            raise ValueError("innate must be set where the model's own labels count: use with_settings(innate=0.05)")
         return sensing.p_values(self.own_scores, scores.gather(1, labels[:, None])[:, 0])
 
     def without_own(self) -> Calibration:

@@ -198,7 +198,8 @@ class RAILS(NeighbourDefence):
         """Return the fittest memory cells of antigens `(B, *S)`, which must be inputs, and their labels `(B, M)`."""
         if self.space is not None:
             raise ValueError(f"space must be None where memory cells are learned from, got {self.space!r}")
-        memory = self.respond(x, seed).memory
+        found = self._answers(x, seed, None, keep_cells=True, whole=True)
+        memory = ImmuneResponse.cat([response for response, _ in found]).memory
         return memory.x[:, :most], memory.label[:, :most]
 
     def answer(self, x: Any, seed: int | None = None, batch_size: int | None = None) -> Answer:
@@ -353,26 +354,36 @@ class RAILS(NeighbourDefence):
 
     @torch.no_grad()
     def _answers(
-        self, x: Any, seed: int | None, batch_size: int | None, keep_cells: bool = False, trace: bool = False
+        self,
+        x: Any,
+        seed: int | None,
+        batch_size: int | None,
+        *,
+        keep_cells: bool = False,
+        trace: bool = False,
+        whole: bool = False,
     ) -> Iterator[tuple[ImmuneResponse, Tensor]]:
-        """Yield the responses to batches of antigens, and the mean distances `(B, L)` to their nearest examples."""
+        """Yield the responses to batches of antigens, and the mean distances `(B, L)` to their nearest examples.
+
+        `whole`: nothing spares a response, as with `trace`.
+        """
         seed = _check.seed("seed", seed)
         seed = self.seed if seed is None else seed
         seed = secrets.randbits(63) if seed is None else seed
-        # A learning curve is that of a whole response.
-        x, spared, signatures = (self._inputs(x), None, None) if trace else self._met(x)
-        batches = self._flocked(x, batch_size, recalling=not trace)
+        whole = whole or trace
+        x, spared, signatures = (self._inputs(x), None, None) if whole else self._met(x)
+        batches = self._flocked(x, batch_size, recalling=not whole)
         found = (self._mature(antigens, seed, keep_cells, trace) for antigens in batches)
         if spared is None:
             yield from found
             return
         responses, far = zip(*found, strict=True)
         response = ImmuneResponse.cat(responses)
-        whole, every = joined(spared, response, torch.cat(far))
+        found_all, every = joined(spared, response, torch.cat(far))
         if signatures is not None:
             assert response.imprint is not None
-            whole = dataclasses.replace(whole, imprint=imprinted(spared, signatures, every, response.imprint))
-        yield whole, every
+            found_all = dataclasses.replace(found_all, imprint=imprinted(spared, signatures, every, response.imprint))
+        yield found_all, every
 
     def _met(self, x: Any) -> tuple[Tensor, Spared | None, Tensor | None]:
         """Return those inputs `(B, *S)` that need an adaptive response, what spares it to others, and all signatures.

@@ -97,20 +97,18 @@ class Calibration(Familiarity):
     ) -> None:
         super().__init__(strangeness, scales)
         self.register_buffer("label_scores", label_scores, persistent=False)
-        self.register_buffer("own_scores", own_scores, persistent=False)
+        if own_scores is None:
+            self.own_scores = None
+        else:
+            self.register_buffer("own_scores", own_scores, persistent=False)
 
     @classmethod
-    def scored(cls, scores: Tensor, y: Tensor, far: Tensor, own: Tensor | None = None) -> Calibration:
-        """Take the examples' nonconformity `(n, C)`, labels `y` `(n,)` and mean distances to the nearest `(n, L)`.
+    def scored(cls, scores: Tensor, far: Tensor, own: Tensor | None = None) -> Calibration:
+        """Take the examples' nonconformity `(n,)` and their mean distances to the nearest `(n, L)`.
 
-        `own` `(n,)`: the labels that the network itself gives them, if those count.
+        `own` `(n,)`: that of the labels which the network itself gives them, if those count.
         """
-        of_label, of_own = (
-            None if labels is None else scores.gather(1, labels[:, None])[:, 0].float().sort().values
-            for labels in (y, own)
-        )
-        assert of_label is not None
-        return cls(of_label, *_measured(far), of_own)
+        return cls(scores.float().sort().values, *_measured(far), None if own is None else own.float().sort().values)
 
     def support(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return the p-values `(B,)` of labels that the network itself gives, by nonconformity `(B, C)`.

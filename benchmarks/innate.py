@@ -98,29 +98,30 @@ def fitted(options: argparse.Namespace, name: str) -> Subject:
     return Subject(place, net, gated, gated.with_settings(innate=None), validation, test)
 
 
-def core_seconds(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Return the processor's seconds, which other programs on the machine change little, and what a run gave."""
+def core_seconds(ask: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, Tensor]:
+    """Return the processor's seconds per image, which other programs change little, and answers, by the hundred."""
     start = time.process_time()
-    found = run()
-    return time.process_time() - start, found
+    found = torch.cat([ask(part) for part in x.split(100)])
+    return (time.process_time() - start) / len(x), found
 
 
 def asked(subject: Subject, x: Tensor, y: Tensor) -> Asked:
-    """Ask all about images; RAILS by the hundred."""
-    seconds, labels = core_seconds(lambda: torch.cat([subject.always.predict(part) for part in x.split(100)]))
+    """Ask all about images."""
+    seconds, labels = core_seconds(subject.always.predict, x)
     with torch.no_grad():
         own = torch.cat([subject.net(part).argmax(1) for part in x.split(100)])
-    return Asked(subject.gated.support(x), own == y, labels == y, seconds / len(x))
+    return Asked(subject.gated.support(x), own == y, labels == y, seconds)
 
 
 def share(hits: Tensor, name: str) -> Row:
     """Return a share of images with its interval."""
-    return {name: hits.float().mean().item(), f"{name}_ci95": list(wilson(float(hits.sum()), len(hits)))}
+    return {name: int(hits.sum()) / len(hits), f"{name}_ci95": list(wilson(float(hits.sum()), len(hits)))}
 
 
 def level(clean: Asked, attacked: Asked, gate: float, alpha: float | None) -> Row:
     """Return the row of one p-value, None: RAILS always; seconds of traffic from those of its parts."""
-    rows, evolved = {}, []
+    rows: Row = {}
+    evolved = []
     for name, found in (("clean", clean), ("pgd", attacked)):
         innate = torch.zeros_like(found.own) if alpha is None else found.support > alpha
         rows |= share(torch.where(innate, found.own, found.rails), name) | share(innate, f"innate_{name}")
@@ -148,7 +149,7 @@ def measured(options: argparse.Namespace, name: str, subject: Subject) -> list[R
     place, few = subject.place, subject.validation[: options.images]
     clean, attacked = (asked(subject, x, few.y) for x in (few.x, place.attack(subject.net, few.x, few.y).adversarials))
     instant = subject.gated.with_settings(innate=EVERYTHING)
-    gate = core_seconds(lambda: [instant.predict(part) for part in few.x.split(100)])[0] / len(few.x)
+    gate, _ = core_seconds(instant.predict, few.x)
     rows = [level(clean, attacked, gate, alpha) for alpha in (None, *LEVELS)]
     best = chosen(rows, place.slack)
     about = {"place": name, "split": "validation", "n": len(few.x), "seconds_gate": gate}
@@ -163,13 +164,13 @@ def tested(options: argparse.Namespace, name: str, subject: Subject, alpha: floa
     traffic = torch.cat([found[:few], x[few:]])
     rows: list[Row] = []
     for rails in (subject.always, subject.gated.with_settings(innate=alpha)):
-        seconds, _ = core_seconds(lambda rails=rails: [rails.predict(part) for part in traffic.split(100)])
+        seconds, _ = core_seconds(rails.predict, traffic)
         row: Row = {"place": name, "split": "test", "n": len(x), "innate": rails.innate or "none"}
         for kind, images in (("clean", x), ("pgd", found)):
             labels = rails.predict(images)
             innate = torch.zeros_like(labels) > 0 if rails.innate is None else rails.support(images) > rails.innate
             row |= share(labels == y, kind) | share(innate, f"innate_{kind}")
-        rows.append(row | {"seconds_0.01": seconds / len(traffic)})
+        rows.append(row | {"seconds_0.01": seconds})
     return rows
 
 

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from immunonet import RAILS, Maturation, Memory, load
 from immunonet._identity import identity
+from immunonet.defences.spec import Spec
 from immunonet.immune.spared import Spared, joined
 
 SMALL = Maturation(population=45, neighbours=3, generations=2)
@@ -213,7 +214,8 @@ def test_it_is_saved_told_and_read_from_words(trained, always, antigens, tmp_pat
     assert torch.equal(again.calibration.own_scores, rails.calibration.own_scores)
     assert torch.equal(again.respond(antigens).innate, rails.respond(antigens).innate)
     assert "innate=0.5" in repr(rails)
-    assert RAILS.made(always.model, ["2"], {"innate": 0.05}).innate == 0.05
+    for text, alpha in (("rails 0 innate=.05", 0.05), ("rails 0 innate=none", None), ("rails 0", None)):
+        assert Spec.parse(text).made(trained, lambda name, net: name, 1000).innate == alpha
     other = copy.deepcopy(trained)
     other[3].bias[0] += 5.0
     with pytest.raises(ValueError, match="gives other logits than when this was saved"):

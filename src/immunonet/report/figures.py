@@ -291,6 +291,7 @@ def innate_curves(levels: Sequence[float], panels: Mapping[str, tuple[Mapping[st
     costs by line with `values`, as shares of what every answer would cost.
     """
     figure = blank(3.2 * len(panels) + 0.2, 5.4)
+    highest = 1.05 * max(max(row["values"]) for _, costs in panels.values() for row in costs.values())
     drawn = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row")
     for column, (title, (shares, costs)) in zip(drawn.T, panels.items(), strict=True):
         first = column[0] is drawn[0, 0]
@@ -301,7 +302,7 @@ def innate_curves(levels: Sequence[float], panels: Mapping[str, tuple[Mapping[st
         _style(column[0], title, "", "share of images" if first else "")
         _style(column[1], "", "innate", "cost, of RAILS always" if first else "")
         column[0].set_ylim(-0.03, 1.03)
-        column[1].set(xscale="log", ylim=(0, None))
+        column[1].set(xscale="log", ylim=(0, highest))
         column[1].set_xticks(levels, [f"{level:g}" for level in levels])
         column[1].minorticks_off()
     _legend(figure)

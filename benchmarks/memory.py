@@ -530,7 +530,8 @@ def response(n: int, seed: int) -> ImmuneResponse:
     cells = Cells(torch.zeros(n, 0, 1), none, none.float(), none)
     return ImmuneResponse(
         labels=labels, votes=torch.eye(10)[labels], credibility=torch.ones(n), foreign=torch.zeros(n).bool(),
-        recalled=torch.zeros(n).bool(), generations=torch.ones(n).long(), plasma=cells, memory=cells,
+        innate=torch.zeros(n).bool(), recalled=torch.zeros(n).bool(), generations=torch.ones(n).long(),
+        plasma=cells, memory=cells,
         imprint=Imprint(torch.randn(n, 64, generator=draw), torch.ones(n, 1), (None,) * n, "none"),
     )  # fmt: skip
 

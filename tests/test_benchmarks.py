@@ -30,7 +30,7 @@ def load(monkeypatch):
         return importlib.import_module(name)
 
     yield find
-    for name in ("common", "loop", "engine", "flocking", "cost", "memory", "report"):
+    for name in ("common", "loop", "engine", "flocking", "cost", "memory", "innate", "report"):
         sys.modules.pop(name, None)
 
 
@@ -160,6 +160,21 @@ def test_hardening_and_poison(load, digits, monkeypatch, tmp_path):
     assert all(row["undone"] for row in tables["poisoning"][1:8])
     assert [row["written"] for row in tables["drift"]] == [0, 10, 20, 30, 40, 50]
     assert all(row["held"] <= 10 for row in tables["drift"])
+
+
+def test_innate(load, digits, monkeypatch, tmp_path):
+    module = load("innate")
+    monkeypatch.setattr(module, "PLACES", dict(list(module.PLACES.items())[:1]))
+    sizes = ["--examples", "150", "--images", "6", "--attacked", "2"]
+    tables = run(module, monkeypatch, tmp_path, *digits, *sizes)
+    rows = tables["MNIST, input"]["rows"]
+    assert [row["innate"] for row in rows[:-2]] == ["none", *module.LEVELS]
+    assert sum(row.get("chosen", False) for row in rows) == 1
+    assert all(0 <= row["clean"] <= 1 for row in rows)
+    assert [row["attack"] for row in tables["attackers"]["rows"]][::7] == ["none", "worst case"]
+    monkeypatch.setattr(sys, "argv", ["innate.py", "--json", str(tmp_path / "found.json"), "--draw", str(tmp_path)])
+    module.main()
+    assert (tmp_path / "innate-curves.png").stat().st_size > 1000
 
 
 def test_slope_of_a_power(load):

@@ -110,7 +110,8 @@ class ImmuneResponse:
     all of them have a share in `votes`. `trace`: one `Trace` per layer if asked for.
 
     `recalled` `(B,)` bool: answered from memory, where there is one. Such an antigen has no cells of its own: their
-    labels and origins are -1, their affinity -inf, and its generations 0. `imprint`: what the memory keeps beside, None
+    labels and origins are -1, their affinity -inf, and its generations 0. `innate` `(B,)` bool: answered by the network
+    itself, whose softmax are its votes, and without cells likewise. `imprint`: what the memory keeps beside, None
     without one.
     """
 
@@ -118,6 +119,7 @@ class ImmuneResponse:
     votes: Tensor
     credibility: Tensor
     foreign: Tensor
+    innate: Tensor
     recalled: Tensor
     generations: Tensor
     plasma: Cells
@@ -131,6 +133,7 @@ class ImmuneResponse:
             f"{n} antigen{'s' * (n != 1)}",
             f"labels {', '.join(map(str, first))}{', ...' * (n > SHOWN)}",
             f"{int(self.foreign.sum())} foreign",
+            *([f"{int(self.innate.sum())} innate"] if self.innate.any() else []),
             *([f"{int(self.recalled.sum())} recalled"] if self.recalled.any() else []),
             f"votes {_shape(self.votes)}",
             f"plasma {_shape(self.plasma.x)}",
@@ -150,6 +153,7 @@ class ImmuneResponse:
             votes=torch.cat([part.votes for part in parts]),
             credibility=torch.cat([part.credibility for part in parts]),
             foreign=torch.cat([part.foreign for part in parts]),
+            innate=torch.cat([part.innate for part in parts]),
             recalled=torch.cat([part.recalled for part in parts]),
             generations=torch.cat([part.generations for part in parts]),
             plasma=Cells.cat([part.plasma for part in parts]),

@@ -49,7 +49,7 @@ class Answer:
 
     `sense`: how foreign the inputs look, or None. `credibility` `(B,)` in (0, 1]: how well what is known supports the
     labels, or None. `shares` `(B, C)`: what `predict_proba` gives where that is not the exponential; sums to 1.
-    `recalled` `(B,)` bool: answered from memory; None where there is none.
+    `recalled`, `innate` `(B,)` bool: answered from memory, by the network alone; None where there is no such thing.
     """
 
     labels: Tensor
@@ -58,6 +58,7 @@ class Answer:
     credibility: Tensor | None = None
     shares: Tensor | None = None
     recalled: Tensor | None = None
+    innate: Tensor | None = None
 
     @classmethod
     def of(cls, logits: Tensor) -> Answer:

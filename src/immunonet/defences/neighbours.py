@@ -313,7 +313,10 @@ class NeighbourDefence(Defence):
         """Calibrate on held-out examples, which are kept: where the repertoire changes they are scored again."""
         found = [self._neighbourhood_of(part) for part in held.x.split(SENSED)]
         scores, far = (torch.cat(column) for column in zip(*found, strict=True))
-        self.held, self.calibration = held, Calibration.scored(scores.gather(1, held.y[:, None])[:, 0], far)
+        own = self._own_labels(held.x)
+        of_own = None if own is None else scores.gather(1, own[:, None])[:, 0]
+        self.held = held
+        self.calibration = Calibration.scored(scores.gather(1, held.y[:, None])[:, 0], far, of_own)
 
     def calibrate(self, x: Tensor, y: Tensor) -> None:
         """Calibrate what is sensed on other examples `x` `(n, *S)`, `y` `(n,)`; the repertoire stays."""
@@ -344,6 +347,10 @@ class NeighbourDefence(Defence):
 
     def _known(self, x: Tensor) -> Tensor | None:
         """Return what the model itself answers to inputs `(B, *S)`, probabilities `(B, C)`, if that counts."""
+        return None
+
+    def _own_labels(self, x: Tensor) -> Tensor | None:
+        """Return the labels `(B,)` that the model itself gives inputs `(B, *S)`, if sensing asks how usual they are."""
         return None
 
     def _described(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -284,6 +284,31 @@ def path_curves(places: Sequence[float], panels: Mapping[str, Mapping[str, Row]]
     return figure
 
 
+def innate_curves(levels: Sequence[float], panels: Mapping[str, tuple[Mapping[str, Row], Mapping[str, Row]]]) -> Figure:
+    """Return a figure of what a network that may answer itself changes, against the p-value it answers above.
+
+    `levels`: those p-values. `panels`: by title, a column each, shares by line with `values` and `ci95`, and below them
+    costs by line with `values`, as shares of what every answer would cost.
+    """
+    figure = blank(3.2 * len(panels) + 0.2, 5.4)
+    highest = 1.05 * max(max(row["values"]) for _, costs in panels.values() for row in costs.values())
+    drawn = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row")
+    for column, (title, (shares, costs)) in zip(drawn.T, panels.items(), strict=True):
+        first = column[0] is drawn[0, 0]
+        for i, (name, row) in enumerate(shares.items()):
+            _band(column[0], i, np.array(row["values"]), np.array(row["ci95"]).T, name if first else None, at=levels)
+        for i, (name, row) in enumerate(costs.items(), len(shares)):
+            _band(column[1], i, np.array(row["values"]), np.zeros(len(levels)), name if first else None, at=levels)
+        _style(column[0], title, "", "share of images" if first else "")
+        _style(column[1], "", "innate", "cost, of RAILS always" if first else "")
+        column[0].set_ylim(-0.03, 1.03)
+        column[1].set(xscale="log", ylim=(0, highest))
+        column[1].set_xticks(levels, [f"{level:g}" for level in levels])
+        column[1].minorticks_off()
+    _legend(figure)
+    return figure
+
+
 def loss_plane(planes: Mapping[str, Row]) -> Figure:
     """Return a figure of the loss in the plane through both ends and the bend of paths, a panel each.
 

@@ -177,6 +177,7 @@ def _called(row: Record) -> tuple[str, ...]:
     place += f" (cells at {space})" if space not in (None, *settings["layers"]) else ""
     name += ", cells there" if space in settings["layers"] else ""
     name += f", voice {settings['voice']:g}" if settings.get("voice") else ""
+    name += f", innate {settings['innate']:g}" if settings.get("innate") else ""
     return (settings["base"], place, name, size, f"{row['n']:,}", str(len(row["seeds"]) or ""))
 
 

@@ -86,7 +86,7 @@ def results(answer: Answer, ids: Sequence[str] | None, loaded: Loaded) -> list[R
         "votes": [[_short(share) for share in row] for row in votes],
         "credibility": none if answer.credibility is None else [_short(p) for p in answer.credibility.tolist()],
         "foreign": none if answer.sense is None else answer.sense.foreign.tolist(),
-        "innate": none,
+        "innate": none if answer.innate is None else answer.innate.tolist(),
         "recalled": none if answer.recalled is None else answer.recalled.tolist(),
         "suspicious": none,
     }

@@ -44,9 +44,10 @@ class _Antigens:
     Their `cells` `(B, *S')`, the `bounds` of cells, per layer their `features` `(B, D)` and naive cells, what the model
     itself says, `known` `(B, C)`, if it has a voice, and what tells their noise apart, if they do not share it.
 
-    With a memory, `signatures` of all antigens, and those `recalled`, which are not among the B that mature.
+    `x`: all antigens. With a memory, `signatures` of all, and those `recalled`, which are not among the B that mature.
     """
 
+    x: Tensor
     cells: Tensor
     bounds: tuple[Tensor, Tensor]
     features: list[Tensor]
@@ -359,7 +360,7 @@ class RAILS(NeighbourDefence):
             for i, settings in enumerate(self.maturations if len(cells) else ()):
                 distances, index = self._flock(features[i], i)
                 naive.append(flocked(self.members(i, index), distances, index, cells, settings, bounds))
-            yield _Antigens(cells, bounds, features, naive, self._known(antigens), own, signatures, recalled)
+            yield _Antigens(x[part], cells, bounds, features, naive, self._known(antigens), own, signatures, recalled)
 
     def _mature(
         self, antigens: _Antigens, seed: int, keep_cells: bool = False, trace: bool = False
@@ -367,7 +368,8 @@ class RAILS(NeighbourDefence):
         """Return the response to a batch, and the mean distances `(B, L)` of its antigens to their nearest examples."""
         some = len(antigens.cells)
         met = self._evolved(antigens, seed, keep_cells, trace) if some else self._none(antigens, keep_cells)
-        return met if antigens.signatures is None else self._imprinted(antigens, *met)
+        response, far = met if antigens.signatures is None else self._imprinted(antigens, *met)
+        return (dataclasses.replace(response, antigens=antigens.x) if keep_cells else response), far
 
     def _evolved(self, antigens: _Antigens, seed: int, keep_cells: bool, trace: bool) -> tuple[ImmuneResponse, Tensor]:
         cells, names = antigens.cells, antigens.names

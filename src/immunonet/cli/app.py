@@ -11,11 +11,11 @@ import typer
 
 from immunonet.cli.common import note
 
-_COMMANDS = ("demo", "train", "connect", "fit", "predict", "evaluate", "reproduce", "memory")
+_COMMANDS = ("demo", "train", "connect", "fit", "predict", "evaluate", "reproduce", "memory", "doctor")
 
 app = typer.Typer(
     name="immunonet",
-    help="Classify through an adaptive immune response: train, connect, fit, predict, evaluate, reproduce, memory.",
+    help="Classify through an adaptive immune response, and attack, study and remember it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -124,7 +124,17 @@ def check(wheel: Path, extra: str) -> bool:
         venv.create(folder, with_pip=True)
         python = str(Path(folder, "bin", "python"))
         what = str(wheel) if extra == "core" else f"{wheel}[{extra}]"
-        pip = [python, "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "constraints.txt"), what]
+        pip = [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-compile",
+            "--constraint",
+            str(ROOT / "constraints.txt"),
+            what,
+        ]
         subprocess.run(pip, check=True)
         told = subprocess.run([python, "-I", "-c", PREPARED + REFUSED + FITTED + PROGRAMS[extra]], cwd=folder)
     return told.returncode == 0

@@ -46,7 +46,7 @@ assert rails.predict(x[:9]).equal(y[:9])
 folder = tempfile.mkdtemp()
 rails.save(folder)
 assert RAILS.load(folder, net).predict(x[:9]).equal(y[:9])
-evaluation = evaluate(rails, x[:3], y[:3], base=net, eps=0.1, minutes=0.2)
+evaluation = evaluate(lambda inputs: net(inputs).log_softmax(1), x[:3], y[:3], base=net, eps=0.1)
 refused("report", evaluation.to_html, "page.html")
 refused("memory", Memory)
 refused("memory", Memory, folder)
@@ -77,7 +77,7 @@ import tempfile
 from immunonet import evaluate, report
 response = rails.respond(x[:3])
 report.response_figure(response, x[:3]).savefig(tempfile.mkdtemp() + "/response.png")
-evaluation = evaluate(rails, x[:3], y[:3], base=net, eps=0.1, minutes=0.2)
+evaluation = evaluate(lambda inputs: net(inputs).log_softmax(1), x[:3], y[:3], base=net, eps=0.1)
 evaluation.to_html(tempfile.mkdtemp() + "/page.html")
 """,
     "fast": """

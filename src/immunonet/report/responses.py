@@ -199,7 +199,7 @@ def _learning(
     low, high = float(values[:, classes].min()), float(values[:, classes].max())
     margin = 0.06 * (high - low) or 0.5
     axes.set(xlim=(-0.3, len(values) - 0.7), ylim=(low - margin, high + margin))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=7, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=LINES)
 
 

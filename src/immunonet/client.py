@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from immunonet import _check, incoming
-from immunonet._pictures import require
+from immunonet._imports import require
 
 # What passes by itself, so that asking again may help.
 PASSING = (408, 429, 502, 503, 504)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from immunonet import _check, _sources
-from immunonet._pictures import BACKGROUNDS, decode, require
+from immunonet._imports import require
+from immunonet._pictures import BACKGROUNDS, decode
 from immunonet._sources import IMAGE_COLUMNS, LABEL_COLUMNS
 
 __all__ = [

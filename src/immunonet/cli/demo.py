@@ -13,7 +13,7 @@ import typer
 from torch import Tensor, nn
 
 from immunonet import RAILS, Sentinel, _check, data, report, zoo
-from immunonet._pictures import require
+from immunonet._imports import require
 from immunonet.attacks import PGD
 from immunonet.cli import common
 from immunonet.defences.base import Defence

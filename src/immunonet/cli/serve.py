@@ -54,7 +54,7 @@ def serve(
     POST /v1/respond takes a PNG, a JPEG, or {"inputs": [...]}; /docs tells the rest. If fit was given --sentinel, all
     that is asked is watched. POST /v1/reload reads DIR again, without a lost request.
     """
-    from immunonet._pictures import require
+    from immunonet._imports import require
 
     for module in ("fastapi", "uvicorn", "ray.serve", "prometheus_client"):
         require(module, "serve")

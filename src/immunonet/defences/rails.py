@@ -46,7 +46,7 @@ class _Antigens:
     Their `cells` `(B, *S')`, the `bounds` of cells, per layer their `features` `(B, D)` and naive cells, what the model
     itself says, `known` `(B, C)`, if it has a voice, and what tells their noise apart, if they do not share it.
 
-    With a memory, `signatures` of all antigens, and those `recalled`, which are not among the B that mature.
+    With a memory, `signatures` of all, and those `recalled`, which are not among the B that mature.
     """
 
     cells: Tensor
@@ -192,9 +192,10 @@ class RAILS(NeighbourDefence):
         caches); `trace` also returns the learning curve of every layer, so that no answer spares the response. All
         cells of the response are kept, (0.25 T)|S| floats per antigen: `predict` is lighter.
         """
-        return ImmuneResponse.cat(
+        found = ImmuneResponse.cat(
             [found for found, _ in self._answers(x, seed, batch_size, keep_cells=True, trace=trace)]
         )
+        return dataclasses.replace(found, antigens=self._inputs(x).clone())
 
     def learning_curves(self, x: Any, seed: int | None = None) -> tuple[Trace, ...]:
         """Return the learning curve of every layer for antigens `x` `(B, *S)`."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from immunonet._check import Bounds
-from immunonet._pictures import decode, require
+from immunonet._imports import require
+from immunonet._pictures import decode
 from immunonet.report.images import require_images
 
 # A picture's pixels: more take more memory to decode than a visitor should be able to ask for.

@@ -17,7 +17,7 @@ from immunonet.explorer import antigens
 from immunonet.explorer.story import Assailed, Story, assailed, plain, reply, told
 from immunonet.explorer.watching import Seen, asking
 from immunonet.memory.sentinel import Sentinel
-from immunonet.report.images import class_names, require_images
+from immunonet.report.images import require_images
 
 TEST, DRAWING, FILE = "a test image", "your drawing", "a picture of yours"
 NETWORK = "the network alone"
@@ -76,7 +76,7 @@ class Desk:
         object.__setattr__(self, "antigen", shape)
         classes = len(plain(self.base, self._inputs(torch.zeros(1, *shape))).shares)
         known = self.names or (self.images.classes if self.images is not None and self.images.named else None)
-        object.__setattr__(self, "names", class_names(known, classes))
+        object.__setattr__(self, "names", _check.class_names(known, classes))
         object.__setattr__(self, "_stand_ins", self.defence.surrogates())
 
     def _check_kinds(self) -> None:

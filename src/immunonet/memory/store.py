@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from immunonet import _check, _store, incoming
+from immunonet import _check, _looks, _store, incoming
+from immunonet._imports import require
 from immunonet.memory import entries, record
 from immunonet.memory.backend import Backend, Version
 from immunonet.memory.entries import Which
@@ -69,6 +70,7 @@ class Memory:
         self.cells = None if cells is None else _check.integer("cells", cells, least=0)
         self.credible = _check.number("credible", credible, least=0, most=1)
         self.refresh = _check.number("refresh", refresh, least=0)
+        require("pyarrow" if folder is None else "lancedb", "memory")
         self._space: Space | None = None
         self._backend: Backend | None = None
         self._begin()
@@ -128,6 +130,14 @@ class Memory:
 
     def __repr__(self) -> str:
         return f"Memory({self.where}, {len(self):,} entries, version {self.version})"
+
+    def _repr_html_(self) -> str:
+        told = self.stats()
+        lines = [("source", "entries", "confirmed", "contradicted")]
+        for source, counts in told.get("sources", {}).items():
+            lines.append((source, *(str(counts[name]) for name in lines[0][1:])))
+        trusted = f"{told['trusted']:,} are trusted, {told['foreign']:,} looked foreign." if len(lines) > 1 else ""
+        return _looks.markup(repr(self), lines, trusted)
 
     @property
     def version(self) -> int:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from immunonet import data, incoming
-from immunonet._pictures import first_line, require
+from immunonet._imports import require
+from immunonet._pictures import first_line
 from immunonet.service.answering import Loaded
 from immunonet.service.batching import Inputs
 from immunonet.service.limits import Limits

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from immunonet._pictures import require
+from immunonet._imports import require
 from immunonet.evaluation import cluster
 from immunonet.service.answering import Answering, Load
 from immunonet.service.batching import Inputs, Result

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from immunonet._pictures import require
+from immunonet._imports import require
 from immunonet.memory.store import Memory
 from immunonet.service.answering import Load
 from immunonet.service.app import Service, create

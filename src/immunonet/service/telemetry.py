@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from immunonet._pictures import require
+from immunonet._imports import require
 from immunonet.service.batching import Result
 
 log = logging.getLogger("immunonet.service")

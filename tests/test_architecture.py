@@ -94,7 +94,7 @@ def test_what_is_measured_knows_nothing_of_those_who_measure(layer: str) -> None
 # What the package needs where no extra is installed.
 OPTIONAL = (
     "typer", "rich", "click", "jinja2", "matplotlib", "ray", "pydantic", "optuna", "datasets", "pyarrow", "PIL",
-    "sklearn", "pandas", "scipy", "faiss", "torchvision", "lancedb",
+    "sklearn", "pandas", "scipy", "faiss", "torchvision", "lancedb", "gradio", "fastapi", "uvicorn",
 )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def load(monkeypatch):
         return importlib.import_module(name)
 
     yield find
-    for name in ("common", "loop", "engine", "flocking", "cost", "memory", "larger", "scaling", "report"):
+    for name in ("common", "loop", "engine", "flocking", "cost", "memory", "innate", "larger", "scaling", "report"):
         sys.modules.pop(name, None)
 
 
@@ -170,6 +170,17 @@ def test_memory(load, digits, monkeypatch, tmp_path):
     assert [row["entries"] for row in tables["lookup"]["rows"]] == [500, 500]
 
 
+def test_latency_and_what_joins(load, digits, monkeypatch, tmp_path):
+    sizes = ["--examples", "200", "--images", "8", "--only", "latency", "joining"]
+    tables = run(load("memory"), monkeypatch, tmp_path, *digits, *sizes)
+    assert [row["queries"] for row in tables["latency"]["rows"]] == ["batch 1", "batch 100"]
+    assert all(row["times"] > 0 for row in tables["latency"]["rows"])
+    rows = tables["joining"]["rows"]
+    assert [row["cells"] for row in rows[:6]] == [0, 0, 4, 4, 4, 4]
+    assert rows[0]["true_near"] == rows[0]["other_near"] == 0
+    assert all(0 <= row["true_near"] <= 1 for row in rows)
+
+
 def test_hardening_and_poison(load, digits, monkeypatch, tmp_path):
     sizes = ["--examples", "200", "--images", "10", "--drift", "50"]
     only = ["--only", "hardening", "poisoning", "drift"]
@@ -181,6 +192,21 @@ def test_hardening_and_poison(load, digits, monkeypatch, tmp_path):
     assert all(row["undone"] for row in tables["poisoning"][1:8])
     assert [row["written"] for row in tables["drift"]] == [0, 10, 20, 30, 40, 50]
     assert all(row["held"] <= 10 for row in tables["drift"])
+
+
+def test_innate(load, digits, monkeypatch, tmp_path):
+    module = load("innate")
+    monkeypatch.setattr(module, "PLACES", dict(list(module.PLACES.items())[:1]))
+    sizes = ["--examples", "150", "--images", "6", "--attacked", "2"]
+    tables = run(module, monkeypatch, tmp_path, *digits, *sizes)
+    rows = tables["MNIST, input"]["rows"]
+    assert [row["innate"] for row in rows[:-2]] == ["none", *module.LEVELS]
+    assert sum(row.get("chosen", False) for row in rows) == 1
+    assert all(0 <= row["clean"] <= 1 for row in rows)
+    assert [row["attack"] for row in tables["attackers"]["rows"]][::7] == ["none", "worst case"]
+    monkeypatch.setattr(sys, "argv", ["innate.py", "--json", str(tmp_path / "found.json"), "--draw", str(tmp_path)])
+    module.main()
+    assert (tmp_path / "innate-curves.png").stat().st_size > 1000
 
 
 def test_slope_of_a_power(load):

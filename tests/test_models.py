@@ -289,5 +289,5 @@ def test_probabilities_are_told_from_logits():
 def test_a_network_exported_for_two_inputs_at_once_is_refused_by_name(net):
     x = torch.rand(60, 4)
     fixed = torch.export.export(net, (x[:2],)).module()
-    with pytest.raises(ValueError, match=r"model fails on inputs of shape \(8, 4\): Guard failed"):
+    with pytest.raises(ValueError, match=r"model fails on inputs of shape \(8, 4\): "):
         DkNN(fixed, "input", neighbours=5).fit(x, torch.arange(60) % 3)

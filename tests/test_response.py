@@ -1,7 +1,10 @@
+import dataclasses
+
+import pytest
 import torch
 from torch import nn
 
-from immunonet import RAILS, Maturation
+from immunonet import RAILS, Maturation, Memory
 
 X, Y = torch.rand(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
 
@@ -19,3 +22,66 @@ def test_a_response_is_short_in_print():
     one = rails.respond(X[:1])
     assert repr(one).startswith(f"ImmuneResponse(1 antigen; labels {int(one.labels)}; ")
     assert (repr(r.plasma), repr(r.trace[0])) == ("Cells(x (20, 8, 4))", "Trace(votes (11, 20, 3))")
+
+
+@pytest.fixture(scope="module")
+def rails():
+    maturation = Maturation(population=90, neighbours=3)
+    return RAILS(nn.Linear(4, 3), ["input", torch.square], maturation=maturation, seed=0).fit(X, Y)
+
+
+def test_a_response_keeps_a_copy_of_its_antigens(rails):
+    x = X[:5].clone()
+    r = rails.respond(x, batch_size=2)
+    x[:] = 0
+    assert torch.equal(r.antigens, X[:5])
+
+
+def test_print_shows_a_short_table(rails):
+    r = rails.respond(X[:20])
+    r.foreign[:] = torch.arange(20) == 1
+    head, *lines, rest = str(r).split("\n")
+    assert head.split() == ["antigen", "label", "votes", "next", "credibility", "generations"]
+    assert [line.split()[:2] for line in lines] == [
+        [str(i), str(label)] for i, label in enumerate(r.labels[:8].tolist())
+    ]
+    assert [line.endswith("foreign") for line in lines] == [i == 1 for i in range(8)]
+    assert rest == "and 12 more; of all 20: 1 foreign, 0 recalled"
+    assert r._repr_html_().count("<tr>") == 9
+    assert len(str(rails.respond(X[:1])).split("\n")) == 2
+
+
+def test_an_answer_is_explained(rails):
+    r = rails.respond(X[:3])
+    votes = torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.0, 1.0], [0.4, 0.35, 0.25]])
+    r = dataclasses.replace(r, votes=votes, labels=votes.argmax(1), foreign=torch.tensor([False, True, False]))
+    r.plasma.origin[:2] = torch.tensor([[7, 7, 7, 7, 7, 2, 2, 1], [5] * 8])
+    one, two = r.explain(0, names=["ant", "bee", "cat"]), r.explain(1)
+    assert one.startswith("Antigen 0 is answered as bee by the immune response: the label has 75% of the votes after ")
+    assert "; ant comes next, with 25%. " in one
+    assert "The 8 plasma cells, the fittest of all, descend from 3 training examples, 5 of them from number 7. " in one
+    assert "foreign" not in one
+    assert "next" not in two
+    assert "descend from training example number 5." in two
+    assert two.endswith("do not rely on it.")
+    assert r.explain(-1) == r.explain(2)
+
+
+def test_what_is_recalled_is_explained_by_its_entry(rails):
+    remembering = rails.with_settings(memory=Memory(None))
+    ids = remembering.memory.remember(remembering.respond(X[:2]), X[:2])
+    remembering.memory.confirm(ids, Y[:2])
+    r = remembering.respond(X[:2])
+    assert f"from memory, by entry {ids[1]}: " in r.explain(1)
+    assert "recalled" in str(r)
+
+
+@pytest.mark.parametrize("ask", ["explain", "plot"])
+def test_what_is_asked_of_a_response_is_checked(rails, ask):
+    r = rails.respond(X[:3])
+    with pytest.raises(ValueError, match=r"i must be at least -3 and at most 2, got 3"):
+        getattr(r, ask)(3)
+    with pytest.raises(TypeError, match="i must be an integer, got 'a'"):
+        getattr(r, ask)("a")
+    with pytest.raises(ValueError, match="names must hold one name per class, 3, got 2"):
+        getattr(r, ask)(0, names=["ant", "bee"])

@@ -98,6 +98,13 @@ def among(name: Any, known: Iterable[str], what: str) -> None:
         raise ValueError(f"there is no {what} {name!r}{nearest(str(name), names)}")
 
 
+def class_names(names: Sequence[str] | None, classes: int) -> list[str]:
+    """Return one name per class, by default its number; raise ValueError unless there are `classes`."""
+    if names is not None and len(names) != classes:
+        raise ValueError(f"names must hold one name per class, {classes}, got {len(names)}")
+    return [str(name) for name in (range(classes) if names is None else names)]
+
+
 def boolean(name: str, value: object) -> bool:
     """Return `value` as a bool if it is one; raise TypeError otherwise."""
     found = _plain(value)

@@ -1,4 +1,4 @@
-"""What a name such as `package.module:factory` stands for, and whose fault it is where that fails."""
+"""Packages that an extra brings; what a name such as `package.module:factory` stands for; whose fault a failure is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ from typing import Any, cast
 
 # Where code lies that is not the user's own.
 _LIBRARIES = (Path(__file__).parent, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")))
+
+
+def require(module: str, extra: str) -> Any:
+    """Return an optional dependency; ImportError says which extra of the package brings what is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        message = f"this needs {module.partition('.')[0]}: pip install 'immunonet[{extra}]'"
+        raise type(error)(message, name=error.name) from error
 
 
 def imported(option: str, name: str) -> Callable[..., Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from immunonet import _check
+from immunonet._imports import require
 
 BACKGROUNDS = ("white", "black")
 _GREY = {"1", "L"}
@@ -20,14 +20,6 @@ _COLOUR = {"P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV",
 _ORIENTATION = 0x0112
 
 Pixels = np.ndarray[Any, np.dtype[Any]]
-
-
-def require(module: str, extra: str) -> Any:
-    """Import an optional dependency; ImportError says which extra of the package brings it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"this needs {module.partition('.')[0]}: pip install 'immunonet[{extra}]'") from error
 
 
 def decode(

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from immunonet._pictures import first_line, require
+from immunonet._imports import require
+from immunonet._pictures import first_line
 
 IMAGE_COLUMNS = ("image", "img", "pixel_values", "images", "picture")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "y")

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from immunonet import _check, _sources
-from immunonet._pictures import BACKGROUNDS, decode, require
+from immunonet._imports import require
+from immunonet._pictures import BACKGROUNDS, decode
 from immunonet._sources import IMAGE_COLUMNS, LABEL_COLUMNS
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "SPLITS",
     "Images",
     "classes_of",
+    "decode",
     "load",
     "read",
     "read_folder",
@@ -33,6 +35,7 @@ __all__ = [
     "read_parquet",
     "require",
     "sample",
+    "shaped",
     "split",
     "splits",
 ]
@@ -216,6 +219,15 @@ def read_folder(path: str | Path, **options: Any) -> Images:
 def read_images(files: Sequence[Path], *, size: int | None = None, background: str = "white") -> Tensor:
     """Return image files as (N, C, H, W) in [0, 1], read as by `read`; ValueError names the one that cannot be."""
     return decode(((str(file), file) for file in files), str(files[0].parent), size=size, background=background)
+
+
+def shaped(x: Tensor, shape: tuple[int, ...] | None, name: str) -> Tensor:
+    """Return images `(N, C, H, W)`, in colour where images of `shape` are; ValueError where they have another shape."""
+    if shape is not None and shape[0] == 3 and x.shape[1] == 1:
+        x = x.expand(-1, 3, -1, -1)
+    if shape is not None and tuple(x.shape[1:]) != tuple(shape):
+        raise ValueError(f"{name} has images of shape {tuple(x.shape[1:])}, but the defence takes {tuple(shape)}")
+    return x
 
 
 def _numbered(

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-# Labels that a response shows of itself.
+from immunonet import _check, _looks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Antigens that a response shows of itself.
 SHOWN = 8
 
 
@@ -127,20 +136,25 @@ class ImmuneResponse:
     all of them have a share in `votes`. `trace`: one `Trace` per layer if asked for.
 
     `recalled` `(B,)` bool: answered from memory, where there is one. Such an antigen has no cells of its own: their
-    labels and origins are -1, their affinity -inf, and its generations 0. `imprint`: what the memory keeps beside, None
-    without one.
+    labels and origins are -1, their affinity -inf, and its generations 0. `innate` `(B,)` bool: answered by the network
+    itself, whose softmax are its votes, and without cells likewise. `imprint`: what the memory keeps beside, None
+    without one. `antigens` `(B, *S)`: those that are answered.
+
+    `print(response)` shows a table; `explain(i)` says, `plot(i)` and `animate(i, file)` show what answered antigen i.
     """
 
     labels: Tensor
     votes: Tensor
     credibility: Tensor
     foreign: Tensor
+    innate: Tensor
     recalled: Tensor
     generations: Tensor
     plasma: Cells
     memory: Cells
     trace: tuple[Trace, ...] | None = None
     imprint: Imprint | None = None
+    antigens: Tensor | None = None
 
     def __repr__(self) -> str:
         n, first = len(self.labels), self.labels[:SHOWN].tolist()
@@ -148,6 +162,7 @@ class ImmuneResponse:
             f"{n} antigen{'s' * (n != 1)}",
             f"labels {', '.join(map(str, first))}{', ...' * (n > SHOWN)}",
             f"{int(self.foreign.sum())} foreign",
+            *([f"{int(self.innate.sum())} innate"] if self.innate.any() else []),
             *([f"{int(self.recalled.sum())} recalled"] if self.recalled.any() else []),
             f"votes {_shape(self.votes)}",
             f"plasma {_shape(self.plasma.x)}",
@@ -157,22 +172,138 @@ class ImmuneResponse:
             parts.append(f"trace {len(self.trace)} x {_shape(self.trace[0].votes)}")
         return f"ImmuneResponse({'; '.join(parts)})"
 
+    def __str__(self) -> str:
+        return _looks.text(self._table(), self._total())
+
+    def _repr_html_(self) -> str:
+        return _looks.markup("Immune response", self._table(), self._total())
+
+    def explain(self, i: int, *, names: Sequence[str] | None = None) -> str:
+        """Return in words what answered antigen `i`, and how much there is to it; `names`: one per class.
+
+        ValueError or TypeError for an antigen that is not there, and for another number of names.
+        """
+        i, called = self._place(i), _check.class_names(names, self.votes.shape[1])
+        answer = f"Antigen {i} is answered as {called[int(self.labels[i])]}"
+        if self.recalled[i]:
+            found = self._recalled(i, answer)
+        elif self.innate[i]:
+            found = [f"{answer} by the network itself: enough of its nearest training examples carry that label."]
+        else:
+            found = self._answered(i, answer, called)
+        found.append(
+            f"Its credibility is {float(self.credibility[i]):.2g}: about that share of the calibration examples have "
+            "neighbours that agree no better with their own label."
+        )
+        if self.foreign[i]:
+            found.append(
+                "It looks foreign, farther from the training examples than clean inputs are: do not rely on it."
+            )
+        return " ".join(found)
+
+    def plot(
+        self,
+        i: int,
+        *,
+        names: Sequence[str] | None = None,
+        repertoire: Tensor | None = None,
+        bounds: Any = (0.0, 1.0),
+    ) -> Figure:
+        """Return a figure of the response to antigen `i`: votes, affinities, the learning curve if it was traced.
+
+        Images are drawn too, between their `bounds`, with the fittest cells; cells of a hidden layer by the examples
+        that they descend from, where `repertoire` `(N, *S)` (`rails.repertoire.shown`) is given. `names`: one per
+        class. Notebooks show it, `.savefig("response.png")` writes it. Needs `immunonet[report]`. ValueError or
+        TypeError that names the argument.
+        """
+        figure: Figure = _drawing().figure(
+            self, self._place(i), names=_check.class_names(names, self.votes.shape[1]), repertoire=repertoire,
+            bounds=bounds,
+        )  # fmt: skip
+        return figure
+
+    def animate(
+        self, i: int, file: str | Path, *, names: Sequence[str] | None = None, layer: int = 0, seconds: float = 0.6
+    ) -> Path:
+        """Return the path of a GIF: votes and affinities of antigen `i` in each generation.
+
+        It is written whole or not at all. The response must be one with a trace; `layer`: which of its traces, by
+        number; `seconds` per generation; `names`: one per class. Needs `immunonet[report]`. ValueError or TypeError
+        that names the argument.
+        """
+        if not self.trace:
+            raise ValueError("trace must be there to animate a response, got None: ask respond(x, trace=True)")
+        layer = _check.integer("layer", layer, least=0, most=len(self.trace) - 1)
+        seconds = _check.number("seconds", seconds, least=0.01)
+        called = _check.class_names(names, self.votes.shape[1])
+        _drawing().animation(self.trace[layer], self._place(i), Path(file), names=called, seconds=seconds)
+        return Path(file)
+
+    def _place(self, i: object) -> int:
+        n = len(self.labels)
+        place = _check.integer("i", i, least=-n, most=n - 1)
+        return place % n
+
+    def _recalled(self, i: int, answer: str) -> list[str]:
+        entry = self.imprint.entries[i] if self.imprint else "unknown"
+        return [f"{answer} from memory, by entry {entry}: its features are within the radius of an antigen met before."]
+
+    def _answered(self, i: int, answer: str, called: Sequence[str]) -> list[str]:
+        after, origins = self._next(i), Counter(self.plasma.origin[i].tolist())
+        following = "" if after is None else f"; {called[after]} comes next, with {self._share(i, after):.0%}"
+        (most, count), n = origins.most_common(1)[0], self.plasma.origin.shape[1]
+        several = f"{len(origins)} training examples, {count} of them from" if len(origins) > 1 else "training example"
+        return [
+            f"{answer} by the immune response: the label has {self._share(i, int(self.labels[i])):.0%} of the votes "
+            f"after generation {int(self.generations[i])}{following}.",
+            f"The {n} plasma cells, the fittest of all, descend from {several} number {most}.",
+        ]
+
+    def _share(self, i: int, label: int) -> float:
+        return float(self.votes[i, label])
+
+    def _next(self, i: int) -> int | None:
+        """Return the other label with most votes, if another has any."""
+        others = self.votes[i].clone()
+        others[self.labels[i]] = 0
+        return int(others.argmax()) if bool(others.any()) else None
+
+    def _table(self) -> list[Sequence[str]]:
+        lines: list[Sequence[str]] = [("antigen", "label", "votes", "next", "credibility", "generations", "")]
+        for i, label in enumerate(self.labels[:SHOWN].tolist()):
+            after = self._next(i)
+            known = ("foreign", self.foreign), ("innate", self.innate), ("recalled", self.recalled)
+            marks = [word for word, on in known if on[i]]
+            following = "" if after is None else f"{after} ({self._share(i, after):.2f})"
+            figures = f"{self._share(i, label):.2f}", following, f"{float(self.credibility[i]):.2f}"
+            lines.append((str(i), str(label), *figures, str(int(self.generations[i])), ", ".join(marks)))
+        return lines
+
+    def _total(self) -> str:
+        n = len(self.labels)
+        found = {"foreign": self.foreign, "innate": self.innate, "recalled": self.recalled}
+        counts = ", ".join(f"{int(flags.sum())} {name}" for name, flags in found.items())
+        return f"and {n - SHOWN} more; of all {n}: {counts}" if n > SHOWN else ""
+
     @staticmethod
     def cat(parts: Sequence[ImmuneResponse]) -> ImmuneResponse:
         """Return the responses to consecutive batches as one."""
         traces = [part.trace or () for part in parts]
         imprints = [part.imprint for part in parts if part.imprint is not None]
+        antigens = [part.antigens for part in parts if part.antigens is not None]
         return ImmuneResponse(
             labels=torch.cat([part.labels for part in parts]),
             votes=torch.cat([part.votes for part in parts]),
             credibility=torch.cat([part.credibility for part in parts]),
             foreign=torch.cat([part.foreign for part in parts]),
+            innate=torch.cat([part.innate for part in parts]),
             recalled=torch.cat([part.recalled for part in parts]),
             generations=torch.cat([part.generations for part in parts]),
             plasma=Cells.cat([part.plasma for part in parts]),
             memory=Cells.cat([part.memory for part in parts]),
             trace=parts[0].trace and tuple(Trace.cat(layer) for layer in zip(*traces, strict=True)),
             imprint=Imprint.cat(imprints) if len(imprints) == len(parts) else None,
+            antigens=torch.cat(antigens) if len(antigens) == len(parts) else None,
         )
 
 
@@ -180,6 +311,11 @@ def onto(all_classes: Tensor, labels: Tensor, values: Tensor) -> Tensor:
     """Return `all_classes` `(B, C)` with values `(..., B, M)` in the places of `labels` `(B, M)`: `(..., B, C)`."""
     out = all_classes.expand(*values.shape[:-1], -1).clone()
     return out.scatter_(-1, labels.expand(values.shape), values)
+
+
+def _drawing() -> Any:
+    # By name: reports are about responses, and imports point that way alone.
+    return importlib.import_module("immunonet.report.responses")
 
 
 def _shape(tensor: Tensor) -> str:

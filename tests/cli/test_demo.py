@@ -189,6 +189,19 @@ def test_one_thread_is_used() -> None:
         numba.set_num_threads(before[1])
 
 
+def test_explore_opens_the_page_instead(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    explorer = pytest.importorskip("immunonet.explorer", exc_type=ImportError)
+    built: dict[str, Any] = {}
+    monkeypatch.setattr(explorer, "build", lambda defence, **how: built.update(how, defence=defence) or "page")
+    monkeypatch.setattr(explorer, "launch", lambda page, port, ready: ready(f"http://{page}:{port}"))
+    code, out, _ = run("--explore", "--port", 7, "--out", "here")
+    assert (code, out) == (0, "explorer: http://page:7 (Ctrl-C ends it)\n")
+    assert not Path("here/report.html").exists()
+    assert built["defence"].model is built["base"]
+    assert built["sentinel"].threshold > 0
+    assert len(built["images"]) == N
+
+
 def test_bad_input(run: Run) -> None:
     code, out, err = run("--eps", "1.5")
     assert (code, out) == (2, "")

@@ -10,6 +10,7 @@ import pytest
 
 from immunonet import zoo
 from immunonet.attacks import PGD
+from immunonet.evaluation import stream
 from immunonet.evaluation.suite import PROTOCOLS
 from immunonet.report import figures, robustness, tables
 
@@ -164,6 +165,47 @@ def test_several_threats_are_told_in_table_page_record_and_document(run, monkeyp
     assert "### digits, digits, linf eps 0.2 or l1 eps 2, 8 images" in Path("doc.md").read_text()
 
 
+def test_a_sentinel_watches_and_its_section_is_told(run, monkeypatch):
+    monkeypatch.setattr(figures, "svg_uri", lambda figure: "data:,")
+    monkeypatch.setattr(stream, "WAYS", {"plain": stream.WAYS["plain"]})
+    watch = ("--sentinel", "input neighbours=2 window=50 false_alarm=.05", "--black-box", "1")
+    code, out, err = run(*COMMAND, "--defence", "cnn", "--n", "4", *watch, "--json", "r.json")
+    assert code == 0, err
+    (one,) = json.loads(Path("r.json").read_text())["evaluations"]
+    told = one["sentinel"]
+    assert {name: told["settings"][name] for name in ("space", "neighbours", "window", "false_alarm")} == {
+        "space": "input", "neighbours": 2, "window": 50, "false_alarm": 0.05,
+    }  # fmt: skip
+    assert {row["attack"] for row in told["attacks"]} == {"square", "nes", "hop-skip-jump"}
+    assert "cnn behind the sentinel" in out
+    assert "Honest queries" in out
+    assert "The sentinel (input) compares a query with the last 50" in Path("evaluation/cnn.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("sentinel", "told"),
+    [
+        ("", "--sentinel must be SPACE [KEY=VALUE ...]"),
+        ("window=3", "--sentinel must be SPACE"),
+        ("pooled 3", "'3' must be KEY=VALUE"),
+        ("pooled windows=3", "no setting 'windows'; nearest: window"),
+        ("pooled window=9 window=9", "window is given twice"),
+        ("pooled window=2", "window must be"),
+        ("pooled neighbours=many", "neighbours must be"),
+        ("pooled false_alarm=2", "false_alarm must be"),
+        ("pooled log=x", "no setting 'log'"),
+        ("fc7 window=50 false_alarm=.05", "'fc7' is no submodule of the model"),
+        ("pooled", "clean must hold at least 10,001 inputs"),
+    ],
+)
+def test_a_wrong_sentinel_is_told_before_any_work(run, sentinel, told):
+    code, out, err = run(*COMMAND, "--defence", "cnn", "--sentinel", sentinel)
+    assert (code, out) == (2, "")
+    assert told in err
+    assert len(err.splitlines()) == 1
+    assert not list(Path("evaluation").glob("*/*"))
+
+
 def test_a_file_that_holds_no_evaluation_is_refused():
     with pytest.raises(ValueError, match="run 0 holds no evaluations"):
         robustness.merge([{"results": []}])
@@ -212,7 +254,9 @@ def test_a_wrong_threat_is_told_in_one_line(run, arguments, told):
     assert out == ""
 
 
-@pytest.mark.parametrize("option", [("--minutes", "3"), ("--black-box", "5"), ("--threat", "l2=1")])
+@pytest.mark.parametrize(
+    "option", [("--minutes", "3"), ("--black-box", "5"), ("--threat", "l2=1"), ("--sentinel", "pooled")]
+)
 def test_options_of_the_protocol_need_it(run, option):
     code, _, err = run("--dataset", "digits", "--weights", "digits.safetensors", *option)
     assert code == 2

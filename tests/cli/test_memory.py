@@ -55,11 +55,25 @@ def test_forget_rollback_and_export(command, store, tmp_path):
     assert (tmp_path / "all.parquet").stat().st_size > 0
 
 
+def test_page(command, store, tmp_path):
+    flag = {"time": "2026-01-01T00:00:00+00:00", "source": "you", "queries": 3, "flagged": 2}
+    (tmp_path / "flags.jsonl").write_text(json.dumps(flag) + "\n")
+    words = ("store", "--out", "p.html", "--flags", "flags.jsonl", "--json", "p.json")
+    assert command("memory", "page", *words)[:2] == (0, "p.html\n")
+    (row,) = json.loads((tmp_path / "p.json").read_text())["results"]
+    assert sum(row["sources"]["you"]["flagged"]) == 2
+    text = (tmp_path / "p.html").read_text()
+    assert "Memory store" in text
+    assert "Flags of the sentinel" in text
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["stats", "nowhere"], "there is no memory in nowhere"),
         (["stats", "."], "is no memory"),
+        (["page", "nowhere"], "there is no memory in nowhere"),
+        (["page", "store", "--flags", "nowhere"], "nowhere"),
         (["rollback", "store", "99"], "version 99 is not there"),
         (["rollback", "store", "soon"], "there is no tag 'soon'"),
         (["forget", "store"], "forget needs to be told what"),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from immunonet.immune.sensing import nonconformity, p_values, remoteness
+from immunonet.immune.sensing import nonconformity, p_values, remoteness, tolerated
 
 
 def test_the_textbook_rule_by_hand():
@@ -42,3 +42,13 @@ def test_the_mean_distance_to_the_nearest_over_all_classes():
 def test_false_alarm_needs_enough_calibration(n):
     p = p_values(torch.arange(float(n)), torch.tensor([1e9]))
     assert bool(p <= 0.05) == (n >= 19)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.05, 0.1, 0.3, 0.5, 0.999, 1.0])
+def test_the_highest_tolerated_score_is_the_last_above_the_level(level):
+    calibration = torch.tensor([0.0, 1.0, 1.0, 2.0, 5.0, 5.0, 7.0, 8.0, 9.0])
+    found = tolerated(calibration, level)
+    at = torch.tensor([found, found + 0.01]).clamp(-1e9, 1e9)
+    p = p_values(calibration, at)
+    assert bool(p[0] > level) == (found > -torch.inf)
+    assert bool(p[1] > level) == (found == torch.inf)

@@ -56,6 +56,7 @@ def response(signature: Any, label: Any = 0, *, credibility: float = 1.0, foreig
         votes=votes,
         credibility=torch.full((n,), credibility),
         foreign=torch.full((n,), foreign),
+        innate=torch.zeros(n, dtype=torch.bool),
         recalled=torch.zeros(n, dtype=torch.bool),
         generations=torch.ones(n, dtype=torch.long),
         plasma=cells.part(slice(1)),

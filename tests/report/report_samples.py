@@ -34,6 +34,7 @@ def made_response(shape: tuple[int, ...], cell_shape: tuple[int, ...] | None = N
         votes=votes[-1],
         credibility=uniform(B).clamp(min=0.01),
         foreign=uniform(B) > 0.5,
+        innate=torch.zeros(B, dtype=torch.bool),
         recalled=torch.zeros(B, dtype=torch.bool),
         generations=torch.full((B,), G),
         plasma=cells(7),

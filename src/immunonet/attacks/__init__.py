@@ -11,6 +11,7 @@ from immunonet.attacks.clones import SoftClones
 from immunonet.attacks.controls import Inside, Through
 from immunonet.attacks.gradient import FGSM, PGD
 from immunonet.attacks.hopskipjump import HopSkipJump
+from immunonet.attacks.innate import Credible, Gated
 from immunonet.attacks.knn import ASK, AdvKnn, SoftCount, SoftNeighbours, neighbour_votes
 from immunonet.attacks.nes import NES
 from immunonet.attacks.noise import Noise
@@ -31,8 +32,10 @@ __all__ = [
     "AttackResult",
     "Blinded",
     "Bpda",
+    "Credible",
     "Eot",
     "Found",
+    "Gated",
     "HopSkipJump",
     "Inside",
     "Noise",

@@ -99,18 +99,7 @@ class SoftCount(Surrogate):
 
     def _vote(self, layer: int, antigens: Tensor, features: Tensor) -> Tensor:
         index, width = self.defence.index(layer), self.widths[layer]
-        with torch.no_grad():
-            distances, near = index.nearest(features, self.neighbours)
-            squares = distances.square()
-            nearest = squares.flatten(1)
-            nearest = nearest.topk(min(self.counted + 1, nearest.shape[1]), dim=1, largest=False).values
-            inside = (nearest[:, -2:].mean(1)[:, None, None] - squares) / width
-            counts = F.logsigmoid(inside)
-            weights = counts.softmax(2) * torch.sigmoid(-inside)
-            share = weights.sum(2)
-            means = _means(index, near, weights / share[:, :, None].clamp(min=1e-12))
-        slope = -share * (features[:, None] - means).square().sum(2) / width
-        return counts.logsumexp(2) + slope - slope.detach()
+        return soft_count(index, features, self.neighbours, counted=self.counted, width=width)
 
 
 class ASK(Surrogate):
@@ -217,6 +206,25 @@ class AdvKnn(Surrogate):
         itself[:, -1] |= ~itself.any(1)
         labels = self.defence.repertoire.y[near[~itself].view(len(examples), -1)]
         return F.one_hot(labels, self.defence.classes).float().mean(1)
+
+
+def soft_count(index: Index, features: Tensor, neighbours: int, *, counted: int, width: float) -> Tensor:
+    """Return the log `(B, C)` of how many of the `counted` nearest examples each class has, softly, by `features`.
+
+    As for `SoftCount`, over the `neighbours` nearest of each class; differentiable in `features` `(B, D)`.
+    """
+    with torch.no_grad():
+        distances, near = index.nearest(features, neighbours)
+        squares = distances.square()
+        nearest = squares.flatten(1)
+        nearest = nearest.topk(min(counted + 1, nearest.shape[1]), dim=1, largest=False).values
+        inside = (nearest[:, -2:].mean(1)[:, None, None] - squares) / width
+        counts = F.logsigmoid(inside)
+        weights = counts.softmax(2) * torch.sigmoid(-inside)
+        share = weights.sum(2)
+        means = _means(index, near, weights / share[:, :, None].clamp(min=1e-12))
+    slope = -share * (features[:, None] - means).square().sum(2) / width
+    return counts.logsumexp(2) + slope - slope.detach()
 
 
 def _neighbours(value: int | None, defence: NeighbourDefence, default: int) -> int:

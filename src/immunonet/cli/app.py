@@ -11,22 +11,33 @@ import typer
 
 from immunonet.cli.common import listen, note
 
-_COMMANDS = ("demo", "train", "connect", "fit", "predict", "evaluate", "reproduce", "memory")
+# An example of each command, for its help.
+_COMMANDS = {
+    "demo": "immunonet demo --out demo",
+    "train": "immunonet train mnist --model mnist-small --adversarial pgd --threat linf=.3",
+    "connect": "immunonet connect A.safetensors B.safetensors --dataset mnist --threat linf=.3 --threat l1=10",
+    "fit": 'immunonet fit --dataset mnist --weights weights/mnist.safetensors --defence "rails input"',
+    "predict": "immunonet predict picture.png --weights weights/mnist.safetensors",
+    "evaluate": "immunonet evaluate --dataset mnist --weights weights/mnist.safetensors --protocol quick",
+    "reproduce": "immunonet reproduce mnist --report",
+    "memory": "immunonet memory stats DIR",
+    "serve": "immunonet serve defence --weights weights/mnist.safetensors --memory memory",
+    "doctor": "immunonet doctor --json doctor.json",
+}
 
 app = typer.Typer(
     name="immunonet",
-    help="Classify through an adaptive immune response: train, connect, fit, predict, evaluate, reproduce, memory.",
+    help="Classify through an adaptive immune response, and attack, study and remember it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _name in _COMMANDS:
+for _name, _example in _COMMANDS.items():
     _found = getattr(importlib.import_module(f"immunonet.cli.{_name}"), _name)
     if isinstance(_found, typer.Typer):
-        app.add_typer(_found, name=_name)
+        app.add_typer(_found, name=_name, epilog=f"Example: {_example}")
     else:
-        app.command(_name)(_found)
+        app.command(_name, epilog=f"Example: {_example}")(_found)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

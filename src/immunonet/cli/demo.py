@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,8 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from immunonet import RAILS, _check, data, report, zoo
+from immunonet import RAILS, Sentinel, _check, data, report, zoo
+from immunonet._imports import require
 from immunonet.attacks import PGD
 from immunonet.cli import common
 from immunonet.defences.base import Defence
@@ -28,6 +29,8 @@ RUNS = 3
 # Of the antigens that fool the CNN, the gallery shows the first so many that RAILS gets right, and wrong.
 SHOWN = (3, 2)
 BASE = "digits"
+# What the explorer's sentinel can learn from so few images.
+WATCH: dict[str, Any] = {"window": 200, "neighbours": 5, "false_alarm": 0.01}
 
 # What is tried on validation images; the first of equals is taken.
 CANDIDATES = {
@@ -54,11 +57,14 @@ def demo(
     device: common.DeviceOption = "cpu",
     out: common.OutOption = Path("demo"),
     json: common.JsonOption = None,
+    explore: Annotated[bool, typer.Option("--explore", help="Open the explorer instead of measuring.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the explorer; 0: one that is free.")] = 7860,
 ) -> None:
     """Train a small network on scikit-learn's 8x8 digits, attack it, defend it by DkNN and RAILS, and report.
 
     Prints one table and writes DIR/report.html. Settings are chosen on a validation split, never on test images. The
-    same command uses the network that DIR holds already.
+    same command uses the network that DIR holds already. With --explore, a page on this machine alone where you draw
+    digits, attack them, and watch RAILS answer (pip install 'immunonet[serve]').
     """
     target = common.resolve_device(device)
     pgd = PGD(eps=_check.number("--eps", eps, least=0, most=1), step=eps / 8, iterations=20, seed=seed)
@@ -66,6 +72,11 @@ def demo(
     one_thread()
     images, test = (data.load("digits", split) for split in data.SPLITS)
     training, held_out = (images[part] for part in data.split(len(images), VALIDATION))
+    if explore:
+        return explored(
+            lambda: network(training, held_out, out / "digits.safetensors", seed).to(target), training, held_out, test,
+            seed=seed, port=port,
+        )  # fmt: skip
     with common.progress() as bar:
         task = bar.add_task("", total=6)
 
@@ -115,6 +126,22 @@ def demo(
     typer.echo(meaning)
     typer.echo(f"report: {out / 'report.html'}")
     common.write_results(json, rows)
+
+
+def explored(
+    trained: Callable[[], nn.Module], training: data.Images, held_out: data.Images, test: data.Images, *, seed: int,
+    port: int,
+) -> None:  # fmt: skip
+    """Show the explorer of RAILS around the network `trained` on this machine alone, until it is interrupted."""
+    require("gradio", "serve")
+    from immunonet import explorer
+
+    common.note("training a small network on 8x8 digits, unless it is there already")
+    net = trained()
+    rails = RAILS(net, "input", seed=seed).fit(training.x, training.y, calibration=(held_out.x, held_out.y))
+    sentinel = Sentinel(rails, "input", **WATCH).fit(training.x)
+    page = explorer.build(rails, base=net, images=test, sentinel=sentinel, seed=seed)
+    explorer.launch(page, port=port, ready=lambda address: typer.echo(f"explorer: {address} (Ctrl-C ends it)"))
 
 
 def one_thread() -> None:

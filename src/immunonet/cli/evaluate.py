@@ -15,7 +15,7 @@ from immunonet import _check, _store, data, zoo
 from immunonet._check import nearest
 from immunonet.attacks import FGSM, PGD
 from immunonet.attacks.norms import NORMS
-from immunonet.cli import common
+from immunonet.cli import common, watch
 from immunonet.defences.spec import GRAMMAR, Spec, parse_all
 from immunonet.evaluation import cluster
 from immunonet.evaluation import protocol as protocols
@@ -74,6 +74,14 @@ def evaluate(
             help="With --protocol: weights of another network to attack from, of the same model unless named.",
         ),
     ] = None,
+    sentinel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPACE [KEY=VALUE ...]",
+            help="With --protocol: what watches the defences, as 'pooled window=2000 false_alarm=.01' (and neighbours; "
+            "SPACE is pooled, spectrum, input or a layer), fitted on the training images; and what it stops.",
+        ),
+    ] = None,
     n: Annotated[
         int | None,
         typer.Option(min=1, help="So many images, a fixed random sample. Default: 1000; with --protocol 100 to 1000."),
@@ -129,7 +137,13 @@ def evaluate(
     is also written to DIR/table.md. With --protocol one page per defence is written instead, DIR/NAME.html.
     """
     plain = {"--attack": attack, "--step": step, "--iterations": iterations, "--seeds": seeds}
-    further = {"--minutes": minutes, "--black-box": black_box, "--transfer": transfer, "--threat": threat}
+    further: dict[str, Any] = {
+        "--minutes": minutes,
+        "--black-box": black_box,
+        "--transfer": transfer,
+        "--threat": threat,
+    }
+    further |= {"--sentinel": sentinel}
     for option, value in (further if protocol is None else plain).items():
         if value:
             why = "needs --protocol" if protocol is None else "does not go with --protocol, which sets its own"
@@ -137,6 +151,8 @@ def evaluate(
     budget = PROTOCOLS[_check.choice("--protocol", protocol, tuple(PROTOCOLS))] if protocol else None
     target, specs = common.resolve_device(device), parse_all(defence or DEFAULT)
     _check.choice("--split", split, ("test", "validation"))
+    if sentinel is not None:
+        watch.parse(sentinel)
     threats = _threats(threat, eps, norm)
     pgds = {
         name: PGD(
@@ -165,6 +181,7 @@ def evaluate(
     # In random order, so that tuning, which takes the first few, has some of every class.
     test, held_out = test[chosen], held_out[rest if split == "validation" else data.sample(len(held_out))]
     name, net = common.network(model, weights, target, images)
+    guard = None if sentinel is None else watch.fitted(sentinel, net, training)
     others = [_other(text, name, target, len(images.classes)) for text in transfer or ()]
     base = weights.stem if weights else name
     told = {
@@ -206,7 +223,7 @@ def evaluate(
                     lab.fitted(best, base), *lab.images("test", slice(None)), base=net, transfer=others,
                     name=spec.name, base_name="cnn", dataset=dataset, settings=settings, folder=out,
                     protocol=protocol, minutes=minutes, black_box=black_box, threats=threats, seed=seed,
-                    workers=workers, on_progress=common.note,
+                    sentinel=guard, workers=workers, on_progress=common.note,
                 ))  # fmt: skip
             _tell(evaluations, specs, out, json)
             return
@@ -314,6 +331,13 @@ def _tell(evaluations: list[Evaluation], specs: list[Spec], out: Path, json: Pat
     threats = [f"{row.norm} {row.eps:.4g}" for row in verdicts[:-1]]
     head = ("layer", "defence", "clean", "transfer", *threats, "union" if threats else "worst case", "95 % interval")
     tables.console(tables.Section("", table=[(*head, "reliable"), *table]))
+    watched = [
+        (one.record["sentinel"], spec) for one, spec in zip(evaluations, specs, strict=True) if "sentinel" in one.record
+    ]
+    for found, spec in watched:
+        tables.console(tables.Section(f"{spec.label} behind the sentinel", table=tables.watched(found["attacks"])))
+    for found, _ in watched[:1]:  # it is the same for all of them
+        tables.console(tables.Section("Honest queries", table=tables.honest(found["false_alarms"])))
     if json is not None:
         _store.write_json(json, envelope(results) | {"evaluations": records})
 

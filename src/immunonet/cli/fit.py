@@ -14,8 +14,9 @@ from immunonet.cli import common
 from immunonet.defences.base import REGISTRY, Defence, load
 from immunonet.defences.spec import GRAMMAR, Spec
 from immunonet.evaluation.asking import describe
+from immunonet.memory.sentinel import Sentinel
 
-RECORD = "fit.json"
+RECORD, SENTINEL = "fit.json", "sentinel.json"
 
 
 def fit(
@@ -23,6 +24,10 @@ def fit(
     model: common.ModelOption = None,
     weights: common.WeightsOption = None,
     defence: Annotated[str, typer.Option(metavar="SPEC", help=f"{GRAMMAR}.")] = "rails input",
+    sentinel: Annotated[
+        str | None,
+        typer.Option(metavar="SPACE", help="Also fit a sentinel for immunonet serve: pooled, spectrum, or a layer."),
+    ] = None,
     validation: common.ValidationOption = None,
     image: common.ImageOption = None,
     label: common.LabelOption = None,
@@ -60,7 +65,8 @@ def fit(
     record: dict[str, Any] = {
         "defence": spec.kind, "dataset": dataset, "model": name, "weights": _store.digest(net.state_dict().values()),
         "images": _store.digest([images.x, images.y]), "classes": list(images.classes), "size": size,
-        "background": background, "repertoire": len(training), "calibration": len(held_out),
+        "background": background, "shape": list(images.x.shape[1:]), "sentinel": sentinel,
+        "repertoire": len(training), "calibration": len(held_out),
         "settings": describe(built) | {"layers": list(spec.layers)},
     }  # fmt: skip
     if _already(out, record, lambda: load(out, net, built._layers or None)):
@@ -71,6 +77,9 @@ def fit(
         repertoire, calibration = images[training], images[held_out]
         for one in [*_behind(built), built]:
             _fit(one, repertoire, calibration, out / "training")
+        (out / SENTINEL).unlink(missing_ok=True)
+        if sentinel is not None:
+            Sentinel(built, sentinel).fit(images.x).save(out / SENTINEL)
         built.save(out)
         shutil.rmtree(out / "training", ignore_errors=True)
         _store.write_json(out / RECORD, record)

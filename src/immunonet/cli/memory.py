@@ -8,8 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+from immunonet import _store
 from immunonet.cli import common
+from immunonet.evaluation import records
+from immunonet.memory.flags import log
+from immunonet.memory.history import history
 from immunonet.memory.store import Memory
+from immunonet.report import memory as reports
 
 memory = typer.Typer(
     help="Look into a memory, take entries out of it, and bring back what it was.", no_args_is_help=True
@@ -76,6 +81,24 @@ def export(
 ) -> None:
     """Write all entries to a Parquet file."""
     typer.echo(f"{_opened(folder).export(file)} entries: {file}")
+
+
+@memory.command()
+def page(
+    folder: Folder,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("memory.html"),
+    flags: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The log of a sentinel, which flags over time are taken from.")
+    ] = None,
+    json: common.JsonOption = None,
+) -> None:
+    """Write an HTML page about what a memory holds, who wrote it when, and its versions."""
+    common.prepare(out.parent, json)
+    told = history(_opened(folder), log(flags) if flags else ())
+    title = f"Memory {folder.resolve().name}"
+    _store.write_text(out, reports.page(told, title=title, command=records.command()))
+    common.write_results(json, [told])
+    typer.echo(out)
 
 
 def _opened(folder: Path) -> Memory:

@@ -10,10 +10,9 @@ import typer
 from torch import Tensor
 
 from immunonet import _store, data
-from immunonet._imports import imported
 from immunonet.cli import common
-from immunonet.cli.fit import RECORD
-from immunonet.defences.base import DEFENCE_FILE, Defence, load
+from immunonet.cli.fitted import opened
+from immunonet.defences.base import DEFENCE_FILE, Defence
 from immunonet.evaluation.journal import Journal
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -49,14 +48,7 @@ def predict(
     them. Labels that the images may have are not looked at.
     """
     target = common.resolve_device(device)
-    record = _record(defence)
-    net = common.load_model(model or record["model"], weights, target, classes=len(record["classes"]))
-    if _store.digest(net.state_dict().values()) != record["weights"]:
-        raise ValueError(f"--weights {weights} are not those that {defence} was fitted with")
-    if ":" in record["defence"]:
-        imported("--defence", record["defence"])  # which registers its kind
-    layers = [common.resolve_layer(name, net) for name in record["settings"]["layers"]]
-    fitted = load(defence, net, layers or None)
+    fitted, record = opened(defence, model, weights, target)
     how = {"size": size or record.get("size"), "background": background or record.get("background", "white")}
     names, x = read(inputs, split, data_dir, getattr(fitted, "shape", None), image=image, **how)
     common.prepare(out, json)
@@ -131,11 +123,7 @@ def read(
                 f"hf:OWNER/NAME or {', '.join(data.DATASETS)}; there is no {one!r}"
             )
         names += map(str, files) if files else [f"{one}:{i}" for i in range(len(x))]
-        if shape is not None and shape[0] == 3 and x.shape[1] == 1:
-            x = x.expand(-1, 3, -1, -1)
-        if shape is not None and tuple(x.shape[1:]) != shape:
-            raise ValueError(f"{one} has images of shape {tuple(x.shape[1:])}, but the defence takes {shape}")
-        parts.append(x)
+        parts.append(data.shaped(x, shape, one))
     return names, torch.cat(parts)
 
 
@@ -147,16 +135,3 @@ def _files(path: Path) -> list[Path]:
     if not files and next(path.rglob("*.parquet"), None) is None:
         raise ValueError(f"{path} has no images ({', '.join(SUFFIXES)})")
     return files
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    """Return what fit wrote about the defence; the error names the folder if it did not, or not wholly."""
-    path = folder / RECORD
-    if not path.is_file():
-        raise FileNotFoundError(f"--defence {folder} has no {RECORD}: give the folder that immunonet fit wrote")
-    record = _store.read_json(path)
-    try:
-        record["settings"]["layers"], record["defence"], record["model"], record["weights"], record["classes"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} was edited: it lacks {error}. Run immunonet fit again") from error
-    return dict(record)

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from immunonet import _check, _store, incoming, models
 from immunonet.features.names import Layer, as_layers, layer_names
 from immunonet.response import Trace
+
+if TYPE_CHECKING:
+    from immunonet.memory.store import Memory
 
 # The format of what `save` writes; 1 named a defence by its class, and its file of tensors after the repertoire.
 FORMAT = 2
@@ -46,6 +49,7 @@ class Answer:
 
     `sense`: how foreign the inputs look, or None. `credibility` `(B,)` in (0, 1]: how well what is known supports the
     labels, or None. `shares` `(B, C)`: what `predict_proba` gives where that is not the exponential; sums to 1.
+    `recalled`, `innate` `(B,)` bool: answered from memory, by the network alone; None where there is no such thing.
     """
 
     labels: Tensor
@@ -53,6 +57,8 @@ class Answer:
     sense: Sense | None = None
     credibility: Tensor | None = None
     shares: Tensor | None = None
+    recalled: Tensor | None = None
+    innate: Tensor | None = None
 
     @classmethod
     def of(cls, logits: Tensor) -> Answer:
@@ -177,6 +183,18 @@ class Defence(models.Asking, abc.ABC):
     def healed(self, x: Any) -> Healed | None:
         """Return what answers to inputs `(B, *S)` change on their way; None of a kind that changes nothing."""
         return None
+
+    def attend(
+        self, x: Any, *, source: str | Sequence[str] = "unknown", seed: int | None = None
+    ) -> tuple[Answer, list[str] | None]:
+        """Return the answer to inputs `(B, *S)` from one source or one each, and the ids by which a memory holds them,
+        written by then; None of a defence without one.
+        """
+        return self.answered(x, seed), None
+
+    def remember_in(self, memory: Memory) -> None:
+        """Answer from a memory from now on, and keep in it what is attended to; ValueError of a kind that cannot."""
+        raise ValueError(f"{self.kind} cannot have a memory: fit a rails")
 
     def draws(self, x: Any, seeds: Sequence[int]) -> Tensor:
         """Return labels `(R, B)` int64 of inputs `(B, *S)` under R seeds: the rows are those of `predict(x, seed)`."""

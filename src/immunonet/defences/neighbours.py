@@ -356,9 +356,15 @@ class NeighbourDefence(Defence):
         n = len(held)
         said = f"calibrating on {n:,} examples", "their neighbours are looked for; a smaller calibration takes less"
         parts = told(held.parts(SENSED), math.ceil(n / SENSED), *said)
-        found = [self._neighbourhood_of(part) for part in parts]
+        found, own = [], []
+        for part in parts:
+            found.append(self._neighbourhood_of(part))
+            if (labels := self._own_labels(part)) is not None:
+                own.append(labels)
         scores, far = (torch.cat(column) for column in zip(*found, strict=True))
-        self.held, self.calibration = held, Calibration.scored(scores.gather(1, held.y[:, None])[:, 0], far)
+        of_own = scores.gather(1, torch.cat(own)[:, None])[:, 0] if own else None
+        self.held = held
+        self.calibration = Calibration.scored(scores.gather(1, held.y[:, None])[:, 0], far, of_own)
 
     def calibrate(self, x: Tensor, y: Tensor) -> None:
         """Calibrate what is sensed on other examples `x` `(n, *S)`, `y` `(n,)`; the repertoire stays."""
@@ -389,6 +395,10 @@ class NeighbourDefence(Defence):
 
     def _known(self, x: Tensor) -> Tensor | None:
         """Return what the model itself answers to inputs `(B, *S)`, probabilities `(B, C)`, if that counts."""
+        return None
+
+    def _own_labels(self, x: Tensor) -> Tensor | None:
+        """Return the labels `(B,)` that the model itself gives inputs `(B, *S)`, if sensing asks how usual they are."""
         return None
 
     def _described(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:

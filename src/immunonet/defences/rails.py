@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -17,18 +17,20 @@ from torch import Tensor, nn
 from immunonet import _check, _store, attacks, incoming
 from immunonet._estimates import tell, timed
 from immunonet.defences.base import Answer, Made
-from immunonet.defences.neighbours import NeighbourDefence
+from immunonet.defences.neighbours import SENSED, NeighbourDefence
 from immunonet.defences.repertoire import Examples
 from immunonet.features.maps import FeatureMap, LogitsMap
 from immunonet.features.names import Layer
 from immunonet.features.search import Progress
+from immunonet.features.witness import Witness
 from immunonet.immune import sensing
 from immunonet.immune.consensus import decided, lots, winner
 from immunonet.immune.maturation import Matured, Naive, flocked, mature, populated
 from immunonet.immune.noise import Noise, derive, identities
 from immunonet.immune.operators import Family
 from immunonet.immune.settings import Maturation, per_layer, preset
-from immunonet.memory import recall
+from immunonet.immune.spared import Spared, among, imprinted, joined, traced
+from immunonet.memory.recall import Recalled
 from immunonet.memory.space import Space, learned
 from immunonet.memory.store import Memory
 from immunonet.response import Cells, ImmuneResponse, Imprint, Trace
@@ -50,7 +52,7 @@ class _Antigens:
     What the model itself says, `known` `(B, C)`, if it has a voice; what tells their noise apart, if they do not
     share it.
 
-    With a memory, `signatures` of all antigens, and those `recalled`, which are not among the B that mature.
+    With a memory, `signatures` of all, and those `recalled`, which are not among the B that mature.
     """
 
     cells: Tensor
@@ -62,7 +64,7 @@ class _Antigens:
     known: Tensor | None
     names: list[str] | None
     signatures: Tensor | None = None
-    recalled: recall.Recalled | None = None
+    recalled: Recalled | None = None
 
 
 class RAILS(NeighbourDefence):
@@ -88,6 +90,10 @@ class RAILS(NeighbourDefence):
         voice: weight of the model's own softmax in the consensus, in [0, 1); the plasma cells' shares have the rest.
             What a network that is robust by itself knows is then not lost. Near 1 the answer is only the model's; at
             0 it is not asked.
+        innate: p-value in (0, 1) above which the model's own label is the answer, so that nothing evolves: how usual
+            it is among the model's labels of calibration examples that so many of the nearest examples carry another.
+            With fewer than 1 / innate - 1 of these the model answers everything. None: all antigens get an adaptive
+            response.
 
     Raises:
         ValueError or TypeError that names the argument.
@@ -118,6 +124,7 @@ class RAILS(NeighbourDefence):
         seed: int | None = None,
         voice: float = 0.0,
         memory: Memory | str | Path | None = None,
+        innate: float | None = None,
     ) -> None:
         shared: dict[str, Any] = {"metric": metric, "bounds": bounds, "false_alarm": false_alarm}
         super().__init__(model, layers, space=space, memory_budget=memory_budget, **shared)
@@ -126,11 +133,19 @@ class RAILS(NeighbourDefence):
         self.shared_noise = _check.boolean("shared_noise", shared_noise)
         self.seed = _check.seed("seed", seed)
         self.voice = _check.number("voice", voice, least=0, most=1, below=True)
+        between = functools.partial(_check.number, least=0, most=1, above=True, below=True)
+        self.innate = None if innate is None else between("innate", innate)
         if not isinstance(memory, Memory | str | Path | None):
             raise TypeError(f"memory must be a Memory, its folder, or None, got {memory!r}")
         self.memory = Memory(memory) if isinstance(memory, str | Path) else memory
         self._space: Space | None = None
         self._told = False
+
+    @torch.no_grad()
+    def remember_in(self, memory: Memory) -> None:
+        """Answer from a memory from now on; ValueError where it is another model's."""
+        self.check_current()
+        self._space, self.memory = self._bound(memory), memory
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -146,8 +161,7 @@ class RAILS(NeighbourDefence):
         confirmed entry has such a cell.
         """
         self.check_current()
-        if not len(self.held):
-            raise ValueError("this RAILS was saved without its calibration examples: call calibrate(x, y) first")
+        self._check_held()
         before = self.repertoire, self.indices, self.held, self.calibration
         try:
             self._join(*self._joining(memory))
@@ -156,6 +170,10 @@ class RAILS(NeighbourDefence):
             self.repertoire, self.indices, self.held, self.calibration = before
             raise
         return self
+
+    def _check_held(self) -> None:
+        if not len(self.held):
+            raise ValueError("this RAILS was saved without its calibration examples: call calibrate(x, y) first")
 
     def _joining(self, memory: Memory | None) -> tuple[Tensor, Tensor]:
         """Return the cells `(M, *S')` of a memory that join the repertoire, and their labels `(M,)`; None: no cells."""
@@ -180,12 +198,13 @@ class RAILS(NeighbourDefence):
         """Return the immune response to antigens `x` `(B, *S)` within bounds.
 
         `seed` overrides the instance's; `batch_size` antigens mature at once (None: as many as suit the
-        caches); `trace` also returns the learning curve of every layer. All cells of the response are kept,
-        (0.25 T)|S| floats per antigen: `predict` is lighter.
+        caches); `trace` also returns the learning curve of every layer, so that no answer spares the response. All
+        cells of the response are kept, (0.25 T)|S| floats per antigen: `predict` is lighter.
         """
-        return ImmuneResponse.cat(
+        found = ImmuneResponse.cat(
             [found for found, _ in self._answers(x, seed, batch_size, keep_cells=True, trace=trace)]
         )
+        return dataclasses.replace(found, antigens=self._inputs(x).clone())
 
     def learning_curves(self, x: Any, seed: int | None = None) -> tuple[Trace, ...]:
         """Return the learning curve of every layer for antigens `x` `(B, *S)`."""
@@ -195,22 +214,41 @@ class RAILS(NeighbourDefence):
         """Return the fittest memory cells of antigens `(B, *S)`, which must be inputs, and their labels `(B, M)`."""
         if self.space is not None:
             raise ValueError(f"space must be None where memory cells are learned from, got {self.space!r}")
-        memory = self.respond(x, seed).memory
+        found = self._answers(x, seed, None, keep_cells=True, whole=True)
+        memory = ImmuneResponse.cat([response for response, _ in found]).memory
         return memory.x[:, :most], memory.label[:, :most]
 
     def answer(self, x: Any, seed: int | None = None, batch_size: int | None = None) -> Answer:
         """Return the answer to inputs `(B, *S)`: for n plasma cells and votes v, log((n v + 1) / (n + C)).
 
         `shares` are v, the consensus. Where votes tie, the label that is said is put first by about a millionth.
-        `seed` and `batch_size` as in `respond`.
+        `seed` and `batch_size` as in `respond`. An innate answer is the model's own softmax, and its logarithm.
         """
-        found = list(self._answers(x, seed, batch_size))
+        return self._answered(list(self._answers(x, seed, batch_size)))[0]
+
+    @torch.no_grad()
+    def attend(
+        self, x: Any, *, source: str | Sequence[str] = "unknown", seed: int | None = None
+    ) -> tuple[Answer, list[str] | None]:
+        """Return the answer to antigens `(B, *S)`, and the ids of their entries in the memory, if there is one."""
+        if self.memory is None:
+            return super().attend(x, source=source, seed=seed)
+        x = incoming.tensor("x", x)
+        answer, response = self._answered(list(self._answers(x, seed, None, keep_cells=self.memory.keep == "cells")))
+        return answer, self.memory.remember(response, x, source=source)
+
+    def _answered(self, found: Sequence[tuple[ImmuneResponse, Tensor]]) -> tuple[Answer, ImmuneResponse]:
+        """Return the answer that the responses to batches, with distances `(B, L)`, come to, and all of them as one."""
         joined, far = ImmuneResponse.cat([response for response, _ in found]), torch.cat([far for _, far in found])
         n = sum(settings.sizes(self.classes)[0] for settings in self.maturations)
-        logs = ((n * joined.votes + 1) / (n + self.classes)).log()
-        return Answer(
-            joined.labels, decided(logs, joined.labels), self._sense_of(far), joined.credibility, joined.votes
-        )
+        own = joined.votes.clamp(min=torch.finfo(joined.votes.dtype).tiny).log()
+        logs = torch.where(joined.innate[:, None], own, ((n * joined.votes + 1) / (n + self.classes)).log())
+        known = Answer(
+            joined.labels, decided(logs, joined.labels), self._sense_of(far), joined.credibility, joined.votes,
+            recalled=None if self.memory is None else joined.recalled,
+            innate=None if self.innate is None else joined.innate,
+        )  # fmt: skip
+        return known, joined
 
     @torch.no_grad()
     def draws(self, x: Any, seeds: Sequence[int], batch_size: int | None = None) -> Tensor:
@@ -221,13 +259,25 @@ class RAILS(NeighbourDefence):
         if type(self).answer is not RAILS.answer or type(self).predict is not RAILS.predict:
             return super().draws(x, seeds)
         seeds = self._seeds(seeds)
-        return torch.cat(
+        x, spared, _ = self._met(x)
+        labels = torch.cat(
             [
                 torch.stack([self._mature(antigens, seed)[0].labels for seed in seeds])
                 for antigens in self._flocked(x, batch_size)
             ],
             dim=1,
         )
+        return labels if spared is None else among(spared.labels.expand(len(seeds), -1).T, labels.T, spared.hit).T
+
+    @torch.no_grad()
+    def support(self, x: Any) -> Tensor:
+        """Return the p-value `(B,)` of the label that the model itself gives inputs `(B, *S)`, where `innate` is set.
+
+        Above `innate` that label is the answer. ValueError without it.
+        """
+        x = self._inputs(x)
+        scores = torch.cat([self._neighbourhood_of(part)[0] for part in x.split(SENSED)])
+        return self.calibration.support(scores, LogitsMap(self.model).chunked(x).argmax(1))
 
     @torch.no_grad()
     def naive(self, x: Any, layer: int = 0) -> tuple[Tensor, Tensor]:
@@ -238,8 +288,16 @@ class RAILS(NeighbourDefence):
         return found, distances
 
     def surrogates(self) -> Mapping[str, nn.Module]:
-        """Return the response unrolled, a vote of clones brought near the antigen, and the votes of neighbours."""
-        own = {"unrolled": lambda: attacks.Unrolled(self), "soft-clones": lambda: attacks.SoftClones(self)}
+        """Return the response unrolled, a vote of clones brought near the antigen, and the votes of neighbours.
+
+        With `innate`, also that vote behind the gate, and the model where its label is credible.
+        """
+        own: dict[str, Callable[[], nn.Module]] = {
+            "unrolled": lambda: attacks.Unrolled(self),
+            "soft-clones": lambda: attacks.SoftClones(self),
+        }
+        if self.innate is not None:
+            own |= {"gated": lambda: attacks.Gated(self), "credible": lambda: attacks.Credible(self)}
         return Made(own | attacks.neighbour_votes(self))
 
     def light(self) -> RAILS:
@@ -328,15 +386,66 @@ class RAILS(NeighbourDefence):
 
     @torch.no_grad()
     def _answers(
-        self, x: Any, seed: int | None, batch_size: int | None, keep_cells: bool = False, trace: bool = False
+        self,
+        x: Any,
+        seed: int | None,
+        batch_size: int | None,
+        *,
+        keep_cells: bool = False,
+        trace: bool = False,
+        whole: bool = False,
     ) -> Iterator[tuple[ImmuneResponse, Tensor]]:
-        """Yield the responses to batches of antigens, and the mean distances `(B, L)` to their nearest examples."""
+        """Yield the responses to batches of antigens, and the mean distances `(B, L)` to their nearest examples.
+
+        `whole`: nothing spares a response, as with `trace`.
+        """
         seed = _check.seed("seed", seed)
         seed = self.seed if seed is None else seed
         seed = secrets.randbits(63) if seed is None else seed
-        # A learning curve is that of a whole response.
-        for antigens in self._flocked(x, batch_size, recalling=not trace):
-            yield self._mature(antigens, seed, keep_cells, trace)
+        whole = whole or trace
+        x, spared, signatures = (self._inputs(x), None, None) if whole else self._met(x)
+        batches = self._flocked(x, batch_size, recalling=not whole)
+        found = (self._mature(antigens, seed, keep_cells, trace) for antigens in batches)
+        if spared is None:
+            yield from found
+            return
+        responses, far = zip(*found, strict=True)
+        response = ImmuneResponse.cat(responses)
+        found_all, every = joined(spared, response, torch.cat(far))
+        if signatures is not None:
+            assert response.imprint is not None
+            found_all = dataclasses.replace(found_all, imprint=imprinted(spared, signatures, every, response.imprint))
+        yield found_all, every
+
+    def _met(self, x: Any) -> tuple[Tensor, Spared | None, Tensor | None]:
+        """Return those inputs `(B, *S)` that need an adaptive response, what spares it to others, and all signatures.
+
+        What memory knows is left to it, for a confirmed label says more than the model's.
+        """
+        x = self._inputs(x)
+        if self.innate is None:
+            return x, None, None
+        logits = LogitsMap(self.model).chunked(x)
+        found, signed = [], []
+        for part in x.split(SENSED):
+            features = self._described(part)[1]
+            found.append(self._neighbourhood([self._flock(one, i) for i, one in enumerate(features)]))
+            if (signatures := self.signatures(features)) is not None:
+                signed.append(signatures)
+        scores, far = (torch.cat(column) for column in zip(*found, strict=True))
+        labels = logits.argmax(1)
+        hit = self.calibration.support(scores, labels) > self.innate
+        if self.memory is not None:
+            hit &= ~self.memory.recall(torch.cat(signed)).hit
+        spared = Spared(
+            hit=hit,
+            labels=labels[hit],
+            votes=logits[hit].softmax(1),
+            credibility=self._p_values(scores[hit]).amax(1),
+            foreign=self._sense_of(far[hit]).foreign,
+            far=far[hit],
+        )
+        return x[~hit], spared, torch.cat(signed) if signed else None
 
     def _batch_size(self, x: Tensor) -> int:
         values = self._population_values(x)
@@ -346,9 +455,11 @@ class RAILS(NeighbourDefence):
         population = max(m.total(self.classes) for m in self.maturations)
         return self._cells(x[:1]).numel() * population
 
-    def _flocked(self, x: Any, batch_size: int | None, recalling: bool = True) -> Iterator[_Antigens]:
+    def _flocked(self, x: Tensor, batch_size: int | None, recalling: bool = True) -> Iterator[_Antigens]:
         """Yield inputs `(B, *S)` in batches that mature at once, less what is `recalling`, with their naive cells."""
-        x = self._inputs(x)
+        if not len(x):
+            yield self._nothing()
+            return
         self._tell(x)
         size = self._batch_size(x) if batch_size is None else _check.integer("batch_size", batch_size)
         names = None if self.shared_noise else identities(x)
@@ -371,8 +482,15 @@ class RAILS(NeighbourDefence):
             for i, (settings, some) in enumerate(zip(self.maturations, labels, strict=True) if flocks else ()):
                 distances, index = (found if some is None else _of_classes(found, some) for found in flocks[i])
                 naive.append(flocked(self.members(i, index), distances, index, cells, settings, bounds))
-            known = self._known(antigens)
+            known = self._known(antigens) if self.voice else None
             yield _Antigens(cells, bounds, features, flocks, naive, labels, known, own, signatures, recalled)
+
+    def _nothing(self) -> _Antigens:
+        """Return a batch of no antigens."""
+        cells, features = self._described(self.repertoire.inputs(slice(0, 1)))
+        signatures = self.signatures(features)
+        none = None if signatures is None else signatures[:0]
+        return _Antigens(cells[:0], (cells, cells), [], [], [], [], None, None, none)
 
     def _tell(self, x: Tensor) -> None:
         """Say once, before the first answers, what those to inputs `(B, *S)` take, if that is long."""
@@ -445,6 +563,7 @@ class RAILS(NeighbourDefence):
             votes=votes,
             credibility=self._p_values(scores).amax(1),
             foreign=self._sense_of(far).foreign,
+            innate=torch.zeros(len(votes), dtype=torch.bool, device=votes.device),
             recalled=torch.zeros(len(votes), dtype=torch.bool, device=votes.device),
             generations=torch.stack([matured.generations for matured in ends]).amax(0),
             plasma=Cells.cat([matured.plasma for matured in ends], dim=1),
@@ -463,7 +582,7 @@ class RAILS(NeighbourDefence):
         )
         response = ImmuneResponse(
             labels=whole, votes=made.new_zeros(0, self.classes), credibility=made.new_zeros(0), foreign=whole.bool(),
-            recalled=whole.bool(), generations=whole, plasma=plasma, memory=memory,
+            innate=whole.bool(), recalled=whole.bool(), generations=whole, plasma=plasma, memory=memory,
         )  # fmt: skip
         return response, made.new_zeros(0, len(self.maturations))
 
@@ -474,20 +593,8 @@ class RAILS(NeighbourDefence):
         assert self._space is not None
         entries: tuple[str | None, ...] = (None,) * len(signatures)
         if known is not None and known.ids:
-            hit = known.hit
-            entries = recall.traced(known.ids, hit)
-            far = recall.among(known.far, far, hit)
-            met = dataclasses.replace(
-                met,
-                labels=recall.among(known.labels, met.labels, hit),
-                votes=recall.among(known.votes, met.votes, hit),
-                credibility=recall.among(known.credibility, met.credibility, hit),
-                foreign=recall.among(known.foreign, met.foreign, hit),
-                recalled=hit,
-                generations=recall.among(torch.zeros_like(known.labels), met.generations, hit),
-                plasma=recall.without_cells(met.plasma, hit),
-                memory=recall.without_cells(met.memory, hit),
-            )
+            entries = traced(known.ids, known.hit)
+            met, far = joined(known, met, far)
         return dataclasses.replace(met, imprint=Imprint(signatures, far, entries, self._space.fingerprint)), far
 
     def _settle(self, antigens: _Antigens, rows: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
@@ -501,8 +608,31 @@ class RAILS(NeighbourDefence):
 
     @torch.no_grad()
     def _known(self, x: Tensor) -> Tensor | None:
-        """Return what the model itself says of antigens `x` `(B, *S)`: its softmax `(B, C)`, if it has a voice."""
-        return LogitsMap(self.model).chunked(x).softmax(1) if self.voice else None
+        """Return what the model itself says of antigens `x` `(B, *S)`: its softmax `(B, C)`, if that counts."""
+        return LogitsMap(self.model).chunked(x).softmax(1) if self.voice or self.innate is not None else None
+
+    @torch.no_grad()
+    def _own_labels(self, x: Tensor) -> Tensor | None:
+        return None if self.innate is None else LogitsMap(self.model).chunked(x).argmax(1)
+
+    def adopt(self, other: Self) -> None:
+        """Share what `other` was fitted to, and score the model's own labels of its calibration examples if they count.
+
+        ValueError as for other kinds, and where these examples were not kept.
+        """
+        super().adopt(other)
+        if not self.feature_maps:
+            return
+        if bool(self.voice or self.innate) != bool(other.voice or other.innate):
+            other.check_current()
+            self._witness = Witness(self._networks(), self._testimony)
+        known = self.calibration.own_scores is not None
+        if known and self.innate is None:
+            self.calibration = self.calibration.without_own()
+        elif not known and self.innate is not None:
+            self._check_held()
+            with torch.no_grad():
+                self._measure(self.held)
 
     def _neighbourhood(self, flocks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Return nonconformity `(B, C)` summed over layers, and the mean distance to the K nearest `(B, L)`."""
@@ -544,6 +674,7 @@ class RAILS(NeighbourDefence):
             *([f"space={self.space!r}"] if self.space is not None else []),
             *([f"metric={self.metric!r}"] if self.metric != "euclidean" else []),
             *([f"voice={self.voice:g}"] if self.voice else []),
+            *([f"innate={self.innate:g}"] if self.innate is not None else []),
             *([f"memory={self.memory.where!r}"] if self.memory is not None else []),
             f"seed={self.seed}",
             self._fitted_on(),
@@ -565,10 +696,14 @@ class RAILS(NeighbourDefence):
             "shared_noise": self.shared_noise,
             "seed": self.seed,
             "voice": self.voice,
+            # What was kept of a RAILS without it stays valid.
+            **({} if self.innate is None else {"innate": self.innate}),
         }
 
     def setting(self, name: str) -> Any:
         """Return the value of a setting, one of `Maturation` among them; ValueError if it differs between layers."""
+        if name == "innate":
+            return self.innate
         if not hasattr(self.maturations[0], name):
             return super().setting(name)
         first, *others = values = [getattr(maturation, name) for maturation in self.maturations]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -114,28 +113,49 @@ class Familiarity(Kept):
 
     def threshold(self, false_alarm: float) -> float:
         """Return the largest distance that is not flagged at this share of false alarms, plus or minus infinity."""
-        scores = self.strangeness
-        # The p-value of the m-th largest calibration score is (m + 1) / (n + 1), the first above false_alarm.
-        rank = math.floor(false_alarm * (len(scores) + 1))
-        return float(scores[-rank]) if 0 < rank <= len(scores) else (-1 if rank else 1) * math.inf
+        return sensing.tolerated(self.strangeness, false_alarm)
 
 
 class Calibration(Familiarity):
     """What sensing measures antigens by, from n calibration examples, distances being to the nearest in the repertoire.
 
-    `label_scores` `(n,)`, sorted: the nonconformity of their true labels.
+    `label_scores` `(n,)`, sorted: the nonconformity of their true labels; `own_scores` `(n,)`, sorted: that of the
+    labels which the network itself gives them, or None where these do not count.
     """
 
     label_scores: Tensor
+    own_scores: Tensor | None
 
-    def __init__(self, label_scores: Tensor, strangeness: Tensor, scales: Tensor) -> None:
+    def __init__(
+        self, label_scores: Tensor, strangeness: Tensor, scales: Tensor, own_scores: Tensor | None = None
+    ) -> None:
         super().__init__(strangeness, scales)
         self.register_buffer("label_scores", label_scores, persistent=False)
+        if own_scores is None:
+            self.own_scores = None
+        else:
+            self.register_buffer("own_scores", own_scores, persistent=False)
 
     @classmethod
-    def scored(cls, scores: Tensor, far: Tensor) -> Calibration:
-        """Take the examples' nonconformity `(n,)` and their mean distances to the nearest `(n, L)`."""
-        return cls(scores.float().sort().values, *_measured(far))
+    def scored(cls, scores: Tensor, far: Tensor, own: Tensor | None = None) -> Calibration:
+        """Take the examples' nonconformity `(n,)` and their mean distances to the nearest `(n, L)`.
+
+        `own` `(n,)`: that of the labels which the network itself gives them, if those count.
+        """
+        return cls(scores.float().sort().values, *_measured(far), None if own is None else own.float().sort().values)
+
+    def support(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Return the p-values `(B,)` of labels that the network itself gives, by nonconformity `(B, C)`.
+
+        ValueError where its labels do not count.
+        """
+        if self.own_scores is None:
+            raise ValueError("innate must be set where the model's own labels count: use with_settings(innate=0.05)")
+        return sensing.p_values(self.own_scores, scores.gather(1, labels[:, None])[:, 0])
+
+    def without_own(self) -> Calibration:
+        """Return the same where the network's own labels do not count."""
+        return Calibration(self.label_scores, self.strangeness, self.scales)
 
 
 def _measured(far: Tensor) -> tuple[Tensor, Tensor]:

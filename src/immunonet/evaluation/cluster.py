@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunonet._pictures import first_line, require
+from immunonet._imports import require
+from immunonet._pictures import first_line
 from immunonet.evaluation.bench import Done, Kept, Part, Value, Workers
 from immunonet.evaluation.records import VERSION
 

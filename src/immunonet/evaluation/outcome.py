@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunonet import _store, models
+from immunonet import _looks, _store, models
 from immunonet.defences.base import Defence
 from immunonet.evaluation.abstention import abstention
 from immunonet.evaluation.asking import Subject, describe
@@ -76,6 +76,28 @@ class Evaluation:
     def unreliable(self) -> bool:
         """Whether a check failed or a serious flag was raised."""
         return not all(check.passed for check in self.checks) or any(f.raised and f.serious for f in self.flags)
+
+    def __str__(self) -> str:
+        return _looks.text(self._table(), *self._doubts())
+
+    def _repr_html_(self) -> str:
+        return _looks.markup("Evaluation", self._table(), *self._doubts())
+
+    def _table(self) -> list[Sequence[str]]:
+        lines: list[Sequence[str]] = [("defence", "attack", "knows", "norm", "eps", "n", "accuracy", "95 % interval")]
+        for row in (*self.rows, *self.base_verdicts.values(), *self.verdicts.values()):
+            told = (row.norm, f"{row.eps:.4g}") if row.eps else ("", "")
+            figures = str(row.n), f"{row.accuracy:.3f}", "{:.3f} to {:.3f}".format(*row.ci95)
+            lines.append((row.defence, row.attack, row.knows, *told, *figures))
+        return lines
+
+    def _doubts(self) -> list[str]:
+        """Return a sentence for every check that failed and every flag that was raised."""
+        failed = [f"Check failed: {check.name}: {check.detail}" for check in self.checks if not check.passed]
+        raised = [
+            f"{'Flag' if flag.serious else 'Note'}: {flag.name}: {flag.detail}" for flag in self.flags if flag.raised
+        ]
+        return [*failed, *raised]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object: results, environment, command, checks, flags, and the record.

@@ -101,7 +101,7 @@ class Guarded(Refusing):
     """A model behind a sentinel, as one attacker meets it who attacks an image `x` `(1, *S)` labelled `y` `(1,)`.
 
     It answers as many queries as the assault has, and nothing after them. `Won` is raised where an answer was wrong
-    within the threat. `traffic` `(n, D)`: signatures of others' queries.
+    within the threat. `traffic` `(n, D)`: signatures of others' queries. `scores`: those of its own, so far.
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class Guarded(Refusing):
         # The numbers of the first query that was flagged, and of the first that won.
         self.flagged: int | None = None
         self.won: int | None = None
+        self.scores: list[float] = []
         self._classes = 2
 
     def heard(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,15 +143,20 @@ class Guarded(Refusing):
     def _flags(self, x: Tensor) -> Tensor:
         signatures = self.sentinel.signatures(x)
         if not (self.way.between or self.way.sources > 1):
-            return self.sentinel.judge(signatures).flagged
+            return self._judged(signatures)
         flags = []
         for i, one in enumerate(signatures.split(1)):
             number = self.asked + i
             if self.way.between and len(self.traffic):
                 start = number * self.way.between + torch.arange(self.way.between, device=x.device)
                 self.sentinel.take(self.traffic[start % len(self.traffic)])
-            flags.append(self.sentinel.judge(one, f"source {number % self.way.sources}").flagged)
+            flags.append(self._judged(one, f"source {number % self.way.sources}"))
         return torch.cat([*flags, torch.zeros(0, dtype=torch.bool, device=x.device)])
+
+    def _judged(self, signatures: Tensor, source: str = "unknown") -> Tensor:
+        watched = self.sentinel.judge(signatures, source)
+        self.scores += watched.score.tolist()
+        return watched.flagged
 
 
 def attacked(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,16 @@ def p_values(calibration: Tensor, scores: Tensor) -> Tensor:
     """
     below = torch.searchsorted(calibration, scores.contiguous(), side="left")
     return (len(calibration) - below + 1).float() / (len(calibration) + 1)
+
+
+def tolerated(calibration: Tensor, level: float) -> float:
+    """Return the highest score whose p-value is above `level`, in [0, 1], among `calibration` `(n,)`, sorted ascending.
+
+    Infinity where every score has a higher p-value, minus infinity where none has.
+    """
+    # The p-value of the m-th largest calibration score is (m + 1) / (n + 1), the first above the level.
+    rank = math.floor(level * (len(calibration) + 1))
+    return float(calibration[-rank]) if 0 < rank <= len(calibration) else (-1 if rank else 1) * math.inf
 
 
 def nonconformity(distances: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -58,11 +58,18 @@ def schema(space: Space) -> pa.Schema:
 
 
 def written(
-    response: ImmuneResponse, x: Tensor | None, space: Space, *, most: int | None, source: str, note: str | None
+    response: ImmuneResponse,
+    x: Tensor | None,
+    space: Space,
+    *,
+    most: int | None,
+    sources: Sequence[str],
+    note: str | None,
 ) -> pa.Table:
     """Return the rows of a response's antigens `x` `(B, *S)`, with new ids; without `x`, no cells are kept either.
 
-    Of each antigen at most `most` plasma and `most` memory cells are kept, the fittest. `place` is left at 0.
+    `sources`: where each came from. Of each antigen at most `most` plasma and `most` memory cells are kept, the
+    fittest. `place` is left at 0.
     """
     import pyarrow as pa
 
@@ -72,7 +79,7 @@ def written(
         "id": [uuid.uuid4().hex for _ in range(n)],
         "place": np.zeros(n, np.int64),
         "time": [now()] * n,
-        "source": [source] * n,
+        "source": sources,
         "note": [note] * n,
         "model": [space.fingerprint] * n,
         "signature": listed(imprint.signature, shape.field("signature").type),
@@ -226,7 +233,7 @@ def _literal(moment: datetime) -> str:
 
 def ids_of(name: str, value: Any) -> tuple[str, ...]:
     """Return ids given as one or several; raise where one is no text, or comes twice."""
-    found = (value,) if isinstance(value, str) else tuple(value)
+    found = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     if wrong := [one for one in found if not isinstance(one, str)]:
         raise TypeError(f"{name} must be ids as remember() returned them, strings, got {wrong[0]!r}")
     if len(set(found)) < len(found):
@@ -244,6 +251,18 @@ def text_of(name: str, value: Any) -> str:
     if not value.isprintable():
         raise ValueError(f"{name} must be printable text, got {value!r}")
     return value
+
+
+def sources_of(source: str | Sequence[str], n: int) -> list[str]:
+    """Return the source of each of n antigens, given as one or one for each; raise where one is no short text."""
+    if not isinstance(source, list | tuple):
+        return [text_of("source", source)] * n
+    found = list(source)
+    for one in found:
+        text_of("source", one)
+    if len(found) != n:
+        raise ValueError(f"source must be one text, or {n}, one for each, got {len(found)}")
+    return found
 
 
 def moment_of(name: str, value: Any) -> datetime:

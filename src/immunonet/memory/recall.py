@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from immunonet.immune.spared import Spared
 from immunonet.memory.index import Array, Lookup
-from immunonet.response import Cells
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recalled:
-    """Answers from memory to B antigens, of which n are recalled: `hit` `(B,)` bool.
+class Recalled(Spared):
+    """Answers from memory to B antigens, of which n are recalled, and the `ids` of the entries of those n."""
 
-    Of those n: `labels`, `votes` `(n, C)`, `credibility`, `foreign`, `far` `(n, L)`, and the `ids` of their entries.
-    """
+    by: ClassVar[str] = "recalled"
 
-    hit: Tensor
-    labels: Tensor
-    votes: Tensor
-    credibility: Tensor
-    foreign: Tensor
-    far: Tensor
     ids: tuple[str, ...]
 
 
@@ -82,31 +75,3 @@ def columns_of(hot: dict[str, Array], credible: float) -> dict[str, Array]:
         "far": hot["far"].astype(np.float32),
         "trusted": known | ((hot["credibility"] >= credible) & ~foreign),
     }
-
-
-def traced(ids: Sequence[str], hit: Tensor) -> tuple[str | None, ...]:
-    """Return per antigen the id of its entry, or None."""
-    left = iter(ids)
-    return tuple(next(left) if one else None for one in hit.tolist())
-
-
-def among(values: Tensor, other: Tensor, hit: Tensor) -> Tensor:
-    """Return `(B, ...)`: `values` `(n, ...)` where `hit` `(B,)`, and `other` `(B - n, ...)` elsewhere."""
-    found = other.new_empty((len(hit), *other.shape[1:]))
-    found[hit], found[~hit] = values.to(other.dtype), other
-    return found
-
-
-def without_cells(cells: Cells, hit: Tensor) -> Cells:
-    """Return the cells of `(B - n)` antigens as those of B: the others, where `hit`, have none."""
-    n = int(hit.sum())
-
-    def blank(values: Tensor, filling: float) -> Tensor:
-        return among(values.new_full((n, *values.shape[1:]), filling), values, hit)
-
-    return Cells(
-        x=blank(cells.x, 0),
-        label=blank(cells.label, -1),
-        affinity=blank(cells.affinity, -torch.inf),
-        origin=blank(cells.origin, -1),
-    )

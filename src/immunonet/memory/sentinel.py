@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, incoming
-from immunonet.memory import entries
+from immunonet import _check, _store, incoming
+from immunonet.memory import entries, flags
 from immunonet.memory.views import View, view
 
 # Queries that are compared at once, and sources that are told apart, the last ones.
@@ -49,11 +52,14 @@ class Sentinel:
         neighbours: how many of the nearest queries count.
         window: how many of the last queries are remembered.
         false_alarm: share of clean queries that may be flagged.
+        log: a file that a line of JSON is appended to whenever some of the queries watched together are flagged: their
+            time and source, how many they were and how many were flagged (`immunonet memory page --flags` shows it).
+            A twin writes none.
     """
 
     def __init__(
         self, defence: nn.Module, space: str | View = "pooled", *,
-        neighbours: int = 5, window: int = 10_000, false_alarm: float = 1e-3,
+        neighbours: int = 5, window: int = 10_000, false_alarm: float = 1e-3, log: str | Path | None = None,
     ) -> None:  # fmt: skip
         if not isinstance(defence, nn.Module):
             raise TypeError(f"defence must be a torch.nn.Module, got {type(defence).__name__}")
@@ -63,6 +69,11 @@ class Sentinel:
         self.neighbours = _check.integer("neighbours", neighbours)
         self.window = _check.integer("window", window, least=self.neighbours)
         self.false_alarm = _check.number("false_alarm", false_alarm, least=0, most=1, above=True, below=True)
+        self.log = None if log is None else Path(log)
+        if self.log is not None and not (self.log.parent.is_dir() and not self.log.is_dir()):
+            raise ValueError(
+                f"log must be a file in a folder that is there, got {log}: make the folder, or name a file"
+            )
         self.shape: tuple[int, ...] = ()
         self.threshold: float | None = None
         self._lock = threading.RLock()
@@ -98,17 +109,17 @@ class Sentinel:
         return self
 
     @torch.no_grad()
-    def watch(self, x: Any, source: str = "unknown") -> Watched:
-        """Return which of the queries `(B, *S)` of a source are flagged, each compared with those before it, and
-        remember them.
+    def watch(self, x: Any, source: str | Sequence[str] = "unknown") -> Watched:
+        """Return which of the queries `(B, *S)` of a source, or of one each, are flagged, each compared with those
+        before it, and remember them.
 
         ValueError for inputs that are none, before anything is remembered.
         """
         return self.judge(self.signatures(x), source)
 
-    def judge(self, signatures: Tensor, source: str = "unknown") -> Watched:
+    def judge(self, signatures: Tensor, source: str | Sequence[str] = "unknown") -> Watched:
         """Return the same for queries by their `signatures` `(B, D)`."""
-        source = entries.text_of("source", source)
+        sources = entries.sources_of(source, len(signatures))
         if self.threshold is None:
             raise RuntimeError("the sentinel must be fitted before it watches: sentinel.fit(clean inputs)")
         with self._lock:
@@ -117,7 +128,11 @@ class Sentinel:
             flagged = score < self.threshold
             self.queries += len(score)
             self.flags += int(flagged.sum())
-            self._note(source, len(score), int(flagged.sum()))
+            told = self._note(sources, flagged.tolist())
+        if self.log is not None:
+            for one, (queries, n) in told.items():
+                if n:
+                    flags.note(self.log, one, queries, n)
         return Watched(flagged, score)
 
     @torch.no_grad()
@@ -167,6 +182,26 @@ class Sentinel:
             "threshold": self.threshold,
         }  # fmt: skip
 
+    def save(self, path: str | Path) -> None:
+        """Write its settings and threshold to a file, as JSON; the queries that it remembers are not kept."""
+        if self.threshold is None:
+            raise RuntimeError("the sentinel must be fitted before it is saved: sentinel.fit(clean inputs)")
+        if not isinstance(self.space, str):
+            raise ValueError(f"space must have a name to be saved, got {self.space!r}")
+        _store.write_json(path, self.settings() | {"shape": list(self.shape)})
+
+    @classmethod
+    def load(cls, path: str | Path, defence: nn.Module) -> Self:
+        """Return the sentinel that `save` wrote, over the same defence; ValueError for a file that is none."""
+        record = _store.read_json(path)
+        try:
+            threshold, shape = float(record.pop("threshold")), tuple(map(int, record.pop("shape")))
+            found = cls(defence, **record)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not describe a sentinel ({error}): save it again") from error
+        found.threshold, found.shape = threshold, shape
+        return found
+
     def twin(self) -> Self:
         """Return a sentinel that remembers the same and goes on by itself."""
         with self._lock:
@@ -174,7 +209,7 @@ class Sentinel:
             sources = OrderedDict((name, Counter(counts)) for name, counts in self._sources.items())
             found.__setstate__(
                 self.__getstate__()
-                | {"_held": self._held.clone(), "_squares": self._squares.clone(), "_sources": sources}
+                | {"_held": self._held.clone(), "_squares": self._squares.clone(), "_sources": sources, "log": None}
             )
         return found
 
@@ -227,11 +262,15 @@ class Sentinel:
             return signatures.new_full((n,), torch.inf)
         return exact.topk(self.neighbours, dim=1, largest=False).values.mean(1)
 
-    def _note(self, source: str, queries: int, flagged: int) -> None:
-        self._sources.setdefault(source, Counter()).update(queries=queries, flagged=flagged)
-        self._sources.move_to_end(source)
+    def _note(self, sources: Sequence[str], flags: Sequence[bool]) -> dict[str, tuple[int, int]]:
+        """Count queries and flags per source, and return these of now."""
+        queries, flagged = Counter(sources), Counter(itertools.compress(sources, flags))
+        for source, n in queries.items():
+            self._sources.setdefault(source, Counter()).update(queries=n, flagged=flagged[source])
+            self._sources.move_to_end(source)
         while len(self._sources) > SOURCES:
             self._sources.popitem(last=False)
+        return {source: (n, flagged[source]) for source, n in queries.items()}
 
 
 def promised(n: int, share: float) -> int:

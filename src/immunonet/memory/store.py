@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from immunonet import _check, _store, incoming
+from immunonet import _check, _looks, _store, incoming
+from immunonet._imports import require
 from immunonet.memory import entries, record
 from immunonet.memory.backend import Backend, Version
 from immunonet.memory.entries import Which
@@ -24,6 +25,9 @@ from immunonet.memory.ram import InRam
 from immunonet.memory.recall import Recalled, columns_of, recalled
 from immunonet.memory.space import Space
 from immunonet.response import ImmuneResponse
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # Versions between two compactions, and how many without a name one leaves.
 COMPACTED, KEPT = 256, 100
@@ -66,6 +70,7 @@ class Memory:
         self.cells = None if cells is None else _check.integer("cells", cells, least=0)
         self.credible = _check.number("credible", credible, least=0, most=1)
         self.refresh = _check.number("refresh", refresh, least=0)
+        require("pyarrow" if folder is None else "lancedb", "memory")
         self._space: Space | None = None
         self._backend: Backend | None = None
         self._begin()
@@ -126,6 +131,14 @@ class Memory:
     def __repr__(self) -> str:
         return f"Memory({self.where}, {len(self):,} entries, version {self.version})"
 
+    def _repr_html_(self) -> str:
+        told = self.stats()
+        lines = [("source", "entries", "confirmed", "contradicted")]
+        for source, counts in told.get("sources", {}).items():
+            lines.append((source, *(str(counts[name]) for name in lines[0][1:])))
+        trusted = f"{told['trusted']:,} are trusted, {told['foreign']:,} looked foreign." if len(lines) > 1 else ""
+        return _looks.markup(repr(self), lines, trusted)
+
     @property
     def version(self) -> int:
         """The number of the latest version; 0 where it belongs to no model yet."""
@@ -144,14 +157,15 @@ class Memory:
     # What changes it.
 
     def remember(
-        self, response: ImmuneResponse, x: Any = None, *, source: str = "unknown", note: str | None = None
-    ) -> list[str]:
-        """Keep the response to antigens `x` `(B, *S)` and return the ids of its B entries.
+        self, response: ImmuneResponse, x: Any = None, *, source: str | Sequence[str] = "unknown",
+        note: str | None = None,
+    ) -> list[str]:  # fmt: skip
+        """Keep the response to antigens `x` `(B, *S)`, from one `source` or one each; return the ids of its B entries.
 
         An antigen that was recalled gets no entry, and its id is that of the entry it was recalled from: no chain of
         near copies leads farther from what was met. Several threads' entries are written together.
         """
-        source = entries.text_of("source", source)
+        sources = entries.sources_of(source, len(response.labels))
         note = None if note is None else entries.text_of("note", note)
         x = None if x is None else incoming.tensor("x", x)
         entries.check_response(response, x)
@@ -163,7 +177,7 @@ class Memory:
             shape = ", ".join(map(str, space.shape))
             raise ValueError(f"x must hold the antigens, (B, {shape}), got {None if x is None else tuple(x.shape)}")
         kept = x if self.keep == "cells" else None
-        rows = entries.written(response, kept, space, most=self.cells, source=source, note=note)
+        rows = entries.written(response, kept, space, most=self.cells, sources=sources, note=note)
         ids: list[str] = rows["id"].to_pylist()
         new = [one is None for one in response.imprint.entries]
         if any(new):
@@ -298,6 +312,11 @@ class Memory:
                 for name in sorted(set(sources))
             },
         }
+
+    def columns(self, *names: str) -> pa.Table:
+        """Return columns of all entries, of those in `entries.schema`; ValueError where it belongs to no model yet."""
+        with self._lock:
+            return self._required().read(names)
 
     def confirmed_cells(self) -> tuple[Tensor, Tensor]:
         """Return the kept cells `(M, *S')` of confirmed entries that carry the confirmed label, and it, `(M,)` int64.

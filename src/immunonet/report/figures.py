@@ -105,7 +105,7 @@ def learning_curves(clean: Trace, adversarial: Trace, truth: Tensor, wrong: Tens
         for place, style, band, name in zip((0, 0, 1, 2), (0, 1, 0, 4), own, names, strict=True):
             _band(axes[place], style, *band, name)
         for place, (label, ends) in enumerate(zip(labels, limits, strict=True)):
-            _style(axes[place], "" if place else title, "generation" if place == 2 else "", label)
+            dress(axes[place], "" if place else title, "generation" if place == 2 else "", label)
             axes[place].set_ylim(*ends)
         axes[0].legend(frameon=False, fontsize=8)
         axes[2].xaxis.get_major_locator().set_params(integer=True)
@@ -122,7 +122,7 @@ def accuracy_curves(curves: Mapping[str, Row]) -> Figure:
     axes = figure.subplots()
     for i, (name, curve) in enumerate(curves.items()):
         _bars(axes, i, curve["eps"], curve["accuracy"], curve["ci95"], name)
-    _style(axes, "", "eps", "accuracy")
+    dress(axes, "", "eps", "accuracy")
     axes.set_ylim(-0.03, 1.03)
     _legend(figure)
     return figure
@@ -141,7 +141,7 @@ def accuracy_points(lines: Mapping[str, Mapping[str, Row]]) -> Figure:
         places = np.array(list(rows)) + (i - (len(attacks) - 1) / 2) * 0.22
         centre, ends = ([row[key] for row in rows.values()] for key in ("accuracy", "ci95"))
         _bars(axes, i, places, centre, ends, attack, joined=False, across=True)
-    _style(axes, "", "accuracy", "")
+    dress(axes, "", "accuracy", "")
     axes.set(yticks=range(len(lines)), yticklabels=list(lines), xlim=(-0.03, 1.03))
     axes.invert_yaxis()
     _legend(figure, "outside upper center", len(attacks))
@@ -160,7 +160,7 @@ def rejection_curves(curves: Mapping[str, Mapping[str, Sequence[Row]]]) -> Figur
             at, held = (np.array([level[key] for level in levels]) for key in ("accepted", "held"))
             ends = np.array([level["ci95"] for level in levels]).T
             _band(axes, i, held, ends, name, at=at)
-        _style(axes, title, "clean images that are answered", "", size=7, weight="normal")
+        dress(axes, title, "clean images that are answered", "", size=7, weight="normal")
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         axes.legend(frameon=False, fontsize=7)
     panels[0].set_ylabel("attacked images held (right, or declined)")
@@ -175,7 +175,7 @@ def loss_curves(losses: Mapping[str, Sequence[float]]) -> Figure:
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (name, values) in zip(panels, losses.items(), strict=False):
         axes.plot(range(len(values)), values, color=BLUE, linewidth=1.5)
-        _style(axes, name, "", "", size=6, weight="normal")
+        dress(axes, name, "", "", size=6, weight="normal")
     for axes in panels[len(losses) :]:
         axes.set_visible(False)
     return figure
@@ -205,7 +205,7 @@ def value_curves(title: str, vary: str, lines: Mapping[str, Sequence[tuple[Any, 
     else:
         axes.set_xticks(range(len(values)), list(values))
         axes.set_xlim(-0.6, len(values) - 0.4)
-    _style(axes, title, vary.replace("_", " "), "accuracy")
+    dress(axes, title, vary.replace("_", " "), "accuracy")
     bottom = min(row["ci95"][0] for line in lines.values() for _, row in line)
     axes.set_ylim(max(-0.02, bottom - 0.05), 1.02)
     _legend(figure)
@@ -228,7 +228,7 @@ def generation_curves(curves: Sequence[Row]) -> Figure:
         for i, curve in enumerate(curves):
             told = f"eps {curve['eps']:.3g}" if axes is panels[0] else None
             _band(axes, i, np.array(curve[name]), np.array(curve[f"{name}_half"]), told)
-        _style(axes, "", "generation", label)
+        dress(axes, "", "generation", label)
         axes.xaxis.get_major_locator().set_params(integer=True)
     panels[1].set_ylim(-0.03, 1.03)
     panels[2].set_ylim(bottom=0)
@@ -246,7 +246,7 @@ def alarm_curves(strangers: Mapping[str, Mapping[str, Sequence[float]]]) -> Figu
             told = name if axes is panels[0] else None
             at = np.linspace(0, 1, len(rates))
             axes.plot(at, np.array(rates), color=colour, linestyle=dash, linewidth=1.6, label=told)
-        _style(axes, stranger, "clean images flagged", "strangers flagged")
+        dress(axes, stranger, "clean images flagged", "strangers flagged")
         axes.set_aspect("equal")
     _legend(figure)
     return figure
@@ -261,7 +261,7 @@ def trial_scores(title: str, scores: Sequence[float]) -> Figure:
     axes.plot(number, scores, color=BLUE, marker="o", markersize=5, linestyle="none", label="trial")
     best = np.maximum.accumulate(scores)
     axes.plot(number, best, color=ORANGE, linestyle="-", linewidth=1.6, drawstyle="steps-post", label="best so far")
-    _style(axes, title, "trial", "mean accuracy, trial images")
+    dress(axes, title, "trial", "mean accuracy, trial images")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(figure)
     return figure
@@ -279,7 +279,32 @@ def path_curves(places: Sequence[float], panels: Mapping[str, Mapping[str, Row]]
             values = np.array(row["values"])
             ends = np.array(row["ci95"]).T if "ci95" in row else np.stack([values, values])
             _band(axes, i, values, ends, name if axes is drawn[0] else None, at=np.array(places))
-        _style(axes, title, "t", y if axes is drawn[0] else "")
+        dress(axes, title, "t", y if axes is drawn[0] else "")
+    _legend(figure)
+    return figure
+
+
+def innate_curves(levels: Sequence[float], panels: Mapping[str, tuple[Mapping[str, Row], Mapping[str, Row]]]) -> Figure:
+    """Return a figure of what a network that may answer itself changes, against the p-value it answers above.
+
+    `levels`: those p-values. `panels`: by title, a column each, shares by line with `values` and `ci95`, and below them
+    costs by line with `values`, as shares of what every answer would cost.
+    """
+    figure = blank(3.2 * len(panels) + 0.2, 5.4)
+    highest = 1.05 * max(max(row["values"]) for _, costs in panels.values() for row in costs.values())
+    drawn = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row")
+    for column, (title, (shares, costs)) in zip(drawn.T, panels.items(), strict=True):
+        first = column[0] is drawn[0, 0]
+        for i, (name, row) in enumerate(shares.items()):
+            _band(column[0], i, np.array(row["values"]), np.array(row["ci95"]).T, name if first else None, at=levels)
+        for i, (name, row) in enumerate(costs.items(), len(shares)):
+            _band(column[1], i, np.array(row["values"]), np.zeros(len(levels)), name if first else None, at=levels)
+        dress(column[0], title, "", "share of images" if first else "")
+        dress(column[1], "", "innate", "cost, of RAILS always" if first else "")
+        column[0].set_ylim(-0.03, 1.03)
+        column[1].set(xscale="log", ylim=(0, highest))
+        column[1].set_xticks(levels, [f"{level:g}" for level in levels])
+        column[1].minorticks_off()
     _legend(figure)
     return figure
 
@@ -302,7 +327,7 @@ def loss_plane(planes: Mapping[str, Row]) -> Figure:
         axes.plot([0, 1], [0, 0], color="white", linewidth=1.0, linestyle="--")
         axes.plot([0, 1], [0, 0], color=ORANGE, marker="o", linestyle="none", label="ends")
         axes.plot(*plane["bend"], color=ORANGE, marker="D", linestyle="none", label="bend")
-        _style(axes, title, "between the ends", "towards the bend")
+        dress(axes, title, "between the ends", "towards the bend")
         axes.legend(frameon=False, fontsize=7, labelcolor="white", loc="upper right")
     return figure
 
@@ -321,7 +346,7 @@ def watching(rows: Sequence[Row]) -> Figure:
         _bars(axes, i, at, centre, ends.reshape(-1, 2), attack, joined=False)
     axes.set_xticks(range(len(ways)), ways)
     axes.set(xlim=(-0.5, len(ways) - 0.5), ylim=(-0.05, 1.05))
-    _style(axes, "Stopped by the sentinel", "how the attacker asks", "share of attacks")
+    dress(axes, "Stopped by the sentinel", "how the attacker asks", "share of attacks")
     axes.legend(frameon=False, fontsize=7)
     return figure
 
@@ -345,7 +370,7 @@ def healing(entry: Row) -> Figure:
         _bars(axes, i, at, centre, ends, f"{row['images']}, {row['when']}", joined=False)
     axes.set_xticks(range(len(entry["layers"])), entry["layers"])
     axes.set(xlim=(-0.5, len(entry["layers"]) - 0.5), ylim=(0, None))
-    _style(axes, "Distance to the manifold", "", "in units of clean images")
+    dress(axes, "Distance to the manifold", "", "in units of clean images")
     axes.legend(frameon=False, fontsize=7)
     if n:
         _pictures(right, entry, n)
@@ -383,7 +408,8 @@ def blank(width: float, height: float) -> Figure:
     return figure
 
 
-def _style(axes: Axes, title: str, x: str, y: str, *, size: int = 8, weight: str = "bold") -> None:
+def dress(axes: Axes, title: str, x: str, y: str, *, size: int = 8, weight: str = "bold") -> None:
+    """Give some axes the look of all charts."""
     axes.set(xlabel=x, ylabel=y)
     axes.set_title(title, color=INK, fontsize=size + 2, fontweight=weight, loc="left")
     axes.spines[["top", "right"]].set_visible(False)

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from immunonet import _store
+from immunonet import _check, _store
 from immunonet.report import figures, images, pages
 from immunonet.response import ImmuneResponse
 
@@ -142,7 +142,7 @@ def render(
         gallery=gallery,
         choice=choice,
         curves=[figures.svg_uri(figure) for figure in curves],
-        names=images.class_names(names, len(gallery[0].votes) if gallery else len(names or ())),
+        names=_check.class_names(names, len(gallery[0].votes) if gallery else len(names or ())),
         settings=settings,
         environment=environment or {},
         command=command,

@@ -69,8 +69,8 @@ def sections(record: Record) -> list[Section]:
     for entry in record.get("healing", ()):
         add(f"What control changes: {entry['title']}", words.healing(entry), _healing(entry), entry["name"])
     for entry in record.get("watching", ()):
-        add(f"Behind a sentinel: {entry['title']}", words.watching(entry), _watching(entry), entry["name"])
-        add(f"Honest queries: {entry['title']}", words.honest(entry), _honest(entry))
+        add(f"Behind a sentinel: {entry['title']}", words.watching(entry), tables.watched(entry["rows"]), entry["name"])
+        add(f"Honest queries: {entry['title']}", words.honest(entry), tables.honest(entry["false_alarms"]))
     for entry in record.get("search", ()):  # records of before searches have none
         add(f"Search: {entry['title']}", words.search(entry), _search(entry), entry["name"])
     return [*report, Section("Notes", study["notes"])] if study["notes"] else report
@@ -177,6 +177,7 @@ def _called(row: Record) -> tuple[str, ...]:
     place += f" (cells at {space})" if space not in (None, *settings["layers"]) else ""
     name += ", cells there" if space in settings["layers"] else ""
     name += f", voice {settings['voice']:g}" if settings.get("voice") else ""
+    name += f", innate {settings['innate']:g}" if settings.get("innate") else ""
     return (settings["base"], place, name, size, f"{row['n']:,}", str(len(row["seeds"]) or ""))
 
 
@@ -297,25 +298,6 @@ def _healing(entry: Record) -> Table:
         cells = [f"{row['mean'][layer]:.3f} ± {row['half'][layer]:.3f}" for row in entry["rows"]]
         body.append((name, *cells))
     return [("layer", *(f"{row['images']}, {row['when']}" for row in entry["rows"])), *body]
-
-
-def _watching(entry: Record) -> Table:
-    heads = ("attack", "way", "fall without", "stopped", "flagged first", "fall all the same", "queries until flagged")
-    return [(*heads, "until won")] + [
-        (
-            row["attack"], row["way"], f"{row['fell']} of {row['n']}",
-            share(row, key="stopped_share") if row["fell"] else "",
-            f"{row['flagged_first']} of {row['fell']}", f"{row['fell_behind']} of {row['n']}",
-            f"{row['queries_until_flagged'] or 'never'}", f"{row['queries_until_won'] or ''}",
-        )
-        for row in entry["rows"]
-    ]  # fmt: skip
-
-
-def _honest(entry: Record) -> Table:
-    return [("queries", "flagged", "n")] + [
-        (row["stream"], share(row, key="share"), f"{row['n']:,}") for row in entry["false_alarms"]
-    ]
 
 
 def _search(entry: Record) -> Table:

@@ -55,6 +55,25 @@ def grid(table: Table) -> str:
     return "\n".join([head(*table[0]), *(line(*cells) for cells in table[1:])])
 
 
+def watched(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Return the table of what a sentinel stops, from a row per attack, way to ask, and norm where that is told."""
+    heads = ("attack", "way", "fall without", "stopped", "flagged first", "fall all the same", "queries until flagged")
+    return [(*heads, "until won")] + [
+        (
+            " ".join((row["attack"], *filter(None, [row.get("norm")]))), row["way"], f"{row['fell']} of {row['n']}",
+            share(row, key="stopped_share") if row["fell"] else "",
+            f"{row['flagged_first']} of {row['fell']}", f"{row['fell_behind']} of {row['n']}",
+            f"{row['queries_until_flagged'] or 'never'}", f"{row['queries_until_won'] or ''}",
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def honest(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Return the table of what a sentinel flags of honest queries, from a row per stream."""
+    return [("queries", "flagged", "n")] + [(row["stream"], share(row, key="share"), f"{row['n']:,}") for row in rows]
+
+
 def markdown(section: Section, level: int = 2, *, image: str = "") -> str:
     """Return a section in Markdown; `image`: where its figure lies."""
     parts = [f"{'#' * level} {section.title}", *section.text, grid(section.table) if section.table else ""]

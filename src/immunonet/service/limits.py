@@ -1,0 +1,28 @@
+"""What a service takes at once, and how long it lets it take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from immunonet import _check
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much is taken at once: more is refused before it costs anything.
+
+    `body`: bytes of a request; `pixels` of an image, as its header tells; `batch`: inputs that are answered at once,
+    and the most of one request; `queue`: inputs that wait for it; `seconds` that an answer may take.
+    """
+
+    body: int = 8 * 2**20
+    pixels: int = 2**24
+    batch: int = 32
+    queue: int = 128
+    seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("body", "pixels", "batch"):
+            _check.integer(name, getattr(self, name))
+        _check.integer("queue", self.queue, least=self.batch)
+        _check.number("seconds", self.seconds, least=0, above=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +13,12 @@ from torch import Tensor
 from immunonet import _store, data
 from immunonet.cli import common
 from immunonet.cli.fitted import opened
+from immunonet.client import Client
 from immunonet.defences.base import DEFENCE_FILE, Defence
 from immunonet.evaluation.journal import Journal
 
+# Images of one request to a service.
+ASKED = 16
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
@@ -28,6 +32,9 @@ def predict(
         ),
     ],
     defence: Annotated[Path, typer.Option(metavar="DIR", help="Folder that fit wrote.")] = Path("defence"),
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Ask a running immunonet serve instead; $IMMUNONET_TOKEN is sent.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="As given to fit, which is the default.")] = None,
     weights: common.WeightsOption = None,
     split: Annotated[str, typer.Option(help="Of a dataset: train or test.")] = "test",
@@ -47,6 +54,12 @@ def predict(
     the image looks unlike the training images. Finished parts are kept in DIR, and the same command continues from
     them. Labels that the images may have are not looked at.
     """
+    if url is not None:
+        how = {"size": size, "background": background or "white"}
+        names, x = read(inputs, split, data_dir, None, image=image, **how)
+        common.prepare(None, json)
+        _tell([{"input": name} | row for name, row in zip(names, asked(url, x), strict=True)], json)
+        return
     target = common.resolve_device(device)
     fitted, record = opened(defence, model, weights, target)
     how = {"size": size or record.get("size"), "background": background or record.get("background", "white")}
@@ -66,12 +79,34 @@ def predict(
         {"input": name, "name": dict(enumerate(record["classes"])).get(answer["label"], str(answer["label"]))} | answer
         for name, answer in zip(names, found, strict=True)
     ]
+    _tell(results, json)
+
+
+def _tell(results: list[dict[str, Any]], json: Path | None) -> None:
     typer.echo("input\tlabel\tshare\tcredibility\tforeign")
     for row in results:
         flag = "foreign" if row["foreign"] else ""
-        credibility = "" if row["credibility"] is None else f"{row['credibility']:.3f}"
-        typer.echo(f"{row['input']}\t{row['name']}\t{row['share']:.3f}\t{credibility}\t{flag}")
+        share, credibility = ("" if row[key] is None else f"{row[key]:.3f}" for key in ("share", "credibility"))
+        typer.echo(f"{row['input']}\t{row['name']}\t{share}\t{credibility}\t{flag}")
     common.write_results(json, results)
+
+
+def asked(url: str, x: Tensor) -> list[dict[str, Any]]:
+    """Return what a running service says of images `(N, C, H, W)`, as `answers` does, with the names of labels.
+
+    The share is None where the service gives labels alone.
+    """
+    found: list[dict[str, Any]] = []
+    with common.progress() as bar, Client(url, token=os.environ.get("IMMUNONET_TOKEN")) as client:
+        for part in bar.track(x.split(ASKED), description="asking"):
+            found += [
+                {
+                    "label": one.label, "name": one.name, "share": one.votes and one.votes[one.label],
+                    "credibility": one.credibility, "foreign": one.foreign,
+                }
+                for one in client.respond(part)
+            ]  # fmt: skip
+    return found
 
 
 @torch.no_grad()

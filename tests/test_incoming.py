@@ -33,6 +33,7 @@ READ_ELSEWHERE = {
     "evaluation/campaign.py", "evaluation/lab.py", "evaluation/outcome.py", "evaluation/protocol.py",
     "evaluation/sanity.py", "_pictures.py", "studies/behaviour.py", "studies/search.py", "report/robustness.py",
     "memory/entries.py", "memory/recall.py", "memory/store.py",
+    "explorer/antigens.py", "explorer/panels.py", "explorer/story.py", "explorer/watching.py",
     # Digests of what came through the door.
     "indexed.py",
     # Plain numbers: bounds, and shares of draws.

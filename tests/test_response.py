@@ -46,7 +46,7 @@ def test_print_shows_a_short_table(rails):
         [str(i), str(label)] for i, label in enumerate(r.labels[:8].tolist())
     ]
     assert [line.endswith("foreign") for line in lines] == [i == 1 for i in range(8)]
-    assert rest == "and 12 more; of all 20: 1 foreign, 0 recalled"
+    assert rest == "and 12 more; of all 20: 1 foreign, 0 innate, 0 recalled"
     assert r._repr_html_().count("<tr>") == 9
     assert len(str(rails.respond(X[:1])).split("\n")) == 2
 

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from immunonet.immune.spared import among
 from immunonet.memory.index import Lookup, half
-from immunonet.memory.recall import among, chosen
+from immunonet.memory.recall import chosen
 from immunonet.memory.space import learned, nearest_other, radius_of
 
 

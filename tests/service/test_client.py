@@ -11,7 +11,7 @@ import pytest
 import torch
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from tests.service.services import application, begun, examples, listening, plain, png, rails
+from services import application, begun, examples, listening, plain, png, rails
 
 from immunonet import Memory
 from immunonet.client import AsyncClient, Client, ServiceError

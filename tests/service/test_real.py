@@ -20,6 +20,8 @@ from immunonet.cli import main
 from immunonet.client import Client
 
 PATIENCE = 120
+# Ray's own.
+pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("service")
     zoo.save_weights(zoo.build("digits", classes=10, seed=0), folder / "net.safetensors")
     known = ["--weights", str(folder / "net.safetensors")]
-    main(["fit", "--dataset", "digits", *known, "--defence", "rails input population=50 generations=1",
-          "--out", str(folder / "defence")])  # fmt: skip
+    fit = ["fit", "--dataset", "digits", *known, "--defence", "rails input population=50 generations=1",
+           "--out", str(folder / "defence")]  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        main(fit)
+    assert ended.value.code == 0
     port = free_port()
     command = [
         sys.executable, "-c", "from immunonet.cli import main; main()", "serve", str(folder / "defence"), *known,

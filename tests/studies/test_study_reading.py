@@ -13,9 +13,10 @@ from immunonet.studies import model
 from immunonet.studies.reading import study_of
 
 SETTINGS = {
-    "population": 20, "neighbours": 2, "generations": 1, "alignment": 0.1, "recombination": 0.5, "temperature": 1.0,
-    "mutation_rate": [0.1, 0.2], "mutation_range": [0.1, 0.2], "decay": 0.9, "crossover": "authors", "plasma": 0.05,
-    "memory": 0.2, "early_stop": 2, "prune": 0.1, "candidates": 10, "bounds": [0, 1], "cell_bounds": [-1, 1],
+    "population": 20, "neighbours": 2, "generations": 1, "innate": 0.05, "alignment": 0.1, "recombination": 0.5,
+    "temperature": 1.0, "mutation_rate": [0.1, 0.2], "mutation_range": [0.1, 0.2], "decay": 0.9, "crossover": "authors",
+    "plasma": 0.05, "memory": 0.2, "early_stop": 2, "prune": 0.1, "candidates": 10, "bounds": [0, 1],
+    "cell_bounds": [-1, 1],
     "false_alarm": 0.1, "memory_budget": 1000, "shared_noise": False, "voice": 0.5, "metric": "cosine", "seed": 1,
     "preset": "paper", "hidden": False,
 }  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from immunonet import incoming
 from immunonet.defences.base import Answer, Defence
 from immunonet.memory.store import Memory
 from immunonet.service.batching import Inputs, Result
@@ -66,7 +67,7 @@ class Answering:
         with self._lock, torch.no_grad():
             loaded = self._loaded
             assert loaded is not None
-            given = torch.from_numpy(np.array(x)).to(loaded.defence.device)
+            given = incoming.tensor("inputs", np.array(x)).to(loaded.defence.device)
             answer, ids = loaded.defence.attend(given, source=list(sources), seed=self._seed)
             return results(answer, ids, loaded)
 

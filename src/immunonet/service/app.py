@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-import torch
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -82,7 +81,7 @@ class Service:
     def _watched(self, x: Inputs, source: str) -> list[bool] | None:
         if self.sentinel is None:
             return None
-        flags: list[bool] = self.sentinel.watch(torch.from_numpy(x), source).flagged.tolist()
+        flags: list[bool] = self.sentinel.watch(x, source).flagged.tolist()
         return flags
 
     async def _asked(self, x: Inputs, source: str) -> list[Result]:

@@ -117,9 +117,10 @@ class Replicas:
         raise AssertionError("a try returns or raises")
 
     def stop(self) -> None:
-        """End the replicas, and the cluster if it was started here."""
+        """End the replicas, with the cluster if it was started here; what else runs on another stays."""
         if self._cluster is not None:
-            require("ray.serve", "serve").shutdown()
+            if self._address is not None:
+                require("ray.serve", "serve").delete(NAME)
             self._cluster.close()
 
 

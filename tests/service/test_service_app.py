@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from tests.service.services import SHAPE, application, begun, examples, listening, plain, png, rails
+from services import SHAPE, application, begun, examples, listening, plain, png, rails
 
 from immunonet import Memory, Sentinel
 from immunonet.service.batching import Full

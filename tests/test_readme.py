@@ -14,7 +14,7 @@ from immunonet.defences.spec import Spec
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(("page", "least"), [("README.md", 15), ("docs/use.md", 15), ("docs/extending.md", 4)])
+@pytest.mark.parametrize(("page", "least"), [("README.md", 10), ("docs/tour.md", 30), ("docs/use.md", 15), ("docs/extending.md", 4)])
 def test_examples(page: str, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "REGISTRY", dict(base.REGISTRY))  # what they register, nobody else knows
     with torch.random.fork_rng():
@@ -25,7 +25,7 @@ def test_examples(page: str, least: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_descriptions_of_defences_can_be_read() -> None:
-    pages = (ROOT / "README.md", ROOT / "docs" / "papers.md")
+    pages = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("papers.md", "commands.md")))
     words = [word for page in pages for word in page.read_text().split("--defence ")[1:]]
     texts = [word[1:].partition('"')[0] if word[0] == '"' else word.split()[0] for word in words]
     specs = [Spec.parse(text) for text in texts if not text.endswith("`")]

@@ -14,7 +14,10 @@ from immunonet.defences.spec import Spec
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(("page", "least"), [("README.md", 10), ("docs/tour.md", 30), ("docs/use.md", 15), ("docs/extending.md", 4)])
+PAGES = {"README.md": 10, "docs/tour.md": 30, "docs/use.md": 15, "docs/extending.md": 4}
+
+
+@pytest.mark.parametrize(("page", "least"), PAGES.items())
 def test_examples(page: str, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "REGISTRY", dict(base.REGISTRY))  # what they register, nobody else knows
     with torch.random.fork_rng():

@@ -45,7 +45,7 @@ class Result:
                    votes=None if votes is None else tuple(votes))  # fmt: skip
 
 
-class ServiceError(Exception):
+class ServiceError(OSError):
     """An answer that is an error: its HTTP `status`, and why."""
 
     def __init__(self, status: int, why: str) -> None:
@@ -61,7 +61,7 @@ class _Asking:
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url must begin with http:// or https://, got {url!r}")
-        self._httpx = require("httpx", "client")
+        self._httpx, self._url = require("httpx", "serve"), url
         self._retries = _check.integer("retries", retries, least=0)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         headers |= {"X-Source": source} if source else {}
@@ -155,9 +155,11 @@ class Client(_Asking):
             answer = None
             try:
                 answer = self._client.request(method, url, **request)
-            except self._httpx.TransportError:
+            except self._httpx.TransportError as error:
                 if pause is None:
-                    raise
+                    raise ConnectionError(
+                        f"no answer from {self._url}: {str(error) or type(error).__name__}"
+                    ) from error
             if answer is not None and (pause is None or answer.status_code not in PASSING):
                 return self._read(answer)
             assert pause is not None
@@ -195,9 +197,11 @@ class AsyncClient(_Asking):
             answer = None
             try:
                 answer = await self._client.request(method, url, **request)
-            except self._httpx.TransportError:
+            except self._httpx.TransportError as error:
                 if pause is None:
-                    raise
+                    raise ConnectionError(
+                        f"no answer from {self._url}: {str(error) or type(error).__name__}"
+                    ) from error
             if answer is not None and (pause is None or answer.status_code not in PASSING):
                 return self._read(answer)
             assert pause is not None

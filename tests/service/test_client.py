@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,9 @@ from fastapi.responses import JSONResponse
 from services import application, begun, examples, listening, plain, png, rails
 
 from immunonet import Memory
+from immunonet.cli import main
 from immunonet.client import AsyncClient, Client, ServiceError
+from immunonet.service.tokens import Tokens
 
 
 def test_both_clients_ask_and_confirm(tmp_path: Path) -> None:
@@ -70,7 +73,24 @@ def test_what_passes_is_asked_again_and_what_does_not_is_not(monkeypatch: pytest
             client.respond(torch.zeros(1, 1, 4, 4))
         with Client(url) as client, pytest.raises(ServiceError, match="404: Not Found"):
             client.memory()
-    with Client(url, retries=0) as client, pytest.raises(Exception, match="refused"):
+    with Client(url, retries=0) as client, pytest.raises(ConnectionError, match="no answer from http"):
         client.memory()
     with pytest.raises(ValueError, match="url must begin"):
         Client("127.0.0.1")
+
+
+def test_predict_asks_a_running_service(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokens").write_text(f"me ask {'t' * 16}\n")
+    (tmp_path / "x.png").write_bytes(png())
+    with listening(application(begun(rails(), tokens=Tokens.read(tmp_path / "tokens")))) as url:
+        for token, told, code in (("t" * 16, "x.png\t", 0), ("no", "401", 2)):
+            monkeypatch.setenv("IMMUNONET_TOKEN", token)
+            with pytest.raises(SystemExit) as ended:
+                main(["predict", str(tmp_path / "x.png"), "--url", url, "--json", str(tmp_path / "out.json")])
+            heard = capsys.readouterr()
+            assert (ended.value.code, told in heard.out + heard.err) == (code, True), heard
+    row = json.loads((tmp_path / "out.json").read_text())["results"][0]
+    assert row["name"] in "abc"
+    assert 0 < row["share"] <= 1

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test cover lint setup
+.PHONY: demo test cover docs lint setup
 
 setup: .venv/.installed
 
@@ -20,6 +20,11 @@ test: lint
 # A third slower.
 cover: setup
 	$(BIN)/python -m pytest --cov -n 2
+
+# Needs no network but for what it installs; `site/index.html` is where it begins.
+docs: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: setup
 	$(BIN)/ruff check src tests

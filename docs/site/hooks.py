@@ -1,0 +1,42 @@
+"""What of the site lies elsewhere in the repository: README is its start; and links to what is not on it."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = {
+    "README.md": "index.md", "ARCHITECTURE.md": "architecture.md", "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md", "results/README.md": "results.md",
+}  # fmt: skip
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#:]+)(#[^)]*)?\)")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Return the site's files with those pages, and the figures of results, among them."""
+    for source, page in PAGES.items():
+        files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+    for figure in sorted((ROOT / "results" / "figures").glob("*.png")):
+        files.append(File.generated(config, f"results/figures/{figure.name}", abs_src_path=str(figure)))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Any, files: Files, **_: Any) -> str:
+    """Return a page whose links lead to where things are on the site; what is not on it is told by its name alone."""
+    source = {there: here for here, there in PAGES.items()}.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+
+    def moved(found: re.Match[str]) -> str:
+        picture, text, target, part = found.groups()
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+        there = PAGES.get(path, path.removeprefix("docs/"))
+        if files.get_file_from_path(there) is None:
+            return text
+        here = posixpath.dirname(page.file.src_uri) or "."
+        return f"{picture}[{text}]({posixpath.relpath(there, here)}{part or ''})"
+
+    return LINK.sub(moved, markdown)

@@ -22,6 +22,8 @@ from immunonet.evaluation import campaign, cluster, evaluate
 from immunonet.evaluation.bench import Bench, Part
 from immunonet.evaluation.lab import Lab, Measurement, Tables
 from immunonet.evaluation.suite import PROTOCOLS
+from immunonet.features.partitioned import OnRay, PartitionedIndex
+from immunonet.features.search import ExactIndex
 
 pytest.importorskip("ray")
 
@@ -319,3 +321,24 @@ def test_without_a_cluster_one_is_started_for_this_machine_alone_and_ended():
             environment.pop(name, None)
         ran = subprocess.run([sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
+
+
+def test_a_search_in_parts_on_several_machines_finds_what_one_finds_though_a_machine_dies(nodes):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(90) % 3
+    x, queries = torch.randn(90, 5, generator=generator), torch.randn(7, 5, generator=generator)
+    order = y.argsort(stable=True)
+    whole = ExactIndex(x[order].clone(), order, [30] * 3)
+    third = nodes.add_node(num_cpus=1)
+    parts = PartitionedIndex(whole, 3, OnRay)
+    for _ in range(2):
+        for one, other in zip(whole.nearest(queries, 3), parts.nearest(queries, 3), strict=True):
+            assert torch.equal(one, other)
+        if third is not None:
+            nodes.remove_node(third)
+            third = None
+    radius = whole.nearest(queries, 2, by_class=False)[0][:, 1]
+    for one, other in zip(whole.within(queries, radius), parts.within(queries, radius), strict=True):
+        assert torch.equal(one, other)
+    some = torch.tensor([[0, 89], [31, 5]])
+    assert torch.equal(whole.rows(some), parts.rows(some))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -18,12 +18,14 @@ from immunonet.defences.repertoire import Calibration, Examples, Repertoire, che
 from immunonet.features.build import build
 from immunonet.features.maps import METRICS, FeatureMap
 from immunonet.features.names import Layer, as_layers, check_names
+from immunonet.features.partitioned import Here, PartitionedIndex, Parts
 from immunonet.features.passes import described, witnessed
 from immunonet.features.search import (
     ExactIndex,
     FeatureFile,
     GrownIndex,
     Index,
+    Kept,
     Progress,
     SignatureIndex,
     auto_budget,
@@ -491,6 +493,25 @@ class NeighbourDefence(Defence):
         self.indices = nn.ModuleList(
             GrownIndex(cast(Index, sealed), n, features, labels, self.classes) for sealed, features in parts
         )
+
+    @torch.no_grad()
+    def partition(self, partitions: int, on: Callable[[Sequence[ExactIndex]], Parts] = Here) -> Self:
+        """Let the search be done in so many parts from now on, with the same answers; return self.
+
+        `on`: `features.partitioned.Here`, in this process, or `OnRay`, each in an actor of the Ray cluster that is
+        connected. `save` does not keep it. ValueError before `fit`, for features that are not kept, for a repertoire
+        that cells joined, and for more parts than leave each as many examples of a class as are looked for.
+        """
+        self.check_current()
+        before = self.indices
+        self.indices = nn.ModuleList(PartitionedIndex(cast(Kept, index), partitions, on) for index in before)
+        try:
+            self._neighbourhood_of(self.repertoire.inputs(slice(1)))
+        except BaseException:
+            self.indices = before
+            raise
+        self._sealed = self.indices
+        return self
 
     def _whole(self, added: Sequence[Tensor]) -> list[ExactIndex]:
         """Return an index per layer of training examples and of cells, with the features `(M, D)` of these."""

@@ -49,6 +49,13 @@ class Kept(nn.Module):
         super()._apply(lambda t: t.to(fn(t[:0]).device), recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def shares(self, n: int) -> list[tuple[Tensor, ExactIndex]]:
+        """Return n indices of shares of the examples, with their numbers; ValueError where it cannot."""
+        raise ValueError(
+            "the search is in parts only where all features are kept in memory and no cells have joined: give more "
+            "memory_budget, or harden(None) before"
+        )
+
 
 class Index(Protocol):
     """What every index answers."""
@@ -139,12 +146,17 @@ class ExactIndex(Kept):
     place: Tensor
     centre: Tensor
 
-    def __init__(self, features: Tensor, order: Tensor, counts: list[int]) -> None:
-        """Take features `(N, D)`, overwritten, of examples `order` `(N,)`, by class; `counts` per class."""
+    def __init__(self, features: Tensor, order: Tensor, counts: list[int], centre: Tensor | None = None) -> None:
+        """Take features `(N, D)`, overwritten, of examples `order` `(N,)`, by class; `counts` per class.
+
+        With a `centre` `(D,)` they are those less it.
+        """
         super().__init__()
-        # Small norms keep the digits of small distances in the quadratic expansion.
-        centre = _centre(features, order)
-        keys = features.sub_(centre)
+        keys = features
+        if centre is None:
+            # Small norms keep the digits of small distances in the quadratic expansion.
+            centre = _centre(features, order)
+            keys = features.sub_(centre)
         self.counts = counts
         self.register_buffer("keys", keys, persistent=False)
         self.register_buffer("squares", torch.linalg.vector_norm(keys, dim=1).square(), persistent=False)
@@ -190,6 +202,20 @@ class ExactIndex(Kept):
     def rows(self, examples: Tensor) -> Tensor:
         """Return the features `(*, D)` of examples `(*)`."""
         return self.keys[self.place[examples]] + self.centre
+
+    def shares(self, n: int) -> list[tuple[Tensor, ExactIndex]]:
+        """Return n indices of its examples, each of every n-th of a class, with the numbers of their examples."""
+        known = self.order.new_tensor(self.counts)
+        classes = torch.repeat_interleave(known)
+        turn = (torch.arange(len(classes), device=known.device) - (known.cumsum(0) - known)[classes]) % n
+        found = []
+        for i in range(n):
+            places = (turn == i).nonzero()[:, 0]
+            numbers = self.order[places].sort().values
+            own = torch.searchsorted(numbers, self.order[places])
+            counts: list[int] = torch.bincount(classes[places], minlength=len(self.counts)).tolist()
+            found.append((numbers, ExactIndex(self.keys[places], own, counts, self.centre)))
+        return found
 
     def _screened(self, queries: Tensor, signatures: Signatures, counts: list[int], k: int) -> tuple[Tensor, Tensor]:
         """Return what `flocking.flock` does, by signatures as far as they prove it."""

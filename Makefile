@@ -6,12 +6,18 @@ BIN := .venv/bin
 
 setup: .venv/.installed
 
+# What the demonstration needs, which all else has as well.
+.venv/.demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -e .venv/.installed || $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cli]'
+	touch $@
+
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: setup
+demo: .venv/.demo
 	$(BIN)/immunonet demo --out demo --json demo/results.json
 
 test: lint

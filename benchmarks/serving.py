@@ -8,6 +8,7 @@ Everything runs on this machine, on the loopback; every loop is bounded in count
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -67,8 +68,9 @@ class Served:
 
 
 def fitted(folder: Path, directory: Path, weights: Path, spec: str) -> None:
-    command(["fit", "--dataset", "mnist", "--data", str(directory), "--weights", str(weights), "--defence", spec,
-             "--out", str(folder)])  # fmt: skip
+    with contextlib.suppress(SystemExit):
+        command(["fit", "--dataset", "mnist", "--data", str(directory), "--weights", str(weights), "--defence", spec,
+                 "--out", str(folder)])  # fmt: skip
 
 
 def in_process(folder: Path, weights: Path, x: torch.Tensor, batch: int) -> float:

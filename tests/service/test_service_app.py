@@ -139,16 +139,18 @@ def test_before_it_is_ready_and_when_it_is_full_or_late(monkeypatch: pytest.Monk
         service.begin(never, at_once=1)
         assert client.post("/v1/respond", json={"inputs": GREY}).status_code == 504
 
-        async def full(x: Any, source: str) -> Any:
+        def full(n: int) -> None:
             raise Full(3.2)
 
-        monkeypatch.setattr(service._batcher, "ask", full)
+        admits = service._batcher.admit  # type: ignore[union-attr]
+        monkeypatch.setattr(service._batcher, "admit", full)
         answer = client.post("/v1/respond", json={"inputs": GREY})
         assert (answer.status_code, answer.headers["Retry-After"]) == (429, "4")
 
         async def broken(x: Any, source: str) -> Any:
             raise RuntimeError("a secret of the house")
 
+        monkeypatch.setattr(service._batcher, "admit", admits)
         monkeypatch.setattr(service._batcher, "ask", broken)
         answer = client.post("/v1/respond", json={"inputs": GREY})
         assert answer.status_code == 500

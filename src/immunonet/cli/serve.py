@@ -40,7 +40,7 @@ def serve(
         int | None, typer.Option(min=1, help="Of each replica. Default: this machine's, shared evenly.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Inputs that are answered together, at most.")] = 32,
-    queue: Annotated[int, typer.Option(min=1, help="Inputs that may wait; more are told to come again.")] = 128,
+    queue: Annotated[int, typer.Option(min=1, help="Inputs that may wait; more are told to come again.")] = 64,
     timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 30.0,
     explore: Annotated[
         bool, typer.Option(help="Show the explorer at /; not beside tokens, since it asks for none.")

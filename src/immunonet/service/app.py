@@ -66,10 +66,21 @@ class Service:
         if self._batcher is not None:
             await self._batcher.close()
 
-    async def respond(self, x: Inputs, source: str) -> list[Result]:
-        """Return the results of inputs `(n, *S)` from a source; Refused where they are not answered."""
+    def admit(self, n: int = 1) -> Batcher:
+        """Return who gathers, where n more inputs are taken; else Refused, before anything is read of them."""
         if self._batcher is None:
             raise Refused(503, "the service is not ready yet", Retry_After="2")
+        try:
+            self._batcher.admit(n)
+        except Full as full:
+            raise Refused(429, "too many inputs wait: try again later", Retry_After=str(full.seconds)) from full
+        except Closed as closed:
+            raise Refused(503, "the service stops", Retry_After="5") from closed
+        return self._batcher
+
+    async def respond(self, x: Inputs, source: str) -> list[Result]:
+        """Return the results of inputs `(n, *S)` from a source; Refused where they are not answered."""
+        self.admit(len(x))
         flagged = await asyncio.to_thread(self._watched, x, source)
         if flagged is None:
             return await self._asked(x, source)
@@ -85,14 +96,10 @@ class Service:
         return flags
 
     async def _asked(self, x: Inputs, source: str) -> list[Result]:
-        assert self._batcher is not None
+        batcher = self.admit(len(x))
         try:
             async with asyncio.timeout(self.limits.seconds):
-                results = await self._batcher.ask(x, source)
-        except Full as full:
-            raise Refused(429, "too many inputs wait: try again later", Retry_After=str(full.seconds)) from full
-        except Closed as closed:
-            raise Refused(503, "the service stops", Retry_After="5") from closed
+                results = await batcher.ask(x, source)
         except TimeoutError as late:
             why = f"no answer within {self.limits.seconds:g} seconds"
             raise Refused(504, why, Retry_After="5") from late
@@ -178,6 +185,7 @@ def create(service: Service, *, lifespan: Callable[[], Any] | None = None) -> Fa
     async def respond(request: Request) -> dict[str, Any]:
         holder = let(request, "ask")
         source = _source(holder, request.headers.get("X-Source"))
+        service.admit()
         kind = request.headers.get("Content-Type", "")
         x = await asyncio.to_thread(bodies.inputs, await content(request), kind, service.loaded, service.limits)
         results = await service.respond(x, source)

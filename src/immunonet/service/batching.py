@@ -59,12 +59,16 @@ class Batcher:
         """How many inputs wait."""
         return sum(len(one.x) for one in self._waiting)
 
-    async def ask(self, x: Inputs, source: str) -> list[Result]:
-        """Return the results of inputs `(n, *S)`, n at most `batch`; raise Full or Closed where they are not taken."""
+    def admit(self, n: int) -> None:
+        """Raise Full or Closed where n more inputs would not be taken."""
         if self._closed:
             raise Closed
-        if self.waiting + len(x) > self._queue:
+        if self.waiting + n > self._queue:
             raise Full(self.waiting * self._pace)
+
+    async def ask(self, x: Inputs, source: str) -> list[Result]:
+        """Return the results of inputs `(n, *S)`, n at most `batch`; raise Full or Closed where they are not taken."""
+        self.admit(len(x))
         asked = _Asked(x, source, asyncio.get_running_loop().create_future())
         self._waiting.append(asked)
         self._go()

@@ -59,12 +59,12 @@ def run(
     async def begin() -> None:
         try:
             await asyncio.to_thread(replicas.start, folder)
+            memory = None if replicas.memory is None else Memory(replicas.memory)
         except Exception as error:
             failed.append(error)
             server.should_exit = True
             return
         service.reload = reload
-        memory = None if replicas.memory is None else Memory(replicas.memory)
         service.begin(replicas.send, at_once=replicas.most + 1, memory=memory)
         log.info('{"ready": true}')
 

@@ -227,7 +227,9 @@ def _readable(x: Any) -> bool:
     """Return whether examples, or inputs alone, are had by their index."""
     if incoming.holds_examples(x):
         return incoming.has_index(x)
-    return incoming.is_array(x) and hasattr(x, "shape") and hasattr(x, "nbytes") and not hasattr(x, "columns")
+    # Sparse tensors tell no size.
+    plain = incoming.is_array(x) and getattr(x, "layout", torch.strided) == torch.strided
+    return plain and hasattr(x, "shape") and hasattr(x, "nbytes") and not hasattr(x, "columns")
 
 
 def _reader(name: str, x: Any) -> Reader:

@@ -6,6 +6,7 @@ import importlib
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -23,7 +24,7 @@ from immunonet.immune import backend
 # The modules of packages that are called otherwise.
 _MODULES = {"pillow": "PIL", "scikit-learn": "sklearn"}
 # Extras for those who work on the package itself.
-_OWN = ("dev", "bench")
+_OWN = ("dev", "bench", "docs")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def _imported(package: str) -> tuple[str | None, str]:
     except metadata.PackageNotFoundError:
         return None, ""
     try:
-        importlib.import_module(_MODULES.get(package, package))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a package says of its own is nothing broken
+            importlib.import_module(_MODULES.get(package, package.replace("-", "_")))
     except Exception as error:  # whatever a broken package raises
         return version, f"{type(error).__name__}: {' '.join(str(error).split())}"
     return version, ""

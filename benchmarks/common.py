@@ -20,7 +20,7 @@ from torch import Tensor
 
 from immunonet import _store, data, zoo
 from immunonet.attacks import PGD
-from immunonet.evaluation.records import environment
+from immunonet.evaluation.records import environment, public
 
 Row = dict[str, Any]
 
@@ -120,11 +120,6 @@ def run(options: argparse.Namespace, jobs: dict[str, Callable[[], list[Row]]]) -
                 "rows": rows,
                 "settings": settings,
                 "environment": environment() | {"load_average": round(os.getloadavg()[1], 2)},
-                "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_public(sys.argv[1:])]),
+                "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(public, sys.argv[1:])]),
             }
             _store.write_json(options.json, {"tables": tables})
-
-
-def _public(arguments: list[str]) -> list[str]:
-    """Return arguments without the folders of this machine."""
-    return ["DIR" if Path(a).is_absolute() else a for a in arguments]

@@ -86,3 +86,10 @@ def test_several_runs_need_seeds_and_images():
         Row.of(torch.tensor([[True], [False]]), **FIELDS)
     with pytest.raises(ValueError, match="correct must have shape"):
         Row.of(torch.empty(1, 0), **FIELDS)
+
+
+def test_an_argument_is_shown_without_folders_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = {"--data": "--data", "results/a.json": "results/a.json", "/data/mnist": "DIR", "60/255": "60/255"}
+    for argument, told in (shown | {str(tmp_path / "out" / "a.json"): "out/a.json"}).items():
+        assert records.public(argument) == told

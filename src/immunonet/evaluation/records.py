@@ -112,8 +112,16 @@ def environment() -> dict[str, Any]:
 
 
 def command() -> str:
-    """Return the command line of this process, its program by name alone."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Return the command line of this process, its program by name alone, without folders of this machine."""
+    return shlex.join([Path(sys.argv[0]).name, *map(public, sys.argv[1:])])
+
+
+def public(argument: str) -> str:
+    """Return an argument as it may be shown: a path from the working directory on, one that lies elsewhere as DIR."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "DIR"
 
 
 def envelope(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def test_every_kind_tells_what_it_can(
     assert (told.nearest is not None) == near
     assert (told.healed is not None) == (kind == "control")
     assert [layer for layer, _ in told.curves] == list(defence.layers)[:curves]
-    assert after.innate is (False if cells else None)
+    assert after.innate is after.recalled is None
     for some in (told.plasma, told.memory, told.nearest):
         for cell in some or ():
             assert tuple(cell.image.shape) == tuple(x.shape[1:])

@@ -172,16 +172,12 @@ def _heard(defence: Defence, x: Tensor, seed: int) -> tuple[Reply, Any]:
     answer, respond = defence.answered(x, seed), getattr(defence, "respond", None)
     response = None if respond is None else respond(x, seed)
 
-    def first(name: str) -> Any:
-        value = getattr(response, name, None)
-        return None if value is None else value[0].item()
-
     told = Reply(
         label=int(answer.labels[0]),
         shares=answer.probabilities[0].tolist(),
         credibility=None if answer.credibility is None else float(answer.credibility[0]),
         foreign=None if answer.sense is None else bool(answer.sense.foreign[0]),
-        recalled=first("recalled"),
-        innate=first("innate"),
+        recalled=None if answer.recalled is None else bool(answer.recalled[0]),
+        innate=None if answer.innate is None else bool(answer.innate[0]),
     )
     return told, response

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -75,18 +74,11 @@ def test_what_is_recalled_has_no_cells_but_still_a_curve(make: Make, conv: nn.Mo
     assert len(told.curves) == 1
 
 
-def test_innate_answers_are_told_where_a_response_tells_them(make: Make, tests: data.Images) -> None:
-    rails = make("rails")
-    respond = rails.respond
-
-    @dataclasses.dataclass
-    class Response:
-        innate: Tensor
-        plasma: Any
-
-    rails.respond = lambda x, seed: Response(torch.tensor([True]), respond(x, seed).plasma)
-    told = story.reply(rails, tests.x[:1], 0)
-    assert (told.innate, told.recalled) == (True, None)
+def test_innate_answers_are_told_of_a_defence_that_gives_them(make: Make, tests: data.Images) -> None:
+    gated = make("rails").with_settings(innate=0.5)
+    for x in tests.x[:3].split(1):
+        assert story.reply(gated, x, 0).innate is bool(gated.respond(x, seed=0).innate[0])
+        assert story.reply(gated, x, 0).recalled is None
 
 
 def test_an_attack_keeps_to_its_radius_and_takes_as_many_steps_as_fit(conv: nn.Module, tests: data.Images) -> None:

@@ -29,7 +29,7 @@ PACKAGE = Path(immunonet.__file__).parent
 READ_ELSEWHERE = {
     "studies/contests.py",
     # What the program itself wrote or computed, or read from a file.
-    "data.py", "features/search.py", "features/affine.py", "immune/noise.py",
+    "data.py", "features/file.py", "features/affine.py", "immune/noise.py",
     "evaluation/campaign.py", "evaluation/lab.py", "evaluation/outcome.py", "evaluation/protocol.py",
     "evaluation/sanity.py", "_pictures.py", "studies/behaviour.py", "studies/search.py", "report/robustness.py",
     "memory/entries.py", "memory/recall.py", "memory/store.py",

@@ -11,7 +11,9 @@ from torch.testing import assert_close
 
 from immunonet import RAILS, DkNN, Maturation, ModePath, _store, load, models, register
 from immunonet.defences import base
-from immunonet.defences.base import DEFENCE_FILE, REGISTRY, Answer, Defence, Undefended
+from immunonet.defences.answers import Answer
+from immunonet.defences.base import DEFENCE_FILE, REGISTRY, Defence
+from immunonet.defences.undefended import Undefended
 
 SMALL = Maturation(population=60, neighbours=3, generations=2)
 ANTIGENS = torch.rand(30, 1, 6, 6, generator=torch.Generator().manual_seed(5))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from immunonet import RAILS, Answer, Defence, DkNN, Maturation, Sense
-from immunonet.defences.base import Undefended
+from immunonet.defences.undefended import Undefended
 from immunonet.evaluation.asking import NO_ANSWER, Subject, describe, is_randomised, told_of
 from immunonet.evaluation.lab import asked
 

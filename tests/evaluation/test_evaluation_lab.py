@@ -11,7 +11,8 @@ from trials import bands
 from immunonet.attacks import ASK, FGSM, PGD, SoftCount, SoftNeighbours
 from immunonet.data import Images
 from immunonet.defences import base as defences
-from immunonet.defences.base import Answer, Defence, register
+from immunonet.defences.answers import Answer
+from immunonet.defences.base import Defence, register
 from immunonet.defences.dknn import CHOSEN_METRICS, NEIGHBOURS, DkNN
 from immunonet.defences.rails import RAILS
 from immunonet.defences.spec import Spec

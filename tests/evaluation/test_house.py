@@ -12,7 +12,8 @@ from trials import bands
 from immunonet import Defence, attacks, evaluate, load, models, register
 from immunonet.data import Images
 from immunonet.defences import base as defences
-from immunonet.defences.base import REGISTRY, Answer
+from immunonet.defences.answers import Answer
+from immunonet.defences.base import REGISTRY
 from immunonet.defences.spec import Spec
 from immunonet.evaluation.bench import Bench
 from immunonet.evaluation.lab import Lab, Measurement, Tables

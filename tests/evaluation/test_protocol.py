@@ -10,7 +10,7 @@ from torch import nn
 from trials import bands
 
 from immunonet import RAILS, DkNN, Maturation, _store
-from immunonet.defences.base import Undefended
+from immunonet.defences.undefended import Undefended
 from immunonet.evaluation import evaluate
 from immunonet.evaluation.suite import PROTOCOLS, Planned
 from immunonet.report import figures

@@ -9,7 +9,7 @@ from torch import nn
 from trials import BOUNDS, THREAT, campaign, trial
 
 from immunonet.attacks import PGD, HopSkipJump, Noise
-from immunonet.defences.base import Undefended
+from immunonet.defences.undefended import Undefended
 from immunonet.evaluation import sanity
 from immunonet.evaluation.asking import Subject
 from immunonet.evaluation.outcome import outcome

@@ -8,7 +8,7 @@ from torch import nn
 from trials import BOUNDS
 
 from immunonet import RAILS, DkNN, Maturation, attacks
-from immunonet.defences.base import Undefended
+from immunonet.defences.undefended import Undefended
 from immunonet.evaluation import suite
 from immunonet.evaluation.asking import Subject
 from immunonet.evaluation.suite import PROTOCOLS, Planned, Suite

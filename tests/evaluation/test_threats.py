@@ -11,7 +11,7 @@ from trials import BOUNDS, bands, campaign
 
 from immunonet import RAILS, DkNN, Maturation, attacks
 from immunonet.attacks import PGD
-from immunonet.defences.base import Undefended
+from immunonet.defences.undefended import Undefended
 from immunonet.evaluation import evaluate, protocol, sanity
 from immunonet.evaluation.bench import Here
 from immunonet.evaluation.campaign import WorstCase, union

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from immunonet import incoming
-from immunonet.defences.base import Undefended
+from immunonet.defences.undefended import Undefended
 from immunonet.evaluation.asking import Subject
 from immunonet.evaluation.bench import Bench
 from immunonet.evaluation.campaign import Campaign, Claim, Scene, Trial

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import RAILS, ClosedLoop, DkNN, Maturation, Sentinel, data
-from immunonet.defences.base import Defence, Undefended
+from immunonet.defences.base import Defence
+from immunonet.defences.undefended import Undefended
 
 SHAPE = (1, 6, 6)
 

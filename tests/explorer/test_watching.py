@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import Sentinel, data, incoming
-from immunonet.defences.base import Undefended
+from immunonet.defences.undefended import Undefended
 from immunonet.evaluation.stream import Assault, askers, assaults
 from immunonet.evaluation.threats import Threat
 from immunonet.explorer.watching import Seen, asking

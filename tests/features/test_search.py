@@ -14,7 +14,8 @@ from immunonet import RAILS, DkNN, Maturation
 from immunonet.attacks import SoftNeighbours
 from immunonet.defences.neighbours import _Rows
 from immunonet.features import search
-from immunonet.features.search import ExactIndex, FeatureFile, SignatureIndex, computed
+from immunonet.features.file import FeatureFile
+from immunonet.features.search import ExactIndex, SignatureIndex, computed
 
 SMALL = Maturation(population=60, neighbours=4, generations=3)
 

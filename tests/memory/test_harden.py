@@ -12,7 +12,8 @@ from torch import nn
 from immunonet import RAILS, Maturation, Memory, load
 from immunonet._identity import identity
 from immunonet.defences import neighbours
-from immunonet.features.search import ExactIndex, GrownIndex
+from immunonet.features.grown import GrownIndex
+from immunonet.features.search import ExactIndex
 
 SMALL = Maturation(population=60, neighbours=3, generations=2, alignment=0)
 ANTIGENS = torch.rand(12, 1, 6, 6, generator=torch.Generator().manual_seed(5))

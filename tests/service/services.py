@@ -15,7 +15,7 @@ import uvicorn
 from PIL import Image
 
 from immunonet import RAILS, Maturation, Memory
-from immunonet.defences.base import Undefended
+from immunonet.defences.undefended import Undefended
 from immunonet.service.answering import Answering, Loaded
 from immunonet.service.app import Service, create
 

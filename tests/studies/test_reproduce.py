@@ -16,7 +16,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from immunonet import RAILS, DkNN, Maturation, data, zoo
 from immunonet.attacks import PGD
 from immunonet.cli.common import resolve_dataset
-from immunonet.defences.base import REGISTRY, Answer, Defence, Sense
+from immunonet.defences.answers import Answer, Sense
+from immunonet.defences.base import REGISTRY, Defence
 from immunonet.report import studies as report
 from immunonet.statistics import mcnemar
 from immunonet.studies import NAMES

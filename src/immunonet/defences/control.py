@@ -19,7 +19,8 @@ from immunonet.control.manifolds import Denoiser, Subspace, flat_norm, off, proj
 from immunonet.control.passing import INPUT, Steer, Way, passed, unsteered
 from immunonet.control.solving import Objective, Solved, held, solve
 from immunonet.data import Images
-from immunonet.defences.base import Answer, Defence, Healed, Made, Sense
+from immunonet.defences.answers import Answer, Healed, Sense
+from immunonet.defences.base import Defence, Made
 from immunonet.defences.repertoire import Familiarity, hold_out
 from immunonet.features.names import Layer, check_names
 from immunonet.features.witness import Witness

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import _check, attacks
-from immunonet.defences.base import Answer, Made
+from immunonet.defences.answers import Answer
+from immunonet.defences.base import Made
 from immunonet.defences.neighbours import SENSED, NeighbourDefence
 from immunonet.features.names import Layer
 from immunonet.immune.consensus import decided, lots, shared, winner

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from immunonet import _check, incoming, indexed, models
 from immunonet._estimates import told
-from immunonet.defences.base import Defence, Sense
-from immunonet.defences.repertoire import Calibration, Examples, Repertoire, check_classes, hold_out
+from immunonet.defences.answers import Sense
+from immunonet.defences.base import Defence
+from immunonet.defences.repertoire import Calibration, Examples, Repertoire, check_classes, hold_out, saved
 from immunonet.features.build import build
+from immunonet.features.file import FeatureFile
+from immunonet.features.grown import GrownIndex
 from immunonet.features.maps import METRICS, FeatureMap
 from immunonet.features.names import Layer, as_layers, check_names
 from immunonet.features.partitioned import Here, PartitionedIndex, Parts
 from immunonet.features.passes import described, witnessed
 from immunonet.features.search import (
     ExactIndex,
-    FeatureFile,
-    GrownIndex,
     Index,
     Kept,
     Progress,
@@ -231,7 +232,7 @@ class NeighbourDefence(Defence):
         file that `fit` wrote is opened, where features exceed the budget again, and nothing in it is computed.
         ValueError for a model with other weights, or a source of other examples.
         """
-        given, held = self._found(tensors, source)
+        given, held = saved(tensors, source, bounds=self.bounds)
         x, y = given.x, tensors["y"]
         if (classes := self._count_classes(x)) != self.classes:
             raise ValueError(f"model must give {self.classes} logits, as when this was saved, got {classes}")
@@ -252,32 +253,6 @@ class NeighbourDefence(Defence):
         self.held = held
         if len(y) > len(x):
             self._join(tensors["cells"], y[len(x) :])
-
-    def _found(self, tensors: Mapping[str, Tensor], source: Any) -> tuple[Examples, Examples]:
-        """Return the training and the calibration examples that `tensors` gave, or that a source holds."""
-        y = tensors["y"]
-        # Earlier versions did not keep the calibration examples.
-        held_y = tensors.get("held.y", y[:0])
-        if "digests" not in tensors:
-            if source is not None:
-                raise ValueError("source must be left out: this was saved with its examples")
-            x = tensors["x"]
-            return Examples(x, y[: len(x)]), Examples(tensors.get("held.x", x[:0]), held_y)
-        known, places = tensors["digests"], tensors["places"]
-        if source is None:
-            raise ValueError(
-                f"source must be given: this was fitted by keep='source' on {len(known):,} examples, which are not "
-                "among what was saved. Give what fit took as x, as load(folder, model, source=dataset)"
-            )
-        labels = torch.empty_like(known)
-        labels[places] = y[: len(places)]
-        held_places = tensors.get("held.places")
-        if held_places is not None:
-            labels[held_places] = held_y
-        origin = indexed.again(source, known, labels, bounds=self.bounds)
-        given = Examples(indexed.Indexed(origin, places.cpu()), y[: len(places)])
-        x_cal = tensors["held.x"] if held_places is None else indexed.Indexed(origin, held_places.cpu())
-        return given, Examples(x_cal, held_y)
 
     def identity(self) -> list[Any]:
         """Return all that answers depend on: kind, settings, layers, the model, and the repertoire if it is fitted."""

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from immunonet import _store, incoming, models
-from immunonet.defences.base import Answer, Defence
+from immunonet.defences.answers import Answer
+from immunonet.defences.base import Defence
 from immunonet.paths import curves, statistics
 
 _FORMAT = 1

@@ -14,10 +14,12 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, _store, attacks, incoming
+from immunonet import _check, attacks, incoming
 from immunonet._estimates import tell, timed
-from immunonet.defences.base import Answer, Made
-from immunonet.defences.neighbours import SENSED, NeighbourDefence
+from immunonet.defences.answers import Answer
+from immunonet.defences.base import Made
+from immunonet.defences.neighbours import SENSED
+from immunonet.defences.remembering import RememberingDefence
 from immunonet.defences.repertoire import Examples
 from immunonet.features.maps import FeatureMap, LogitsMap
 from immunonet.features.names import Layer
@@ -31,7 +33,6 @@ from immunonet.immune.operators import Family
 from immunonet.immune.settings import Maturation, per_layer, preset
 from immunonet.immune.spared import Spared, among, imprinted, joined, traced
 from immunonet.memory.recall import Recalled
-from immunonet.memory.space import Space, learned
 from immunonet.memory.store import Memory
 from immunonet.response import Cells, ImmuneResponse, Imprint, Trace
 
@@ -39,8 +40,6 @@ from immunonet.response import Cells, ImmuneResponse, Imprint, Trace
 BATCH_VALUES = 2**24
 # Cells by which the time of an answer is judged.
 TIMED = 64
-# Inputs by whose features a memory tells another model.
-SIGNED = 4
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class _Antigens:
     recalled: Recalled | None = None
 
 
-class RAILS(NeighbourDefence):
+class RAILS(RememberingDefence):
     """Robust Adversarial Immune-inspired Learning System (Wang et al., arXiv 2107.02842) around a classifier.
 
     Args:
@@ -135,62 +134,8 @@ class RAILS(NeighbourDefence):
         self.voice = _check.number("voice", voice, least=0, most=1, below=True)
         between = functools.partial(_check.number, least=0, most=1, above=True, below=True)
         self.innate = None if innate is None else between("innate", innate)
-        if not isinstance(memory, Memory | str | Path | None):
-            raise TypeError(f"memory must be a Memory, its folder, or None, got {memory!r}")
-        self.memory = Memory(memory) if isinstance(memory, str | Path) else memory
-        self._space: Space | None = None
+        self._have(memory)
         self._told = False
-
-    @torch.no_grad()
-    def remember_in(self, memory: Memory) -> None:
-        """Answer from a memory from now on; ValueError where it is another model's."""
-        self.check_current()
-        self._space, self.memory = self._bound(memory), memory
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def harden(self, memory: Memory | None) -> Self:
-        """Let the confirmed entries' cells join the repertoire, in place of those that joined before; return self.
-
-        Of every confirmed entry those kept cells join whose label is the confirmed one; the antigen itself does not.
-        The calibration examples are scored again. The same version of a memory gives the same answers, so that after
-        `memory.rollback` this brings back those of before. None: the repertoire is again what `fit` took. Nothing may
-        be asked meanwhile; what fails changes nothing.
-
-        ValueError for a memory that is another model's or no model's yet, that keeps signatures alone, or in which no
-        confirmed entry has such a cell.
-        """
-        self.check_current()
-        self._check_held()
-        before = self.repertoire, self.indices, self.held, self.calibration
-        try:
-            self._join(*self._joining(memory))
-            self._measure(self.held)
-        except BaseException:
-            self.repertoire, self.indices, self.held, self.calibration = before
-            raise
-        return self
-
-    def _check_held(self) -> None:
-        if not len(self.held):
-            raise ValueError("this RAILS was saved without its calibration examples: call calibrate(x, y) first")
-
-    def _joining(self, memory: Memory | None) -> tuple[Tensor, Tensor]:
-        """Return the cells `(M, *S')` of a memory that join the repertoire, and their labels `(M,)`; None: no cells."""
-        if memory is None:
-            return self.repertoire.inputs(slice(0)), self.repertoire.y[:0]
-        if not isinstance(memory, Memory):
-            raise TypeError(f"memory must be a Memory or None, got {memory!r}")
-        if memory.space is None:
-            raise ValueError(f"memory {memory.where} belongs to no model yet: remember() and confirm() something first")
-        self._bound(memory)
-        cells, labels = memory.confirmed_cells()
-        if not len(cells):
-            raise ValueError(
-                f"memory {memory.where} must have confirmed entries with cells of the confirmed label, got none: "
-                "confirm() some, or take back what joined before by harden(None)"
-            )
-        return cells.to(self.device), labels.to(self.device)
 
     def respond(
         self, x: Any, seed: int | None = None, batch_size: int | None = None, trace: bool = False
@@ -325,50 +270,6 @@ class RAILS(NeighbourDefence):
     def stealthy(self, surrogate: nn.Module) -> nn.Module:
         """Return a surrogate under the condition that inputs do not look foreign."""
         return attacks.Stealthy(surrogate, self)
-
-    @torch.no_grad()
-    def signatures(self, features: Sequence[Tensor]) -> Tensor | None:
-        """Return the signatures `(B, W)` of features, `(B, D)` per layer, in the space of the memory, if there is one.
-
-        ValueError where the memory is another model's.
-        """
-        if self.memory is None:
-            return None
-        if self._space is None:
-            self._space = self._bound(self.memory)
-        return self._space.sign(features)
-
-    def _bound(self, memory: Memory) -> Space:
-        """Return the space of a memory, which is made if it has none yet; ValueError where it is another model's."""
-        low, high = self.bounds.tensors(self.repertoire.inputs(slice(0)), self.shape)
-        drawn = torch.rand(SIGNED, *self.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        probes = self._described(low + (high - low) * drawn)[1]
-        fingerprint = self._fingerprint()
-        known: dict[str, Any] = {
-            "classes": self.classes, "shape": self.shape,
-            "cell_shape": tuple(self._cells(self.repertoire.inputs(slice(1))).shape[1:]), "fingerprint": fingerprint,
-        }  # fmt: skip
-        return memory.bind(
-            fingerprint,
-            probes,
-            lambda: learned(self._stored, len(self.repertoire.x), self.calibration.scales, probes, **known),
-        )
-
-    def _stored(self, examples: Tensor) -> list[Tensor]:
-        return [self.index(layer).rows(examples) for layer in range(len(self.maturations))]
-
-    def _fingerprint(self) -> str:
-        """Return what tells a memory's model from another: its weights, and where it is looked at."""
-        weights = [t for net in self._networks() for t in (*net.parameters(), *net.buffers())]
-        return _store.fingerprint([_store.digest(weights), list(self.layers), self.space, self.metric])
-
-    def with_settings(self, **changes: Any) -> Self:
-        """Return a twin with some settings changed, and the same memory unless another, or None, is given."""
-        return super().with_settings(**({"memory": self.memory} | changes))
-
-    def identity(self) -> list[Any]:
-        """Return all that answers depend on, what the memory holds among it."""
-        return [*super().identity(), *([] if self.memory is None else [self.memory.identity()])]
 
     def sensed(self, layer: int) -> int:
         """Return K, how many neighbours over all classes sensing looks at in a layer."""

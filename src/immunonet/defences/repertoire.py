@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from immunonet import indexed
+from immunonet._check import Bounds
 from immunonet.features.search import Kept
 from immunonet.immune import sensing
-from immunonet.indexed import Indexed
 
 
 class Examples(Kept):
@@ -18,10 +20,10 @@ class Examples(Kept):
     `x` is a tensor, or what reads the examples from where they lie whenever they are asked for.
     """
 
-    x: Tensor | Indexed
+    x: Tensor | indexed.Indexed
     y: Tensor
 
-    def __init__(self, x: Tensor | Indexed, y: Tensor) -> None:
+    def __init__(self, x: Tensor | indexed.Indexed, y: Tensor) -> None:
         super().__init__()
         if isinstance(x, Tensor):
             self.register_buffer("x", x, persistent=False)
@@ -62,7 +64,7 @@ class Repertoire(Examples):
 
     cells: Tensor
 
-    def __init__(self, x: Tensor | Indexed, y: Tensor, cells: Tensor | None = None) -> None:
+    def __init__(self, x: Tensor | indexed.Indexed, y: Tensor, cells: Tensor | None = None) -> None:
         super().__init__(x, y)
         none = torch.zeros(0, dtype=torch.float32, device=y.device)
         self.register_buffer("cells", none if cells is None else cells, persistent=False)
@@ -73,7 +75,7 @@ class Repertoire(Examples):
         return Repertoire(self.x, torch.cat([y, labels]), cells) if len(cells) else Repertoire(self.x, y)
 
     @property
-    def shown(self) -> Tensor | Indexed:
+    def shown(self) -> Tensor | indexed.Indexed:
         """What stands for each example in a picture `(N + M, *S)`: cells that are no inputs are left blank.
 
         Examples that lie elsewhere are read as they are asked for, unless cells joined them: then all of them are read.
@@ -156,6 +158,36 @@ class Calibration(Familiarity):
     def without_own(self) -> Calibration:
         """Return the same where the network's own labels do not count."""
         return Calibration(self.label_scores, self.strangeness, self.scales)
+
+
+def saved(tensors: Mapping[str, Tensor], source: Any, *, bounds: Bounds) -> tuple[Examples, Examples]:
+    """Return the training and the calibration examples of a saved defence: among its `tensors`, or in a `source`.
+
+    ValueError where a source is missing, not asked for, or holds other examples.
+    """
+    y = tensors["y"]
+    # Earlier versions did not keep the calibration examples.
+    held_y = tensors.get("held.y", y[:0])
+    if "digests" not in tensors:
+        if source is not None:
+            raise ValueError("source must be left out: this was saved with its examples")
+        x = tensors["x"]
+        return Examples(x, y[: len(x)]), Examples(tensors.get("held.x", x[:0]), held_y)
+    known, places = tensors["digests"], tensors["places"]
+    if source is None:
+        raise ValueError(
+            f"source must be given: this was fitted by keep='source' on {len(known):,} examples, which are not "
+            "among what was saved. Give what fit took as x, as load(folder, model, source=dataset)"
+        )
+    labels = torch.empty_like(known)
+    labels[places] = y[: len(places)]
+    held_places = tensors.get("held.places")
+    if held_places is not None:
+        labels[held_places] = held_y
+    origin = indexed.again(source, known, labels, bounds=bounds)
+    given = Examples(indexed.Indexed(origin, places.cpu()), y[: len(places)])
+    x_cal = tensors["held.x"] if held_places is None else indexed.Indexed(origin, held_places.cpu())
+    return given, Examples(x_cal, held_y)
 
 
 def _measured(far: Tensor) -> tuple[Tensor, Tensor]:

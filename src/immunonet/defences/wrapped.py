@@ -9,7 +9,8 @@ from torch import nn
 
 from immunonet import models
 from immunonet._imports import blame
-from immunonet.defences.base import Answer, Defence
+from immunonet.defences.answers import Answer
+from immunonet.defences.base import Defence
 
 
 class Wrapped(Defence):

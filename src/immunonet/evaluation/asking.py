@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import incoming, models
-from immunonet.defences.base import Defence, Sense
+from immunonet.defences.answers import Sense
+from immunonet.defences.base import Defence
 
 # The label that stands for no usable answer: it is never right.
 NO_ANSWER = -1

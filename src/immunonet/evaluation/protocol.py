@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from immunonet import _check, _store, incoming, models
 from immunonet._identity import identity
 from immunonet.attacks._base import Attack
-from immunonet.defences.base import Defence, Undefended
+from immunonet.defences.base import Defence
+from immunonet.defences.undefended import Undefended
 from immunonet.evaluation import sanity, stream
 from immunonet.evaluation.asking import Subject, describe
 from immunonet.evaluation.bench import Bench, Value, Workers

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from immunonet import attacks, models
 from immunonet.attacks._base import Attack
 from immunonet.attacks.norms import NORMS
-from immunonet.defences.base import Defence, Undefended
+from immunonet.defences.base import Defence
+from immunonet.defences.undefended import Undefended
 from immunonet.evaluation.asking import Subject, told_of
 from immunonet.evaluation.threats import Threat
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from immunonet import _store
 from immunonet._estimates import told
 from immunonet.immune import flocking
 
@@ -31,10 +26,6 @@ ROWS = 500
 CHUNK_VALUES = 2**22
 # Examples of a class whose features are computed again to count those that are equally near.
 COUNTED = 256
-# Examples by which a feature file is recognised.
-PROBES = 8
-
-_log = logging.getLogger("immunonet")
 
 Rows = Callable[[Tensor], Tensor]
 """The features `(n, D)` of the repertoire's examples `(n,)`."""
@@ -313,144 +304,6 @@ class SignatureIndex(Kept):
                 antigens = own // candidates.shape[1]
                 out[own] = flocking.exact(features[antigens], row[None])[:, 0]
         return out.view_as(candidates)
-
-
-class GrownIndex(Kept):
-    """A sealed index of N examples, and M that joined them, numbered from N on: all of these are looked at.
-
-    Distances of both are rounded alike, so that which is nearer does not depend on where it lies.
-    """
-
-    keys: Tensor
-    squares: Tensor
-    order: Tensor
-    place: Tensor
-
-    def __init__(self, sealed: Index, examples: int, features: Tensor, labels: Tensor, classes: int) -> None:
-        """Take an index of so many examples, and the features `(M, D)` and labels `(M,)` of those that join them."""
-        super().__init__()
-        self.sealed, self.examples = sealed, examples
-        order = labels.argsort(stable=True)
-        keys = features[order] - sealed.centre
-        self.counts: list[int] = torch.bincount(labels, minlength=classes).tolist()
-        self.register_buffer("keys", keys, persistent=False)
-        self.register_buffer("squares", torch.linalg.vector_norm(keys, dim=1).square(), persistent=False)
-        self.register_buffer("order", order + examples, persistent=False)
-        self.register_buffer("place", order.argsort(), persistent=False)
-
-    @property
-    def width(self) -> int:
-        """D, the values of a feature vector."""
-        return self.sealed.width
-
-    @property
-    def centre(self) -> Tensor:
-        """The point `(D,)` that distances are taken from."""
-        return self.sealed.centre
-
-    def nearest(self, features: Tensor, k: int, *, by_class: bool = True) -> tuple[Tensor, Tensor]:
-        """Return distances and examples of the k nearest of every class, `(B, C, k)`, or of all, `(B, k)`."""
-        distances, found = self.sealed.nearest(features, k, by_class=by_class)
-        with torch.autocast(features.device.type, enabled=False):
-            queries = features - self.centre
-            if not by_class:
-                return self._merged(queries, slice(None), distances, found)
-            ends = [0, *np.cumsum(self.counts).tolist()]
-            parts = [
-                self._merged(queries, slice(ends[c], ends[c + 1]), distances[:, c], found[:, c])
-                for c in range(len(self.counts))
-            ]
-        return torch.stack([near for near, _ in parts], 1), torch.stack([one for _, one in parts], 1)
-
-    def within(self, features: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how many examples of every class lie within `radius` `(B,)`, and their least number, `(B, C)`."""
-        inside, least = self.sealed.within(features, radius)
-        everything = self.examples + len(self.order)
-        with torch.autocast(features.device.type, enabled=False):
-            near = flocking.exact(features - self.centre, self.keys) <= radius[:, None]
-        numbers = torch.where(near, self.order, everything).split(self.counts, 1)
-        first = least.masked_fill(inside == 0, everything).split(1, 1)
-        joined = [torch.cat(pair, 1).amin(1) for pair in zip(first, numbers, strict=True)]
-        return inside + torch.stack([(own < everything).sum(1) for own in numbers], 1), torch.stack(joined, 1)
-
-    def rows(self, examples: Tensor) -> Tensor:
-        """Return the features `(*, D)` of examples `(*)`."""
-        out = self.keys.new_empty(*examples.shape, self.width)
-        old = examples < self.examples
-        if bool(old.any()):
-            out[old] = self.sealed.rows(examples[old])
-        out[~old] = self.keys[self.place[examples[~old] - self.examples]] + self.centre
-        return out
-
-    def _merged(self, queries: Tensor, part: slice, distances: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the k nearest among those found `(B, k)` and a part of those that joined; of equals, the former."""
-        keys, k = self.keys[part], found.shape[1]
-        if not len(keys):
-            return distances, found
-        near, index = flocking.nearest(queries, keys, self.squares[part], min(k, len(keys)))
-        every, order = torch.cat([distances, near], 1).sort(dim=1, stable=True)
-        return every[:, :k], torch.cat([found, self.order[part][index]], 1).gather(1, order[:, :k])
-
-
-class FeatureFile:
-    """The features of all examples as float16 in a memory-mapped file, with a record beside it that is checked."""
-
-    def __init__(self, path: str | Path, rows: Rows, n: int, *, on_progress: Progress | None = None) -> None:
-        """Open the file, or write it from `rows` where there is none.
-
-        Raises ValueError if the file is not of these examples and this model, was truncated, or float16 cannot
-        hold the features; OSError, before anything is written, if the disk has too little room.
-        """
-        self._path = path = Path(path)
-        probes = torch.linspace(0, n - 1, min(PROBES, n)).long()
-        features = rows(probes).cpu()
-        record = {"format": 1, "shape": [n, features.shape[1]], "dtype": "float16"}
-        self._size = 2 * n * features.shape[1]
-        beside = path.with_name(path.name + ".json")
-        if not path.exists():
-            self._write(rows, n, on_progress, beside, record)
-        elif not beside.exists():
-            raise ValueError(f"{path} has no {beside.name} beside it; delete it or give another path")
-        elif _store.read_json(beside) != record:
-            raise ValueError(f"{path} holds features of another repertoire or layer; delete it or give another path")
-        self._check_size()
-        self._values: np.ndarray[Any, np.dtype[np.float16]] = np.memmap(
-            path, np.float16, "r", shape=(n, features.shape[1])
-        )
-        if not torch.allclose(self(probes), features, rtol=2e-2, atol=2e-3 * float(features.abs().max())):
-            raise ValueError(
-                f"{path} holds features of other examples or of a model with other weights; "
-                "delete it or give another path"
-            )
-
-    def __call__(self, examples: Tensor) -> Tensor:
-        """Return the features `(n, D)` of examples `(n,)`; ValueError if the file shrank."""
-        self._check_size()
-        return torch.from_numpy(self._values[examples.cpu().numpy()]).float().to(examples.device)
-
-    def _check_size(self) -> None:
-        # Reading past the end of a mapped file ends the process.
-        if (found := self._path.stat().st_size) != self._size:
-            raise ValueError(
-                f"{self._path} was truncated: {found:,} bytes, {self._size:,} expected; delete it and fit again"
-            )
-
-    def _write(self, rows: Rows, n: int, on_progress: Progress | None, beside: Path, record: dict[str, Any]) -> None:
-        path, size = self._path, self._size
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(path.parent).free < size:
-            raise OSError(f"{path} needs {size:,} bytes, more than the disk has left")
-        _log.info("writing %s: %s bytes of features", path, f"{size:,}")
-        with _store.replacing(path) as temporary, open(temporary, "wb") as file:
-            for start in range(0, n, ROWS):
-                half = rows(torch.arange(start, min(start + ROWS, n))).half()
-                if not bool(torch.isfinite(half).all()):
-                    raise ValueError(f"{path}: features are too large for float16; fit without a feature file")
-                file.write(half.cpu().numpy().tobytes())
-                if on_progress is not None:
-                    on_progress(min(start + ROWS, n), n)
-            # The record comes first, so that there is never a file without one.
-            _store.write_json(beside, record)
 
 
 def _spread(n: int) -> Tensor:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from immunonet import incoming
-from immunonet.defences.base import Answer, Defence
+from immunonet.defences.answers import Answer
+from immunonet.defences.base import Defence
 from immunonet.memory.store import Memory
 from immunonet.service.batching import Inputs, Result
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from immunonet import statistics
-from immunonet.defences.base import Defence, Undefended
+from immunonet.defences.base import Defence
 from immunonet.defences.spec import Spec
+from immunonet.defences.undefended import Undefended
 from immunonet.evaluation import protocol
 from immunonet.evaluation.outcome import Evaluation
 from immunonet.evaluation.threats import UNION

@@ -16,7 +16,7 @@ from immunonet.features.search import ExactIndex
 
 def index(n: int, seed: int, classes: int = 3, width: int = 5, grid: bool = False) -> ExactIndex:
     generator = torch.Generator().manual_seed(seed)
-    y = torch.randint(classes, (n,), generator=generator)
+    y = (torch.arange(n) % classes)[torch.randperm(n, generator=generator)]
     x = torch.randn(n, width, generator=generator)
     x = x.round() if grid else x
     order = y.argsort(stable=True)

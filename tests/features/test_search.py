@@ -13,7 +13,8 @@ from torch.testing import assert_close
 from immunonet import RAILS, DkNN, Maturation
 from immunonet.attacks import SoftNeighbours
 from immunonet.defences.neighbours import _Rows
-from immunonet.features import file, search
+from immunonet.features import file as feature_file
+from immunonet.features import search
 from immunonet.features.file import FeatureFile
 from immunonet.features.search import ExactIndex, SignatureIndex, computed
 
@@ -419,7 +420,7 @@ def beside(path):
 
 
 def test_a_file_holds_the_features_to_half_precision(path, monkeypatch):
-    monkeypatch.setattr(file, "ROWS", 25)
+    monkeypatch.setattr(feature_file, "ROWS", 25)
     told = []
     file = FeatureFile(path, keyed, 60, on_progress=lambda *part: told.append(part))
     assert told == [(25, 60), (50, 60), (60, 60)]
@@ -558,7 +559,7 @@ def test_a_disk_with_too_little_room(path, monkeypatch):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk")])
 def test_an_interrupted_write_leaves_nothing(path, error, monkeypatch, net, images):
-    monkeypatch.setattr(file, "ROWS", 25)
+    monkeypatch.setattr(feature_file, "ROWS", 25)
     defence = rails(net, memory_budget=BUDGET)
 
     def interrupt(done, _total):

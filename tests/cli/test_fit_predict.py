@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from immunonet import RAILS, Answer, Defence, DkNN, Sense, _store, data, zoo
+from immunonet import RAILS, Answer, Defence, DkNN, Sense, Sentinel, _store, data, zoo
 from immunonet.cli import common
 from immunonet.cli import fit as fit_module
 from immunonet.cli import predict as predict_module
@@ -73,6 +73,20 @@ def test_fit_saves_what_predict_answers_with(command: Run, weights: Path) -> Non
     first = rows[0]
     expected = ["digits:0", first["name"], f"{first['share']:.3f}", f"{first['credibility']:.3f}"]
     assert lines[1].split("\t") == [*expected, "foreign" if first["foreign"] else ""]
+
+
+def test_a_sentinel_is_fitted_beside_a_defence(command: Run, weights: Path) -> None:
+    settings = "input neighbours=2 window=50 false_alarm=.05"
+    code, _, err = command(*FIT, "cnn", "--sentinel", settings, "--out", "fitted")
+    assert (code, err) == (0, "")
+    net = common.load_model("digits", weights)
+    watch = Sentinel.load("fitted/sentinel.json", net)
+    assert (watch.space, watch.neighbours, watch.window) == ("input", 2, 50)
+    test = data.load("digits", "test").x
+    assert watch.watch(test[:1].repeat(4, 1, 1, 1)).flagged.tolist() == [False, False, True, True]
+    # Another sentinel is another record; none leaves none behind.
+    command(*FIT, "cnn", "--out", "fitted")
+    assert not Path("fitted/sentinel.json").exists()
 
 
 def test_the_models_own_voice_is_kept(command: Run, weights: Path) -> None:
@@ -330,6 +344,8 @@ def test_a_feature_map_of_ones_own(command: Run, mine: Any, weights: Path) -> No
         (("rails false_alarm=2",), "false_alarm must be a finite number"),
         (("rails voice=-1",), r"voice must be a finite number in \[0, 1\), got -1"),
         (("rails population=many",), "defence 'rails input population=many seed=0': population must be an integer"),
+        (("dknn", "--sentinel", "nowhere"), "--sentinel 'nowhere': .*nowhere"),
+        (("dknn", "--sentinel", "pooled windows=3"), "a sentinel has no setting 'windows'"),
         (("dknn tuned",), "--defence: tuned settings are chosen by immunonet evaluate; give those that it prints"),
         (("rails neighbours=2", "--validation", "1400"), r"neighbours=2 is more than the \d ex|no example of class"),
         (("dknn", "--device", "abacus"), "--device must be one of cpu"),

@@ -106,6 +106,47 @@ def test_a_twin_goes_on_by_itself():
     assert not watch.watch(torch.full((1, 3), 0.5)).flagged.any()
 
 
+def test_queries_of_several_sources_are_counted_for_each():
+    watch = fitted()
+    copies = torch.zeros(6, 3)
+    flagged = watch.watch(copies, ["a", "b", "a", "b", "a", "c"]).flagged
+    assert flagged.tolist() == [False, False, True, True, True, True]
+    assert watch.stats()["sources"] == {
+        "a": {"queries": 3, "flagged": 2}, "b": {"queries": 2, "flagged": 1}, "c": {"queries": 1, "flagged": 1},
+    }  # fmt: skip
+    for wrong in (["a"], ["a"] * 7, ["a"] * 5 + [""]):
+        with pytest.raises(ValueError, match="source must"):
+            watch.watch(copies, wrong)
+    assert watch.queries == 6
+
+
+def test_it_is_saved_with_its_threshold_and_read_again(tmp_path):
+    watch = fitted()
+    watch.save(tmp_path / "sentinel.json")
+    again = Sentinel.load(tmp_path / "sentinel.json", nn.Identity(), log=tmp_path / "flags")
+    assert again.settings() == watch.settings()
+    more = torch.rand(30, 3, generator=torch.Generator().manual_seed(2)).repeat(2, 1)
+    assert torch.equal(again.watch(more).flagged, watch.watch(more).flagged)
+    assert (tmp_path / "flags").is_file()
+    with pytest.raises(ValueError, match="shape"):
+        again.watch(torch.zeros(1, 4))
+    for edited in (
+        '{"threshold": 1}',
+        "[]",
+        '{"threshold": "x", "shape": [3]}',
+        '{"threshold": 1, "shape": [3], "z": 1}',
+    ):
+        (tmp_path / "sentinel.json").write_text(edited)
+        with pytest.raises(ValueError, match="does not describe a sentinel"):
+            Sentinel.load(tmp_path / "sentinel.json", nn.Identity())
+    with pytest.raises(RuntimeError, match="fitted before it is saved"):
+        Sentinel(nn.Identity(), "input").save(tmp_path / "x")
+    of_a_module = Sentinel(nn.Identity(), nn.Identity(), window=50, neighbours=2, false_alarm=0.05)
+    of_a_module.fit(torch.rand(400, 3))
+    with pytest.raises(ValueError, match="space must have a name"):
+        of_a_module.save(tmp_path / "x")
+
+
 def test_sources_that_are_kept_are_bounded(monkeypatch):
     monkeypatch.setattr(module, "SOURCES", 3)
     watch = fitted()

@@ -138,12 +138,9 @@ def evaluate(
     """
     plain = {"--attack": attack, "--step": step, "--iterations": iterations, "--seeds": seeds}
     further: dict[str, Any] = {
-        "--minutes": minutes,
-        "--black-box": black_box,
-        "--transfer": transfer,
-        "--threat": threat,
-    }
-    further |= {"--sentinel": sentinel}
+        "--minutes": minutes, "--black-box": black_box, "--transfer": transfer, "--threat": threat,
+        "--sentinel": sentinel,
+    }  # fmt: skip
     for option, value in (further if protocol is None else plain).items():
         if value:
             why = "needs --protocol" if protocol is None else "does not go with --protocol, which sets its own"

@@ -10,11 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from immunonet import _store, data
-from immunonet.cli import common
+from immunonet.cli import common, watch
 from immunonet.defences.base import REGISTRY, Defence, load
 from immunonet.defences.spec import GRAMMAR, Spec
 from immunonet.evaluation.asking import describe
-from immunonet.memory.sentinel import Sentinel
 
 RECORD, SENTINEL = "fit.json", "sentinel.json"
 
@@ -26,7 +25,9 @@ def fit(
     defence: Annotated[str, typer.Option(metavar="SPEC", help=f"{GRAMMAR}.")] = "rails input",
     sentinel: Annotated[
         str | None,
-        typer.Option(metavar="SPACE", help="Also fit a sentinel for immunonet serve: pooled, spectrum, or a layer."),
+        typer.Option(
+            metavar=watch.GRAMMAR.partition(",")[0], help="Also fit a sentinel, which immunonet serve watches by."
+        ),
     ] = None,
     validation: common.ValidationOption = None,
     image: common.ImageOption = None,
@@ -46,6 +47,8 @@ def fit(
     """
     target = common.resolve_device(device)
     spec = Spec.parse(defence)
+    if sentinel is not None:
+        watch.parse(sentinel)
     if spec.tuned:
         raise ValueError("--defence: tuned settings are chosen by immunonet evaluate; give those that it prints")
     common.prepare(out, json)
@@ -74,12 +77,12 @@ def fit(
     else:
         # While the record is missing, what lies in the folder counts as unfinished.
         (out / RECORD).unlink(missing_ok=True)
+        (out / SENTINEL).unlink(missing_ok=True)
+        if sentinel is not None:
+            watch.fitted(sentinel, net, images).save(out / SENTINEL)
         repertoire, calibration = images[training], images[held_out]
         for one in [*_behind(built), built]:
             _fit(one, repertoire, calibration, out / "training")
-        (out / SENTINEL).unlink(missing_ok=True)
-        if sentinel is not None:
-            Sentinel(built, sentinel).fit(images.x).save(out / SENTINEL)
         built.save(out)
         shutil.rmtree(out / "training", ignore_errors=True)
         _store.write_json(out / RECORD, record)

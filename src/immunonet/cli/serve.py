@@ -26,6 +26,10 @@ def serve(
     on_flag: Annotated[
         str, typer.Option(help="About what the sentinel flags: mark, refuse, label-only, random-delay.")
     ] = "mark",
+    flag_log: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Append what is flagged to it, for immunonet memory page --flags."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own need tokens.")] = (
         "127.0.0.1"
     ),
@@ -75,9 +79,10 @@ def serve(
         memory = memory.resolve()
         # The folder itself is opened when nothing forks any more, which LanceDB does not survive.
         own.defence.remember_in(Memory(None))
-    watch = Sentinel.load(folder / SENTINEL, own.defence) if (folder / SENTINEL).is_file() else None
-    if watch is None and on_flag != "mark":
-        raise ValueError(f"--on-flag {on_flag}: {folder} has no sentinel, fit it with --sentinel pooled")
+    there = (folder / SENTINEL).is_file()
+    if not there and (on_flag != "mark" or flag_log):
+        raise ValueError(f"--on-flag, --flag-log: {folder} has no sentinel, fit it with --sentinel pooled")
+    watch = Sentinel.load(folder / SENTINEL, own.defence, log=flag_log) if there else None
     service = Service(own, limits=limits, tokens=tokens, sentinel=watch, on_flag=on_flag)
     behind = Replicas(
         load, memory=memory, batch=batch, replicas=span(replicas), threads=threads, seed=seed, address=ray,

@@ -191,12 +191,15 @@ class Sentinel:
         _store.write_json(path, self.settings() | {"shape": list(self.shape)})
 
     @classmethod
-    def load(cls, path: str | Path, defence: nn.Module) -> Self:
-        """Return the sentinel that `save` wrote, over the same defence; ValueError for a file that is none."""
+    def load(cls, path: str | Path, defence: nn.Module, *, log: str | Path | None = None) -> Self:
+        """Return the sentinel that `save` wrote, over the same network; ValueError for a file that is none.
+
+        `log` as for the constructor.
+        """
         record = _store.read_json(path)
         try:
             threshold, shape = float(record.pop("threshold")), tuple(map(int, record.pop("shape")))
-            found = cls(defence, **record)
+            found = cls(defence, log=log, **record)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not describe a sentinel ({error}): save it again") from error
         found.threshold, found.shape = threshold, shape

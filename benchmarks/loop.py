@@ -35,12 +35,14 @@ class Loop:
         rate: float = 0.985,
         reach: float = 0.15,
         decay: float = 0.9,
+        bounds: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
     ) -> None:
         self.features, self.x, self.y, self.classes = features, x, y, classes
         self.neighbours, self.population, self.generations = neighbours, population, generations
         self.temperature, self.rate, self.reach, self.decay = temperature, rate, reach, decay
-        self.generator = torch.Generator().manual_seed(seed)
+        self.bounds = bounds
+        self.generator = torch.Generator(x.device).manual_seed(seed)
         self.seconds: dict[str, float] = defaultdict(float)
         first = features(x[:1])
         self.bank = first.new_empty(len(x), first.shape[1])
@@ -64,7 +66,7 @@ class Loop:
 
     def random(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
         """Return uniform numbers."""
-        return torch.rand(shape, generator=self.generator)
+        return torch.rand(shape, generator=self.generator, device=self.x.device)
 
     @torch.no_grad()
     def predict(self, antigen: Tensor) -> int:
@@ -79,7 +81,7 @@ class Loop:
             ]
         per_class = self.population // self.classes
         cells = torch.cat([self.x[index].repeat_interleave(per_class // self.neighbours, 0) for index in naive])
-        labels = torch.arange(self.classes).repeat_interleave(per_class)
+        labels = torch.arange(self.classes, device=self.x.device).repeat_interleave(per_class)
         rate, reach, best = self.rate, self.reach, -torch.inf
         cells = self.mutate(cells, rate, reach)
         affinity = self.affinity(cells, goal)
@@ -103,7 +105,7 @@ class Loop:
         return int(torch.bincount(plasma, minlength=self.classes).argmax())
 
     def mutate(self, cells: Tensor, rate: float, reach: float) -> Tensor:
-        """Return cells with most pixels moved by up to `reach`, within [0, 1]."""
+        """Return cells with most pixels moved by up to `reach`, within the bounds."""
         with self.timed("mutation"):
             moved = cells + (2 * self.random(cells.shape) - 1) * reach
-            return torch.where(self.random(cells.shape) < rate, moved, cells).clamp(0, 1)
+            return torch.where(self.random(cells.shape) < rate, moved, cells).clamp(*self.bounds)

@@ -45,7 +45,7 @@ def test_train_writes_weights_that_do_what_it_prints(command, digits):
     assert envelope.keys() == {"results", "environment", "command"}
     assert envelope["results"] == recipe["results"]
     assert {"python", "torch", "platform", "cpu", "threads"} <= envelope["environment"].keys()
-    assert envelope["command"].startswith(f"immunonet train {digits} --epochs 3")
+    assert envelope["command"].startswith(f"immunonet train {digits.name} --epochs 3")
     assert len(recipe["history"]) == 3
 
     net = common.load_model("digits", Path("weights/tiny.safetensors"))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from immunonet import _check, _store
+from immunonet._seeds import seeded
 from immunonet.data import Images
 
 _METADATA = "immunonet.checkpoint"
@@ -161,8 +162,7 @@ class _Work:
             return torch.autocast(device.type, torch.bfloat16, enabled=schedule.bfloat16)
 
         # Dropout draws from the global generator: the same numbers in every run, and nobody else's.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed((schedule.seed * 1_000_003 + self.step) % 2**63)
+        with seeded((schedule.seed * 1_000_003 + self.step) % 2**63, [device] if device.type == "cuda" else []):
             loss = task.loss(x, y, self.generator, self.step * schedule.epochs / self.steps, cast)
         if not bool(torch.isfinite(loss)):
             raise ValueError(self._blown_up(f"the loss became {loss.item()}"))

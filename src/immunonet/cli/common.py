@@ -18,6 +18,7 @@ from immunonet import _check, _store, data, models, zoo
 from immunonet._check import nearest
 from immunonet._estimates import LOG
 from immunonet._imports import blame, called
+from immunonet._seeds import seeded
 from immunonet.attacks.norms import NORMS
 from immunonet.evaluation.records import Row, envelope
 from immunonet.features.names import Layer, layer_parts
@@ -206,8 +207,7 @@ def build_model(model: str, *, classes: int, seed: int = 0) -> nn.Module:
         if model not in zoo.NAMES:
             raise ValueError(f"--model must be {', '.join(zoo.NAMES)} or package.module:factory, got {model!r}")
         return zoo.build(model, classes=classes, seed=seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         net = called("--model", model)
     if not isinstance(net, nn.Module):
         raise TypeError(f"--model {model} must return a torch.nn.Module, got {type(net).__name__}")

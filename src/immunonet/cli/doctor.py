@@ -17,6 +17,7 @@ import typer
 from torch import Tensor, nn
 
 from immunonet import RAILS, Maturation, data
+from immunonet._seeds import seeded
 from immunonet.cli import common
 from immunonet.evaluation import records
 from immunonet.immune import backend
@@ -125,8 +126,7 @@ def _tests() -> Iterator[Finding]:
 
 def _fitted() -> tuple[RAILS, Tensor, Tensor]:
     """Return a RAILS on small images of ten classes, in noise, and some that it has not seen with their labels."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         y = torch.arange(600) % 10
         x = 0.7 * torch.rand(10, 1, 8, 8)[y] + 0.3 * torch.rand(600, 1, 8, 8)
         net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from immunonet import _check, _store, models
+from immunonet._seeds import seeded
 from immunonet.attacks.gradient import PGD
 from immunonet.attacks.norms import NORMS
 from immunonet.control.manifolds import Denoiser, project
@@ -76,8 +77,7 @@ class Autoencoder:
 
     def built(self, shape: Sequence[int], mean: Tensor, scale: Tensor) -> Denoiser:
         """Return an autoencoder of states of `shape`, its weights drawn by the seed, on the device of `mean`."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             made = Denoiser(shape, width=self.width, residual=self.residual, mean=mean.cpu(), scale=scale.cpu())
         return made.to(mean.device).eval()
 

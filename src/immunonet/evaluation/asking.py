@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import incoming, models
+from immunonet._seeds import seeded
 from immunonet.defences.answers import Sense
 from immunonet.defences.base import Defence
 
@@ -170,8 +171,7 @@ class Subject(models.Asking):
 
     @contextlib.contextmanager
     def _asked(self, seed: int) -> Iterator[None]:
-        with models.evaluating(self.defence), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
+        with models.evaluating(self.defence), seeded(seed, range(torch.cuda.device_count())):
             yield
 
 

@@ -21,7 +21,17 @@ from immunonet.studies import model
 from immunonet.studies.model import Range, Study
 from immunonet.studies.values import value_of
 
-NAMES = ("mnist", "cifar10", "svhn", "connectivity", "connectivity-cifar10", "control", "control-cifar10", "memory", "memory-cifar10")
+NAMES = (
+    "mnist",
+    "cifar10",
+    "svhn",
+    "connectivity",
+    "connectivity-cifar10",
+    "control",
+    "control-cifar10",
+    "memory",
+    "memory-cifar10",
+)
 # What the defences of an experiment must have of their own, where most kinds have nothing to do.
 _NEEDS: dict[tuple[type[Any], str], str] = {
     (model.Learning, "defence"): "learning_curves",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from immunonet import _check
+from immunonet._seeds import seeded
 
 
 class MnistNet(nn.Module):
@@ -187,6 +188,5 @@ def build(name: str, *, classes: int = 10, seed: int = 0) -> nn.Module:
     _check.choice("name", name, NAMES)
     classes = _check.integer("classes", classes, least=2)
     # Modules draw their first weights from the global generator: fork it, so that it stays as it was.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_check.integer("seed", seed, least=0))
+    with seeded(_check.integer("seed", seed, least=0)):
         return _NETWORKS[name](classes).eval()

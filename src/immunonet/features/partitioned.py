@@ -12,8 +12,9 @@ from immunonet import _check
 from immunonet._imports import require
 from immunonet.features.search import ExactIndex, Kept
 
-# How often an actor is made again whose machine died, and a search that it lost is done again.
-RETRIES = 10
+# How often a part is asked, by an actor that is made anew where one died or has not answered for so many seconds.
+TRIES = 5
+PATIENCE = 120
 
 
 class Parts(Protocol):
@@ -44,26 +45,41 @@ class Here:
 class OnRay:
     """Parts as actors of the Ray cluster that is connected, spread over its machines; one that dies is made again.
 
-    They claim no CPU, so that a machine may take over another's.
+    They claim no CPU, so that a machine may take over another's. OSError where an answer does not come.
     """
 
     def __init__(self, indices: Sequence[ExactIndex]) -> None:
         self._ray = require("ray", "cluster")
-        actor = self._ray.remote(max_restarts=RETRIES, max_task_retries=RETRIES, num_cpus=0)(_Part)
-        actor = actor.options(scheduling_strategy="SPREAD")
+        self._actor = self._ray.remote(num_cpus=0)(_Part).options(scheduling_strategy="SPREAD")
         # Held here, for an actor that is made again is given its part again.
         self._held = [self._ray.put(index) for index in indices]
-        self._actors = [actor.remote(held) for held in self._held]
+        self._actors = [self._actor.remote(held) for held in self._held]
 
     def all(self, method: str, *args: Any, **settings: Any) -> list[Any]:
         """Return what each part's index gives for the same arguments."""
-        sent = self._ray.put((args, settings))
-        found: list[Any] = self._ray.get([actor.ask.remote(method, sent) for actor in self._actors])
-        return found
+        return self._asked(range(len(self._actors)), method, args, settings)
 
     def one(self, part: int, method: str, *args: Any) -> Any:
         """Return what one part's index gives."""
-        return self._ray.get(self._actors[part].ask.remote(method, (args, {})))
+        return self._asked([part], method, args, {})[0]
+
+    def _asked(self, parts: Sequence[int], method: str, args: tuple[Any, ...], settings: dict[str, Any]) -> list[Any]:
+        ray, sent, found = self._ray, self._ray.put((args, settings)), dict[int, Any]()
+        lost = (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError)
+        for _ in range(TRIES):
+            flying = {part: self._actors[part].ask.remote(method, sent) for part in parts if part not in found}
+            for part, value in flying.items():
+                try:
+                    found[part] = ray.get(value, timeout=PATIENCE)
+                except lost:
+                    ray.kill(self._actors[part])
+                    self._actors[part] = self._actor.remote(self._held[part])
+            if len(found) == len(parts):
+                return [found[part] for part in parts]
+        raise OSError(
+            f"a search in {len(self._actors)} parts has no answer from {len(parts) - len(found)} of them, each of "
+            f"which was made {TRIES} times: see `ray status`, and whether a machine has the memory for a part"
+        )
 
 
 class _Part:

@@ -117,6 +117,46 @@ def model(options: argparse.Namespace, known: list[Row]) -> list[Row]:
     return rows
 
 
+def nodes(options: argparse.Namespace) -> list[Row]:
+    """Return how often answers with parts on two machines of a cluster, one of which then dies, are those of one part.
+
+    Both machines are this one: two nodes of Ray, each with processes of its own.
+    """
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from immunonet.features.partitioned import OnRay
+
+    n = min(options.examples)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(options.width, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+    x, y = clustered(n, 10, options.width)
+    rails = RAILS(net, "input", maturation=Maturation(population=100, generations=2), seed=0).fit(x, y)
+    antigens = (x[torch.linspace(0, n - 1, options.batch).long()] + 0.05).clamp(0, 1)
+
+    def row(what: str) -> Row:
+        start = time.perf_counter()
+        found = rails.respond(antigens)
+        taken = time.perf_counter() - start
+        same = torch.equal(found.labels, one.labels), torch.equal(found.votes, one.votes)
+        return {"what": what, "images": len(antigens), "seconds": taken, "same_labels": same[0], "same_votes": same[1]}
+
+    one = rails.respond(antigens)
+    rows = [row("one part")]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    second = cluster.add_node(num_cpus=1)
+    try:
+        ray.init(cluster.address, logging_level="ERROR", log_to_driver=False)
+        rails.partition(2, on=OnRay)
+        rows += [row("two machines, the first answer"), row("two machines")]
+        cluster.remove_node(second, allow_graceful=False)
+        rows += [row("one of them was killed"), row("the one that is left")]
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    return rows
+
+
 def main() -> None:
     """Run the parts that are asked for."""
     p = common.parser(__doc__)
@@ -128,8 +168,12 @@ def main() -> None:
     options = p.parse_args()
     common.use_threads(options.threads)
     known = functools.cache(lambda: searches(options))
-    parts = {"searches": known, "answers": lambda: answers(options), "model": lambda: model(options, known())}
-    common.run(options, parts)
+    common.run(options, {
+        "searches": known,
+        "answers": lambda: answers(options),
+        "model": lambda: model(options, known()),
+        "nodes": lambda: nodes(options),
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -143,6 +143,7 @@ def test_larger(load, monkeypatch, tmp_path):
 
 def test_scaling(load, monkeypatch, tmp_path):
     sizes = ["--examples", "400", "4000", "--classes", "3", "150", "--width", "8", "--batch", "4"]
+    sizes += ["--only", "searches", "answers", "model"]
     found = run(load("scaling"), monkeypatch, tmp_path, *sizes)
     assert [(row["examples"], row["classes"]) for row in found["searches"]["rows"]] == [
         (400, 3),

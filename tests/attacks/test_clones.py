@@ -59,6 +59,11 @@ def test_gradients_reach_every_antigen_even_one_of_the_repertoire(layers, space)
     assert bool((slope[:5].flatten(1).norm(dim=1) > 0).all())
 
 
+def test_a_softened_vote_is_that_of_another_sharpness():
+    rails, x = fitted(), antigens()
+    assert torch.equal(SoftClones(rails, sharpness=0.1).softened(3)(x), SoftClones(rails, sharpness=0.3)(x))
+
+
 def test_the_answer_does_not_depend_on_the_batch():
     soft, x = SoftClones(fitted()), antigens()
     torch.testing.assert_close(soft(x)[:2], soft(x[:2]))

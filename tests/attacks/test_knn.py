@@ -177,7 +177,8 @@ def test_soft_count_settings(problem):
     dknn = fitted(problem, "euclidean", "input")
     spread = torch.cdist(x, x).square().std(1).mean()
     assert SoftCount(dknn).widths == pytest.approx([0.1 * float(spread)], rel=1e-3)
-    assert SoftCount(dknn, neighbours=30).counted == 30
+    assert SoftCount(dknn).softened(4).widths == pytest.approx([0.4 * float(spread)], rel=1e-3)
+    assert SoftCount(dknn, neighbours=30).softened(4).counted == SoftCount(dknn, neighbours=30).counted == 30
     with pytest.raises(ValueError, match="neighbours must be at least 1 and at most 36, got 37"):
         SoftCount(dknn, neighbours=37)
     with pytest.raises(ValueError, match="width must be"):

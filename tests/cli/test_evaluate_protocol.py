@@ -18,7 +18,7 @@ COMMAND = [
     "--protocol", "quick", "--dataset", "digits", "--weights", "digits.safetensors", "--eps", "0.2",
     "--n", "12",
 ]  # fmt: skip
-RAILS_50 = "rails input population=50 voice=.25"
+RAILS_50 = "rails input population=50 generations=2 voice=.25"
 
 
 def cell(record, attack):
@@ -60,7 +60,7 @@ def test_three_defences_are_attacked_and_the_document_is_written(run, monkeypatc
     assert f"{worst['rails']['accuracy']:.4f}" in out
     cnn, dknn, rails = sorted(path.name for path in Path("evaluation").glob("*.html"))
     assert (cnn, dknn) == ("cnn.html", "dknn-input-tuned.html")
-    assert rails.startswith("rails-input-population-50-voice-0.25")
+    assert rails.startswith("rails-input-population-50-generations-2-voice-0.25")
 
     tried = ["--dataset", "digits", "--weights", "digits.safetensors", "--split", "validation", "--n", "10"]
     assert run(*tried, "--defence", RAILS_50, "--attack", "none", "--json", "v.json", "--out", "v")[0] == 0

@@ -51,7 +51,12 @@ def test_what_a_protocol_runs_on_each_defence(images, conv):
     assert found["square"].asks
     assert not found["unrolled"].asks
     assert found["unrolled"].method.batch_size == found["unrolled"].target.batch_size
-    assert {"unrolled-eot-5", "bpda-eot-5"} <= set(names(rails, conv, images, "standard", True))
+    standard = names(rails, conv, images, "standard", True)
+    assert {"unrolled-eot-5", "bpda-eot-5"} <= set(standard)
+    # Votes of two sharpnesses are attacked, that of SoftClones by all losses.
+    sharp, soft = (standard[f"apgd-dlr-soft-clones{more}"].target.sharpness[0] for more in ("", "-x2"))
+    assert soft == 2 * sharp
+    assert {f"apgd-{loss}-soft-knn-x2" for loss in ("ce", "dlr")} <= set(standard)
 
     smooth = nn.Sequential(conv, nn.LogSoftmax(1))
     assert "direct-pgd" in names(smooth, conv, images, "quick", False)

@@ -23,7 +23,7 @@ class Surrogate(models.Asking, abc.ABC):
     Whatever the defence compares and hears besides is taken from it. What an attack on it finds must be tested again on
     the defence itself: `AttackResult.success` is only about the surrogate. Raises TypeError or ValueError unless
     `defence` is a fitted defence by nearest neighbours. `thorough`: whether it is worth every attack that a protocol
-    has.
+    has; of one that has `softened(factor)`, the same vote as many times as soft is attacked, too.
     """
 
     randomised = False

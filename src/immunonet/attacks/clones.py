@@ -42,6 +42,12 @@ class SoftClones(Surrogate):
         else:
             self.sharpness = [_check.number("sharpness", sharpness, least=0, above=True)] * len(self.maturations)
 
+    def softened(self, factor: float) -> SoftClones:
+        """Return the same vote with its sharpness, one per layer, times `factor` > 0."""
+        other = SoftClones(self.defence)
+        other.sharpness = [factor * sharpness for sharpness in self.sharpness]
+        return other
+
     def _vote(self, layer: int, antigens: Tensor, features: Tensor) -> Tensor:
         known = self._expanded(layer, antigens.detach(), features.detach())
         squares = (features[:, None, None] - known).square().sum(3)

@@ -97,6 +97,12 @@ class SoftCount(Surrogate):
         self.neighbours = _neighbours(None, dknn, max(20, self.counted))
         self.widths = _scales("width", width, dknn, self.neighbours, _WIDTH, squared=True)
 
+    def softened(self, factor: float) -> SoftCount:
+        """Return the same count with its widths, one per layer, times `factor` > 0."""
+        other = SoftCount(self.defence, neighbours=self.counted)
+        other.widths = [factor * width for width in self.widths]
+        return other
+
     def _vote(self, layer: int, antigens: Tensor, features: Tensor) -> Tensor:
         index, width = self.defence.index(layer), self.widths[layer]
         return soft_count(index, features, self.neighbours, counted=self.counted, width=width)

@@ -34,6 +34,7 @@ class Budget:
     also those of a sanity check. `row_seeds`: draws of a randomised defence that every candidate is looked at on, and
     as many others for its row; `seeds`: draws on which an image's `finalists` are compared, and as many others for the
     worst case. `targets`: labels that a targeted attack tries, the likeliest; `ablations`: whether to run them.
+    `softer`: how many times as soft the votes of surrogates are attacked as well, those that can be softened.
     """
 
     images: int
@@ -52,6 +53,7 @@ class Budget:
     checks: int
     targets: int
     ablations: bool
+    softer: tuple[float, ...] = ()
 
 
 PROTOCOLS: Mapping[str, Budget] = {
@@ -62,11 +64,12 @@ PROTOCOLS: Mapping[str, Budget] = {
     "standard": Budget(
         images=500, iterations=50, restarts=1, black_box=50, queries=1000, averaged=5, decisions=15, evaluations=100,
         noise=200, draws=(5,), row_seeds=5, seeds=20, finalists=3, checks=100, targets=3, ablations=True,
+        softer=(2.0,),
     ),
     "full": Budget(
         images=1000, iterations=100, restarts=5, black_box=1000, queries=5000, averaged=20, decisions=40,
         evaluations=100, noise=10_000, draws=(1, 5, 20, 50), row_seeds=20, seeds=20, finalists=3, checks=100,
-        targets=9, ablations=True,
+        targets=9, ablations=True, softer=(2.0, 4.0),
     ),
 }  # fmt: skip
 
@@ -247,6 +250,9 @@ class Suite:
             yield self._plan(name, self.pgd, target, *roles)
             if getattr(target, "thorough", False):
                 yield from self._apgds(f"apgd-{{}}-{name}", target, *roles)
+                soften: Any = getattr(target, "softened", None)
+                for factor in self.budget.softer if soften else ():
+                    yield from self._apgds(f"apgd-{{}}-{name}-x{factor:g}", soften(factor), *roles)
         if small := [name for name, target in surrogates.items() if not hasattr(target, "batch_size")]:
             if (joint := defence.stealthy(surrogates[small[0]])) is not None:
                 yield self._plan("stealthy", self.pgd, joint, "adaptive", "joint")

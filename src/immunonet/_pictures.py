@@ -23,18 +23,23 @@ Pixels = np.ndarray[Any, np.dtype[Any]]
 
 
 def decode(
-    pictures: Iterable[tuple[str, Any]], origin: str, *, size: int | None = None, background: str = "white"
+    pictures: Iterable[tuple[str, Any]],
+    origin: str,
+    *,
+    size: int | tuple[int, int] | None = None,
+    background: str = "white",
 ) -> Tensor:
     """Return pictures as float32 (N, C, H, W) in [0, 1]; grey ones become colour if any of them is in colour.
 
     `pictures` are pairs of a name and an encoded file, its bytes or a Path. They are turned as their EXIF
     orientation says; what is transparent shows `background`, "white" or "black"; 16-bit grey is scaled. `size`:
-    the shorter side is resized to it, and the centre square is kept. ValueError names the picture that cannot be
-    read, the first of another size, or an `origin` without any.
+    (H, W), or both at once: they are resized until they cover it, and the middle is kept. ValueError names the picture
+    that cannot be read, the first of another size, or an `origin` without any.
     """
     _check.choice("background", background, BACKGROUNDS)
     if size is not None:
-        _check.integer("size", size)
+        height, width = (_check.integer("size", side) for side in (size if isinstance(size, tuple) else (size, size)))
+        size = height, width
     image_module, ops = require("PIL.Image", "data"), require("PIL.ImageOps", "data")
     found: list[Pixels] = []
     for name, source in pictures:
@@ -43,7 +48,8 @@ def decode(
         try:
             with image_module.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
                 pixels = _pixels(image, image_module, ops, size, background)
-        except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
+        # Pillow's plug-ins raise whatever they meet in a damaged file.
+        except Exception as error:
             raise ValueError(f"{name} is not a readable image ({first_line(error)})") from error
         if found and pixels.shape[:2] != found[0].shape[:2]:
             (h, w), (h0, w0) = pixels.shape[:2], found[0].shape[:2]
@@ -57,7 +63,7 @@ def decode(
     return _stack(found)
 
 
-def _pixels(image: Any, image_module: Any, ops: Any, size: int | None, background: str) -> Pixels:
+def _pixels(image: Any, image_module: Any, ops: Any, size: tuple[int, int] | None, background: str) -> Pixels:
     """Return one picture as (H, W) or (H, W, 3): uint8, or float32 in [0, 1] where it has 16 bits."""
     # A PNG of 16-bit grey is of mode "I" in some versions of Pillow; elsewhere that is 32 bits of no fixed range.
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
@@ -76,7 +82,7 @@ def _pixels(image: Any, image_module: Any, ops: Any, size: int | None, backgroun
     else:
         image = image.convert("L" if image.mode in _GREY else "RGB")
     if size is not None:
-        image = ops.fit(image, (size, size), image_module.Resampling.BILINEAR)
+        image = ops.fit(image, size[::-1], image_module.Resampling.BILINEAR)
     pixels: Pixels = np.array(image)
     return (pixels / np.float32(65535)).clip(0, 1) if deep else pixels
 

@@ -49,6 +49,23 @@ def test_each_gets_his_own_answers_and_no_batch_is_too_large(sizes: list[int], b
     asyncio.run(go())
 
 
+def test_who_has_a_place_is_taken_and_leaves_none_to_others() -> None:
+    async def go() -> None:
+        replica = Replica()
+        replica.let.set()
+        batcher = Batcher(replica.send, batch=4, queue=4, at_once=1)
+        with batcher.place(3):
+            assert batcher.waiting == 3
+            with pytest.raises(Full):
+                batcher.admit(2)
+            with batcher.place(1):
+                await asyncio.sleep(0)
+        assert batcher.waiting == 0
+        assert len(await batcher.ask(inputs(1, 2, 3, 4), "a")) == 4
+
+    asyncio.run(go())
+
+
 def test_what_waits_is_the_next_batch_and_more_than_the_queue_is_refused() -> None:
     async def go() -> None:
         replica = Replica()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -20,7 +21,14 @@ def test_no_request_that_can_be_made_from_the_document_is_a_fault_of_the_service
         """Take the same defence again."""
 
     service.reload = reload
-    schema = schemathesis.openapi.from_asgi("/openapi.json", application(service))
+    app = application(service)
+
+    async def here(scope: Any, receive: Any, send: Any) -> None:
+        """Ask it by a name of this machine."""
+        others = [(name, value) for name, value in scope.get("headers", ()) if name != b"host"]
+        await app(scope | {"headers": [*others, (b"host", b"127.0.0.1")]}, receive, send)
+
+    schema = schemathesis.openapi.from_asgi("/openapi.json", here)
     met = set()
     for operation in schema.get_all_operations():
         made = operation.ok()
@@ -33,7 +41,8 @@ def test_no_request_that_can_be_made_from_the_document_is_a_fault_of_the_service
         def ask(case: schemathesis.Case) -> None:
             answer = case.call()
             case.validate_response(answer, checks=[not_a_server_error])
-            assert "Traceback" not in answer.text
+            # Written so, for words of this file are among those that are sent.
+            assert "traceback".capitalize() not in answer.text
             if answer.status_code >= 400:
                 assert set(answer.json()) == {"detail"}
 

@@ -53,20 +53,27 @@ def children(pid: int) -> dict[int, str]:
     return below
 
 
+def refit(folder: Path, defence: str) -> None:
+    fit = ["fit", "--dataset", "digits", "--weights", str(folder / "net.safetensors"), "--defence", defence]
+    with pytest.raises(SystemExit) as ended:
+        main([*fit, "--out", str(folder / "defence")])
+    assert ended.value.code == 0
+
+
+def of_replicas(running: Running) -> list[int]:
+    return sorted(pid for pid, line in children(running.process.pid).items() if "ServeReplica" in line)
+
+
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("service")
     zoo.save_weights(zoo.build("digits", classes=10, seed=0), folder / "net.safetensors")
     known = ["--weights", str(folder / "net.safetensors")]
-    fit = ["fit", "--dataset", "digits", *known, "--defence", "rails input population=50 generations=1",
-           "--out", str(folder / "defence")]  # fmt: skip
-    with pytest.raises(SystemExit) as ended:
-        main(fit)
-    assert ended.value.code == 0
+    refit(folder, "rails input population=50 generations=1")
     port = free_port()
     command = [
         sys.executable, "-c", "from immunonet.cli import main; main()", "serve", str(folder / "defence"), *known,
-        "--memory", str(folder / "memory"), "--port", str(port), "--threads", "1", "--no-explore",
+        "--memory", str(folder / "memory"), "--port", str(port), "--threads", "1",
     ]  # fmt: skip
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, text=True)
@@ -105,15 +112,26 @@ def test_it_answers_remembers_survives_a_killed_replica_reloads_and_ends(running
     again = asked(running.url, 0.5).json()["results"][0]
     assert (again["id"], again["label"], again["recalled"]) == (first["id"], 3, True)
 
-    replicas = [pid for pid, line in children(running.process.pid).items() if "ServeReplica" in line]
+    # The explorer's queue runs: who asks for it to be started is told that it is.
+    assert "gradio" in httpx.get(f"{running.url}/").text
+    assert httpx.get(f"{running.url}/gradio_api/startup-events").json() is False
+
+    replicas = of_replicas(running)
     assert replicas
     for pid in replicas:
         os.kill(pid, signal.SIGKILL)
     found = asked(running.url, 0.5)
     assert found.json()["results"][0]["label"] == 3, found.text
 
+    # Replicas read the defence again, and stay; what they would refuse changes nothing.
+    replicas = of_replicas(running)
     assert httpx.post(f"{running.url}/v1/reload", timeout=PATIENCE).json() == {"defence": "rails"}
+    assert of_replicas(running) == replicas
+    refit(running.folder, "rails conv1 population=50 generations=1")
+    refused = httpx.post(f"{running.url}/v1/reload", timeout=PATIENCE)
+    assert (refused.status_code, "stays the one before" in refused.text) == (409, True), refused.text
     assert asked(running.url, 0.25).status_code == 200
+    assert of_replicas(running) == replicas
 
     listening = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=False).stdout.splitlines()
     own = {running.process.pid, *children(running.process.pid)}

@@ -185,6 +185,60 @@ def test_a_memory_is_written_confirmed_recalled_and_rolled_back(tmp_path: Path) 
         assert "immunonet_memory_entries 0.0" in client.get("/metrics").text
 
 
+def test_what_a_holder_sent_is_forgotten_by_his_name_whatever_he_called_it(tmp_path: Path) -> None:
+    memory = Memory(tmp_path / "memory")
+    x, _ = examples()
+    with listening(application(begun(rails(), memory))) as url, httpx.Client(base_url=url) as client:
+        for i, source in enumerate(("site/1", "site/2", "sites", "site")):
+            client.post("/v1/respond", json={"inputs": x[i : i + 1].tolist()}, headers={"X-Source": source})
+        assert client.post("/v1/memory/forget", json={"source": "site"}).json()["forgotten"] == 3
+        assert set(client.get("/v1/memory").json()["sources"]) == {"sites"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Origin": "same"}, 200),
+        ({"Host": "localhost:1"}, 200),
+        ({"Origin": "http://other.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "rebound.example"}, 403),
+    ],
+    ids=str,
+)
+def test_pages_of_others_may_not_ask_a_service_without_tokens(headers: dict[str, str], status: int) -> None:
+    with listening(application(begun(plain()))) as url, httpx.Client(base_url=url) as client:
+        headers = {name: url if value == "same" else value for name, value in headers.items()}
+        answer = client.post("/v1/respond", json={"inputs": GREY}, headers=headers)
+        assert answer.status_code == status
+        assert status == 200 or "token-file" in answer.json()["detail"]
+
+
+def test_tokens_take_the_place_of_names(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text(f"site ask {'a' * 16}\n")
+    service = begun(plain(), tokens=Tokens.read(tmp_path / "tokens"))
+    with listening(application(service)) as url, httpx.Client(base_url=url) as client:
+        headers = {"Authorization": f"Bearer {'a' * 16}", "Host": "service.example", "Origin": "https://page.example"}
+        assert client.post("/v1/respond", json={"inputs": GREY}, headers=headers).status_code == 200
+
+
+def test_what_changes_a_memory_must_come_as_json(tmp_path: Path) -> None:
+    with listening(application(begun(rails(), Memory(tmp_path / "m")))) as url, httpx.Client(base_url=url) as client:
+        answer = client.post("/v1/memory/forget", content='{"source": "x"}', headers={"Content-Type": "text/plain"})
+        assert (answer.status_code, answer.json()) == (415, {"detail": "the content type must be application/json"})
+
+
+def test_a_picture_whose_metadata_are_damaged_is_no_picture(small: httpx.Client) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    whole = png()
+    damaged = whole[:33] + chunk(b"eXIf", b"Exif\0\0II*\0") + whole[33:]
+    answer = small.post("/v1/respond", content=damaged, headers={"Content-Type": "image/png"})
+    assert (answer.status_code, "not a readable image" in answer.json()["detail"]) == (422, True)
+
+
 def test_roles_are_kept(tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text(f"site ask {'a' * 16}\nlab confirm {'c' * 16}\nboss admin {'b' * 16}\n")
     service = begun(rails(), Memory(tmp_path / "memory"), tokens=Tokens.read(tmp_path / "tokens"))

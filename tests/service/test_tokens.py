@@ -40,6 +40,7 @@ def test_without_tokens_everybody_may_do_everything() -> None:
         ("", "has no tokens"),
         ("site ask", "line 1: must be NAME ROLE TOKEN"),
         (f"# a\nsite boss {ASK}", "line 2: must be NAME ROLE TOKEN"),
+        (f"a/b ask {ASK}", "line 1: a name must be without /"),
         ("site ask short", "at least 16 characters"),
         (f"a ask {ASK}\nb ask {ASK}", "one token to two names"),
     ],

@@ -23,6 +23,9 @@ def serve(
     memory: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Remember what is asked there, and answer from it.")
     ] = None,
+    capacity: Annotated[
+        int, typer.Option(min=1, help="Entries that the memory keeps at most; those that came first go.")
+    ] = 100_000,
     on_flag: Annotated[
         str, typer.Option(help="About what the sentinel flags: mark, refuse, label-only, random-delay.")
     ] = "mark",
@@ -82,11 +85,17 @@ def serve(
     there = (folder / SENTINEL).is_file()
     if not there and (on_flag != "mark" or flag_log):
         raise ValueError(f"--on-flag, --flag-log: {folder} has no sentinel, fit it with --sentinel pooled")
-    watch = Sentinel.load(folder / SENTINEL, own.defence, log=flag_log) if there else None
+
+    def watching(loaded: Any) -> Sentinel | None:
+        if not (folder / SENTINEL).is_file():
+            return None
+        return Sentinel.load(folder / SENTINEL, loaded.defence, log=flag_log)
+
+    watch = watching(own)
     service = Service(own, limits=limits, tokens=tokens, sentinel=watch, on_flag=on_flag)
     behind = Replicas(
-        load, memory=memory, batch=batch, replicas=span(replicas), threads=threads, seed=seed, address=ray,
-        gpu=device.startswith("cuda"), resent=lambda: service.telemetry.count("resent"),
+        load, memory=memory, capacity=capacity, batch=batch, replicas=span(replicas), threads=threads, seed=seed,
+        address=ray, gpu=device.startswith("cuda"), resent=lambda: service.telemetry.count("resent"),
     )  # fmt: skip
     logging.basicConfig(format="%(message)s")
     logging.getLogger("immunonet.service").setLevel(logging.INFO)
@@ -103,7 +112,8 @@ def serve(
     shown = explore and not tokens
     if shown:
         require("gradio", "serve")
-    run(service, behind, folder, load, host=host, port=port, around=explorer_of if shown else lambda app: None)
+    around = explorer_of if shown else lambda app: None
+    run(service, behind, folder, load, host=host, port=port, watch=watching, around=around)
 
 
 def loaded(folder: Path, *, model: str | None, weights: Path | None, device: str) -> Any:

@@ -24,6 +24,8 @@ from immunonet.evaluation.records import VERSION
 
 # Parts handed out per CPU: none waits for work, and what is done does not pile up.
 _AHEAD = 4
+HERE = "here"
+"""The address of a cluster that is started on this machine, for this process alone."""
 # How often a part is done again whose worker or machine died, or was out of memory.
 _RETRIES = 3
 # Ray itself tries for minutes, and may then end the process: so another process tries first, for so many seconds.
@@ -50,7 +52,8 @@ def workers(address: str | None) -> Workers | None:
 class Cluster:
     """Does parts on a Ray cluster, each on one CPU, and on one GPU if the scene's `device` is one.
 
-    A scene is sent once, and each worker keeps the last one: it changes with its `revision` alone. `close()`
+    `address`: as `workers` takes it, or `HERE`, one that is started on this machine whatever others there are. A scene
+    is sent once, and each worker keeps the last one: it changes with its `revision` alone. `close()`
     leaves the cluster, or ends it if it was started here; so does the end of this object.
     """
 
@@ -59,7 +62,10 @@ class Cluster:
         self._ray = require("ray", "cluster")
         self.close: Callable[[], Any] = lambda: None
         if not self._ray.is_initialized():
-            _connect(self._ray, address)
+            if address == HERE:
+                _start(self._ray)
+            else:
+                _connect(self._ray, address)
             self.close = weakref.finalize(self, self._ray.shutdown)
         self._do = self._ray.remote(max_retries=_RETRIES)(_done)
         self._sent: tuple[Any, Any, Any] = (None, None, None)  # a scene, its revision, and where it is
@@ -166,10 +172,15 @@ def _connect(ray: Any, address: str) -> None:
     elif known:
         raise ConnectionError(f"--ray {address}: no Ray cluster is reached at {where} ({refused}): {_HOW}")
     else:
-        # It listens on all interfaces but where Ray takes the machine for one that never has others beside it.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
-        ray.init("local", include_dashboard=False, **_QUIET)
+        _start(ray)
+
+
+def _start(ray: Any) -> None:
+    """Start a cluster for this machine alone."""
+    # It listens on all interfaces but where Ray takes the machine for one that never has others beside it.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+    ray.init("local", include_dashboard=False, **_QUIET)
 
 
 def _refused(address: str) -> str:

@@ -55,9 +55,7 @@ def read(encoded: bytes, shape: Sequence[int], *, bounds: Bounds, swap: bool = F
     require_images("antigens", shape)
     channels, height, width = shape
     _check_size(encoded)
-    picture = decode([("the picture", encoded)], "the picture", size=max(height, width))[0]
-    top, left = (picture.shape[1] - height) // 2, (picture.shape[2] - width) // 2
-    picture = picture[:, top : top + height, left : left + width]
+    picture = decode([("the picture", encoded)], "the picture", size=(height, width))[0]
     if channels == 1 and len(picture) == 3:
         picture = (picture * torch.tensor(GREY)[:, None, None]).sum(0, keepdim=True)
     picture = picture.expand(channels, height, width)

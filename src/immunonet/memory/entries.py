@@ -160,7 +160,8 @@ def now() -> datetime:
 class Which:
     """Entries with one of `ids`, from one `source`, not before `since` nor at or after `until`; None: any.
 
-    `arrived`: no later than that place in the order of arrival; `confirmed`: only those that were, or were not.
+    Those of "site/camera" are from "site" as well. `arrived`: no later than that place in the order of arrival;
+    `confirmed`: only those that were, or were not.
     """
 
     ids: tuple[str, ...] | None = None
@@ -176,7 +177,8 @@ class Which:
         if self.ids is not None:
             parts.append(f"id IN ({', '.join(map(quoted, self.ids))})" if self.ids else "false")
         if self.source is not None:
-            parts.append(f"source = {quoted(self.source)}")
+            below = quoted(f"{self.source}/")
+            parts.append(f"(source = {quoted(self.source)} OR starts_with(source, {below}))")
         if self.since is not None:
             parts.append(f"time >= {_literal(self.since)}")
         if self.until is not None:
@@ -196,7 +198,9 @@ class Which:
         if self.ids is not None:
             found = found & pc.field("id").isin(pa.array(self.ids, pa.string()))
         if self.source is not None:
-            found = found & (pc.field("source") == self.source)
+            found = found & (
+                (pc.field("source") == self.source) | pc.starts_with(pc.field("source"), pattern=f"{self.source}/")
+            )
         if self.since is not None:
             found = found & (pc.field("time") >= _stamp(self.since))
         if self.until is not None:

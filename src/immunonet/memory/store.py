@@ -292,7 +292,10 @@ class Memory:
         known = confirmed >= 0
         wrong = known & (confirmed != label)
         trusted = known | ((entries.column(held, "credibility") >= self.credible) & ~_bools(held, "foreign"))
-        sources = np.array(held["source"].to_pylist(), dtype=object)
+        sources, source = np.unique(np.array(held["source"].to_pylist(), dtype=object), return_inverse=True)
+        by_source = {
+            part: np.bincount(source[mask], minlength=len(sources)) for part, mask in _counts(known, wrong).items()
+        }
         times = sorted(held["time"].to_pylist())
         return {
             "entries": held.num_rows,
@@ -308,8 +311,7 @@ class Memory:
             "last": times[-1].isoformat() if times else None,
             "labels": np.bincount(np.where(known, confirmed, label), minlength=self._space.classes).tolist(),
             "sources": {
-                name: {part: int(mask[sources == name].sum()) for part, mask in _counts(known, wrong).items()}
-                for name in sorted(set(sources))
+                name: {part: int(counts[i]) for part, counts in by_source.items()} for i, name in enumerate(sources)
             },
         }
 

@@ -66,7 +66,8 @@ def response_figure(
         _votes(blocks[1].add_subplot(len(chosen), 1, row + 1), response.votes[i], titles)
         for block, (kind, part) in zip(blocks[2:], kinds.items(), strict=True):
             columns = min(cells, part.label.shape[1])
-            for j in range(columns):
+            # One that was recalled, or answered by the network, has no cells.
+            for j in range(min(columns, int((part.label[i] >= 0).sum()))):
                 axes = block.add_subplot(len(chosen), columns, row * columns + j + 1)
                 _draw(axes, images.image_array(drawn[kind][i, j], bounds=bounds))
                 _caption(axes, f"{titles[int(part.label[i, j])]}\n{float(part.affinity[i, j]):.3g}")

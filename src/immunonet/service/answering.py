@@ -41,12 +41,11 @@ Load = Callable[[Path], Loaded]
 class Answering:
     """Answers batches by a defence, which may be changed for another while they are answered.
 
-    `memory`: the folder that it answers from and remembers in, if any.
+    `memory`: what it answers from and remembers in, if anything.
     """
 
-    def __init__(self, load: Load, *, batch: int, seed: int | None = None, memory: str | Path | None = None) -> None:
-        self._load, self._batch, self._seed = load, batch, seed
-        self._memory = None if memory is None else Memory(memory)
+    def __init__(self, load: Load, *, batch: int, seed: int | None = None, memory: Memory | None = None) -> None:
+        self._load, self._batch, self._seed, self._memory = load, batch, seed, memory
         self._loaded: Loaded | None = None
         # One batch at a time has all threads, and the memory's writes are in the order of its answers.
         self._lock = threading.Lock()

@@ -8,10 +8,12 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from immunonet import __version__, _check
 from immunonet._pictures import first_line
@@ -25,7 +27,7 @@ from immunonet.service.bodies import Refused
 from immunonet.service.flags import ACTIONS
 from immunonet.service.limits import Limits
 from immunonet.service.telemetry import Telemetry, log
-from immunonet.service.tokens import Holder, Tokens
+from immunonet.service.tokens import Holder, Tokens, is_loopback
 
 
 class Service:
@@ -80,8 +82,9 @@ class Service:
 
     async def respond(self, x: Inputs, source: str) -> list[Result]:
         """Return the results of inputs `(n, *S)` from a source; Refused where they are not answered."""
-        self.admit(len(x))
-        flagged = await asyncio.to_thread(self._watched, x, source)
+        # Whoever is watched has a place: to be refused for want of one, and to come again, would look like an attack.
+        with self.admit(len(x)).place(len(x)):
+            flagged = await asyncio.to_thread(self._watched, x, source)
         if flagged is None:
             return await self._asked(x, source)
         self.telemetry.count("flags", sum(flagged))
@@ -127,7 +130,8 @@ def create(service: Service, *, lifespan: Callable[[], Any] | None = None) -> Fa
         began, name = time.perf_counter(), uuid.uuid4().hex
         request.state.known = {"request": name}
         try:
-            response = await call(request)
+            stranger = None if service.tokens else _stranger(request)
+            response = await call(request) if stranger is None else _error(403, stranger, {})
         except Exception:
             log.exception("request %s failed", name)
             response = _error(500, "this is a fault of the service; its log names the request", {})
@@ -158,9 +162,13 @@ def create(service: Service, *, lifespan: Callable[[], Any] | None = None) -> Fa
                 return await bodies.body(request.stream(), request.headers.get("Content-Length"), service.limits)
         except TimeoutError as late:
             raise Refused(408, "the body took too long to come") from late
+        except ClientDisconnect as gone:
+            raise Refused(400, "the body broke off") from gone
 
     async def given(request: Request, *keys: str) -> dict[str, Any]:
         """Return the JSON object of a body with these keys, and no others."""
+        if bodies.kind_of(request.headers.get("Content-Type")) != bodies.JSON:
+            raise Refused(415, f"the content type must be {bodies.JSON}")
         try:
             found = bodies.parsed(await content(request))
         except ValueError as error:
@@ -248,6 +256,19 @@ def create(service: Service, *, lifespan: Callable[[], Any] | None = None) -> Fa
         return Response(await asyncio.to_thread(service.telemetry.text), media_type=service.telemetry.kind)
 
     return app
+
+
+def _stranger(request: Request) -> str | None:
+    """Return why a request to a service without tokens may be some page's in a browser on this machine; None if not.
+
+    Such a page may send what needs no leave from the service, or call the service by a name of its own.
+    """
+    host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
+    if not is_loopback(request.url.hostname or ""):
+        return f"Host {host!r} is none of this machine's own names: give the service a --token-file"
+    if origin is not None and urlsplit(origin).netloc != host:
+        return f"a page of {origin} may not ask: give the service a --token-file"
+    return None
 
 
 def _source(holder: Holder, given: str | None) -> str:

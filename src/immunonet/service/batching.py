@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +52,13 @@ class Batcher:
         self._free, self._waiting = at_once, deque[_Asked]()
         self._under_way = set[asyncio.Task[None]]()
         self._pace = 0.0  # seconds that an input takes, of late
+        self._placed = 0
         self._closed = False
 
     @property
     def waiting(self) -> int:
-        """How many inputs wait."""
-        return sum(len(one.x) for one in self._waiting)
+        """How many inputs wait, or have a place."""
+        return self._placed + sum(len(one.x) for one in tuple(self._waiting))
 
     def admit(self, n: int) -> None:
         """Raise Full or Closed where n more inputs would not be taken."""
@@ -65,6 +66,16 @@ class Batcher:
             raise Closed
         if self.waiting + n > self._queue:
             raise Full(self.waiting * self._pace)
+
+    @contextlib.contextmanager
+    def place(self, n: int) -> Iterator[None]:
+        """Keep a place for n inputs, which are asked about as soon as the block ends; raise Full or Closed for none."""
+        self.admit(n)
+        self._placed += n
+        try:
+            yield
+        finally:
+            self._placed -= n
 
     async def ask(self, x: Inputs, source: str) -> list[Result]:
         """Return the results of inputs `(n, *S)`, n at most `batch`; raise Full or Closed where they are not taken."""

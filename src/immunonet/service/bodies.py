@@ -45,7 +45,7 @@ async def body(chunks: AsyncIterable[bytes], length: str | None, limits: Limits)
 
 def inputs(content: bytes, kind: str, loaded: Loaded, limits: Limits) -> Inputs:
     """Return inputs `(n, *S)` float32 of a body of a content type; Refused where nothing in it can be asked about."""
-    kind = kind.partition(";")[0].strip().lower()
+    kind = kind_of(kind)
     if kind not in READERS:
         raise Refused(415, f"the content type must be one of {', '.join(READERS)}, got {kind[:80]!r}")
     try:
@@ -58,6 +58,11 @@ def inputs(content: bytes, kind: str, loaded: Loaded, limits: Limits) -> Inputs:
         raise Refused(422, f"a request must hold 1 to {limits.batch} inputs, got {len(x)}")
     found: Inputs = x.numpy()
     return found
+
+
+def kind_of(header: str | None) -> str:
+    """Return the media type of a header Content-Type, "" for none."""
+    return (header or "").partition(";")[0].strip().lower()
 
 
 def parsed(content: bytes) -> dict[str, Any]:

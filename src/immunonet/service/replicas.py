@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 
 from immunonet._imports import require
 from immunonet.evaluation import cluster
+from immunonet.memory.store import Memory
 from immunonet.service.answering import Answering, Load
 from immunonet.service.batching import Inputs, Result
 
-NAME = "immunonet"
 # How often a batch is sent again whose replica died, and the seconds before that.
 RETRIES, PAUSE = 20, 0.5
 
@@ -23,11 +24,14 @@ RETRIES, PAUSE = 20, 0.5
 class Replica:
     """One of the processes that answer. Ray Serve makes it, tells it which folder, and asks it."""
 
-    def __init__(self, load: Load, batch: int, seed: int | None, memory: str | None, threads: int, alone: bool) -> None:
+    def __init__(
+        self, load: Load, batch: int, seed: int | None, memory: tuple[str, int | None] | None, threads: int, alone: bool
+    ) -> None:
         if alone:
             _stay_inside()
         torch.set_num_threads(threads)
-        self._answering = Answering(load, batch=batch, seed=seed, memory=memory)
+        opened = None if memory is None else Memory(memory[0], capacity=memory[1])
+        self._answering = Answering(load, batch=batch, seed=seed, memory=opened)
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Take the defence of a folder; batches that are under way end with the one before."""
@@ -44,19 +48,22 @@ class Replicas:
     Args:
         load: reads a defence from a folder; see `answering.Load`.
         memory: the folder that they answer from and remember in, if any.
+        capacity: most entries there; None: as many as come.
         replicas: how many, or (least, most) between which Ray Serve chooses by what waits.
         threads: of each; None: this machine's, shared evenly.
-        address: "auto" or "HOST:PORT" of a cluster, which must see the folder; None: this machine.
+        address: "auto" or "HOST:PORT" of a cluster, which must see the folder; None: one of its own on this machine.
         gpu: whether each has one.
     """
 
     def __init__(
-        self, load: Load, *, batch: int, memory: Path | None = None, replicas: int | tuple[int, int] = 1,
-        threads: int | None = None, seed: int | None = None, address: str | None = None, gpu: bool = False,
-        resent: Callable[[], None] = lambda: None,
+        self, load: Load, *, batch: int, memory: Path | None = None, capacity: int | None = None,
+        replicas: int | tuple[int, int] = 1, threads: int | None = None, seed: int | None = None,
+        address: str | None = None, gpu: bool = False, resent: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._load, self._batch, self._seed, self._address, self._resent = load, batch, seed, address, resent
-        self.memory = memory
+        self.memory, self._capacity = memory, capacity
+        # Others on the same cluster are left alone.
+        self._name = f"immunonet-{uuid.uuid4().hex[:8]}"
         self.least, self.most = replicas if isinstance(replicas, tuple) else (replicas, replicas)
         self.threads = threads or max(1, (os.cpu_count() or 1) // self.most)
         self._gpu = gpu
@@ -67,7 +74,12 @@ class Replicas:
     def connect(self) -> None:
         """Connect to the cluster, or start one; in the main thread, before signals are handled, which Ray takes."""
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-        self._cluster = cluster.Cluster(self._address or "auto")
+        self._cluster = cluster.Cluster(self._address or cluster.HERE)
+
+    def opened(self) -> Memory:
+        """Return their memory as another process of its own opens it."""
+        assert self.memory is not None
+        return Memory(self.memory, capacity=self._capacity)
 
     def start(self, folder: Path) -> None:
         """Start them with the defence of a folder, and return when they answer; the errors of reading it are raised."""
@@ -88,16 +100,17 @@ class Replicas:
             else {"autoscaling_config": {"min_replicas": self.least, "max_replicas": self.most,
                                          "target_ongoing_requests": 1.5}}
         )  # fmt: skip
+        # Of one version, so that replicas are told of another folder and none is made anew.
         deployment = serve.deployment(
-            Replica, name="Replica", max_ongoing_requests=2, health_check_period_s=2,
+            Replica, name="Replica", version="1", max_ongoing_requests=2, health_check_period_s=2,
             health_check_timeout_s=30, graceful_shutdown_timeout_s=20,
             user_config={"folder": str(folder), "read": self._read},
             ray_actor_options={"num_cpus": self.threads, "num_gpus": int(self._gpu)}, **scale,
         )  # fmt: skip
-        memory = None if self.memory is None else str(self.memory)
+        memory = None if self.memory is None else (str(self.memory), self._capacity)
         bound = deployment.bind(self._load, self._batch, self._seed, memory, self.threads, self._address is None)
         try:
-            self._handle = serve.run(bound, name=NAME, route_prefix=None)
+            self._handle = serve.run(bound, name=self._name, route_prefix=None)
         except RuntimeError as error:
             told = [line for line in str(error).splitlines() if "Error: " in line] or [str(error)]
             raise ValueError(f"the replicas do not start: {told[-1].strip()}") from error
@@ -120,7 +133,7 @@ class Replicas:
         """End the replicas, with the cluster if it was started here; what else runs on another stays."""
         if self._cluster is not None:
             if self._address is not None:
-                require("ray.serve", "serve").delete(NAME)
+                require("ray.serve", "serve").delete(self._name)
             self._cluster.close()
 
 

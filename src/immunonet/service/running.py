@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 from immunonet._imports import require
-from immunonet.memory.store import Memory
-from immunonet.service.answering import Load
+from immunonet.memory.sentinel import Sentinel
+from immunonet.service.answering import Load, Loaded
 from immunonet.service.app import Service, create
 from immunonet.service.replicas import Replicas
 from immunonet.service.telemetry import log
+from immunonet.service.tokens import is_loopback
 
 # Connections that are open at once; more are told to come again.
 CONNECTIONS = 1000
@@ -23,7 +23,7 @@ CONNECTIONS = 1000
 
 def check_address(host: str, port: int, tokens: bool) -> None:
     """Raise ValueError for an address that others reach, without tokens, or that is taken."""
-    if not tokens and not _is_loopback(host):
+    if not tokens and not is_loopback(host):
         raise ValueError(
             f"--host {host} is reached from other machines: give --token-file FILE, so that not everybody may ask, "
             "confirm and roll back, or --host 127.0.0.1"
@@ -38,11 +38,12 @@ def check_address(host: str, port: int, tokens: bool) -> None:
 
 def run(
     service: Service, replicas: Replicas, folder: Path, load: Load, *, host: str = "127.0.0.1", port: int = 8000,
-    around: Callable[[Any], None] = lambda app: None,
+    watch: Callable[[Loaded], Sentinel | None] = lambda loaded: None, around: Callable[[Any], None] = lambda app: None,
 ) -> None:  # fmt: skip
-    """Serve until a signal ends it; whatever was taken by then is answered. `around`: adds pages to the application.
+    """Serve until a signal ends it; whatever was taken by then is answered.
 
-    Raises what kept the replicas from starting.
+    `watch` gives the sentinel of a defence that is read again; `around` adds pages to the application. Raises what kept
+    the replicas, or the front, from starting.
     """
     uvicorn = require("uvicorn", "serve")
     check_address(host, port, bool(service.tokens))
@@ -53,13 +54,17 @@ def run(
         loaded = await asyncio.to_thread(load, folder)
         if loaded.shape != service.loaded.shape:
             raise ValueError(f"{folder} takes inputs of shape {loaded.shape}, but this service {service.loaded.shape}")
+        watching = await asyncio.to_thread(watch, loaded)
+        if replicas.memory is not None:
+            # What a replica would refuse is refused before any is asked.
+            await asyncio.to_thread(lambda: loaded.defence.remember_in(replicas.opened()))
         await asyncio.to_thread(replicas.read, folder)
-        service.loaded = loaded
+        service.loaded, service.sentinel = loaded, watching
 
     async def begin() -> None:
         try:
             await asyncio.to_thread(replicas.start, folder)
-            memory = None if replicas.memory is None else Memory(replicas.memory)
+            memory = None if replicas.memory is None else replicas.opened()
         except Exception as error:
             failed.append(error)
             server.should_exit = True
@@ -70,7 +75,6 @@ def run(
 
     @contextlib.asynccontextmanager
     async def life() -> AsyncIterator[None]:
-        around(app)
         starting = asyncio.create_task(begin())
         yield
         await starting
@@ -78,6 +82,7 @@ def run(
         await asyncio.to_thread(replicas.stop)
 
     app = create(service, lifespan=life)
+    around(app)  # pages may have a life of their own, which begins with the application's
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -94,10 +99,5 @@ def run(
     server.run()
     if failed:
         raise failed[0]
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    if not server.started:
+        raise RuntimeError("the service did not start: its log tells why")

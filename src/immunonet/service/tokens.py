@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,8 @@ class Tokens:
             where = f"{path}, line {number}"
             if len(parts) != 3 or parts[1] not in ROLES:
                 raise ValueError(f"{where}: must be NAME ROLE TOKEN, the role one of {', '.join(ROLES)}")
+            if "/" in parts[0]:
+                raise ValueError(f"{where}: a name must be without /, which comes between it and X-Source")
             if len(parts[2]) < SHORTEST:
                 raise ValueError(
                     f"{where}: a token must have at least {SHORTEST} characters; make one by "
@@ -71,3 +74,11 @@ class Tokens:
         # All are compared, so that the time taken tells nothing of how near a wrong one came.
         found = [holder for holder, known in self._known if hmac.compare_digest(known, given)]
         return found[0] if found else None
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host, by its name or address, is this machine as it calls itself."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -100,13 +100,14 @@ class Replicas:
             else {"autoscaling_config": {"min_replicas": self.least, "max_replicas": self.most,
                                          "target_ongoing_requests": 1.5}}
         )  # fmt: skip
-        # Of one version, so that replicas are told of another folder and none is made anew.
         deployment = serve.deployment(
-            Replica, name="Replica", version="1", max_ongoing_requests=2, health_check_period_s=2,
+            Replica, name="Replica", max_ongoing_requests=2, health_check_period_s=2,
             health_check_timeout_s=30, graceful_shutdown_timeout_s=20,
             user_config={"folder": str(folder), "read": self._read},
             ray_actor_options={"num_cpus": self.threads, "num_gpus": int(self._gpu)}, **scale,
         )  # fmt: skip
+        # Of one version, so that replicas are told to read again and none is made anew: Serve gives each its own else.
+        deployment = deployment.options(version="1", _internal=True)
         memory = None if self.memory is None else (str(self.memory), self._capacity)
         bound = deployment.bind(self._load, self._batch, self._seed, memory, self.threads, self._address is None)
         try:

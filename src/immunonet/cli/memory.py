@@ -62,7 +62,7 @@ def rollback(
 def forget(
     folder: Folder,
     ids: Annotated[list[str] | None, typer.Option("--id", metavar="ID", help="An entry's id; repeat it.")] = None,
-    source: Annotated[str | None, typer.Option(help="Entries from this source.")] = None,
+    source: Annotated[str | None, typer.Option(help="Entries from this source, or NAME/... below it.")] = None,
     since: Annotated[datetime | None, typer.Option(help="Entries from this time on.")] = None,
     until: Annotated[datetime | None, typer.Option(help="Entries before this time.")] = None,
     erase: Annotated[bool, typer.Option("--erase", help="Drop all older versions, which hold them, as well.")] = False,

@@ -208,8 +208,9 @@ class Memory:
         until: Any = None,
         erase: bool = False,
     ) -> int:
-        """Remove the entries that all of what is given holds for, and return how many: of these `ids`, from a `source`,
-        written at `since` or later, and before `until` (datetimes, or seconds since 1970).
+        """Remove the entries that all of what is given holds for, and return how many: of these `ids`, from a `source`
+        or one below it ("site/camera" is below "site"), written at `since` or later, and before `until` (datetimes, or
+        seconds since 1970).
 
         Older versions hold them until they are dropped; `erase` drops all of these at once, named ones too, and what
         files hold of entries that are gone, which takes seconds. ValueError where nothing is given, and for ids that

@@ -102,7 +102,7 @@ def targets(tables: dict[str, Any]) -> list[Row]:
         verdict = NONE if figure is None else "-" if bound is None else "reached" if reached else "not reached"
         command = tables.get(name, {}).get("command", f"--only {name}")
         found.append(line(what, least, figure, verdict, command))
-    return [*found, line("VGG16 setting on a GPU: 10,000 images", "a minute", None, NONE, "none yet")]
+    return [*found, line("VGG16 setting on a GPU: 10,000 images", "a minute", None, NONE, "python benchmarks/gpu.py")]
 
 
 def table(rows: list[Row]) -> str:
@@ -151,7 +151,7 @@ def document(tables: dict[str, Any]) -> str:
             f"{where['cpu']}, {where['threads']} threads, load average {where['load_average']}, torch {where['torch']}, commit "
             f"{where.get('commit', 'unknown')[:10]}; seed {found['settings']['seed']}, median of {found['settings']['repeats']}.",
         ]
-    parts += [f"GPU: {NONE}."]
+    parts += [f"GPU: {NONE} (`python benchmarks/gpu.py --data DIR --json results/gpu.json` where there is one)."]
     return "\n\n".join(parts) + "\n"
 
 

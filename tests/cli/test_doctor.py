@@ -49,6 +49,17 @@ def test_what_fails_gives_exit_code_one(command, monkeypatch: pytest.MonkeyPatch
     assert err == "broken: data, save and load\n"
 
 
+def test_a_fit_that_fails_is_told_like_what_else_is_broken(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("no\nroom")
+
+    monkeypatch.setattr(RAILS, "fit", failing)
+    monkeypatch.setattr(doctor, "_extras", lambda: [])
+    code, out, err = command("doctor")
+    assert (code, err) == (1, "broken: fit and respond\n")
+    assert "broken  fit and respond: RuntimeError: no room" in out
+
+
 def test_wrong_answers_are_broken() -> None:
     found = doctor._tried("answers", lambda: False)
     assert (found.works, found.found) == (False, "gives wrong answers")

@@ -151,6 +151,19 @@ def test_a_data_set_of_arrow_is_read(tmp_path):
     assert torch.equal(load(tmp_path / "saved", net, source=arrow(tmp_path))(ASKED.flatten(1)), other(ASKED.flatten(1)))
 
 
+def test_a_data_set_whose_transform_wants_all_columns_is_read():
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"image": X.flatten(1).tolist(), "label": Y.tolist()})
+
+    def both(row):
+        return {"image": [torch.tensor(one).view(X.shape[1:]) for one in row["image"]], "label": row["label"]}
+
+    here, there = (RAILS(NET, "input", maturation=SMALL, seed=0) for _ in range(2))
+    here.fit(X, Y)
+    there.fit(rows.with_transform(both), keep="source")
+    assert torch.equal(here.respond(ASKED).votes, there.respond(ASKED).votes)
+
+
 def test_bytes_stay_bytes(tmp_path):
     x = (X * 255).round()
     defences = [DkNN(NET, "2", neighbours=5, bounds=(0, 255)) for _ in range(2)]

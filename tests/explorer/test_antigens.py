@@ -42,6 +42,14 @@ def test_it_lies_within_the_bounds_and_dark_is_taken_for_light() -> None:
     assert swapped[0, :, 0, 0].tolist() == [-1, 0, 255]
 
 
+def test_a_picture_in_the_antigens_proportions_is_kept_whole() -> None:
+    pixels = torch.arange(8, dtype=torch.uint8).mul(30).reshape(2, 4)
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "PNG")
+    found = antigens.read(file.getvalue(), (1, 2, 4), bounds=BOUNDS)
+    torch.testing.assert_close(found[0, 0], pixels / 255)
+
+
 def test_the_middle_is_kept() -> None:
     wide = Image.new("L", (30, 10), 0)
     wide.paste(255, (10, 0, 20, 10))

@@ -135,6 +135,15 @@ def test_response_figure_shows_every_part(shape: tuple[int, ...]) -> None:
     figure.savefig(io.BytesIO(), format="png")
 
 
+def test_response_figure_shows_no_cells_of_what_was_recalled() -> None:
+    response = made_response((1, 8, 8))
+    for part in (response.plasma, response.memory):
+        part.label[1] = part.origin[1] = -1
+        part.affinity[1] = -torch.inf
+    figure = response_figure(response, torch.rand(B, 1, 8, 8), indices=[0, 1], cells=3)
+    assert sum(bool(axes.images) for axes in figure.axes) == 2 + 3 + 3
+
+
 def test_hidden_cells_are_drawn_by_their_origin() -> None:
     response = made_response((1, 8, 8), cell_shape=(16, 2, 2))
     antigens, repertoire = torch.rand(B, 1, 8, 8), torch.rand(20, 1, 8, 8)

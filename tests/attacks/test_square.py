@@ -33,9 +33,9 @@ def test_it_breaks_as_much_as_art_does(digits):
 
 def test_in_l1_it_breaks_as_much_of_a_robust_network_as_autoattack_does(robust_digits):
     net, x, y = robust_digits
-    ours = Square(eps=2.0, norm="l1", queries=300)(net, x, y)
+    ours = Square(eps=2.0, norm="l1", queries=150)(net, x, y)
     state = torch.random.get_rng_state()
-    found = AutoSquare(net, norm="L1", n_queries=300, eps=2.0, device="cpu").perturb(x, y)
+    found = AutoSquare(net, norm="L1", n_queries=150, eps=2.0, device="cpu").perturb(x, y)
     torch.random.set_rng_state(state)
     with torch.no_grad():
         accuracy = float((net(found).argmax(1) == y).float().mean())

@@ -52,6 +52,8 @@ class Scene:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, torch.device(options.device)
+        # Whether products are in bfloat16, which a processor may have to imitate.
+        self.precisions = (False, True) if self.device.type == "cuda" else (False,)
         test = data.load("cifar10", "test", directory=options.data)
         train = data.load("cifar10", "train", directory=options.data)
         places, held = data.split(len(train), 3000)
@@ -121,7 +123,7 @@ def respond(scene: Scene) -> list[Row]:
         "no early stop, no pruning": Maturation(early_stop=None, prune=None, **sizes),
     }
     rails = scene.rails()
-    for low in (False, True):
+    for low in scene.precisions:
         for called, maturation in settings.items():
             rails.maturations = (maturation, maturation)
             n = len(x) if called == "defaults" else max(1, len(x) // 20)
@@ -174,7 +176,7 @@ def against_loop(scene: Scene) -> list[Row]:
     peer = statistics.median(times)
     rails = scene.rails(maturation=Maturation.authors("cifar10", **sizes))
     rows: list[Row] = [{"what": "the loop", "images": m, "seconds_per_image": peer}]
-    for low in (False, True):
+    for low in scene.precisions:
         with cast(scene, low):
             rails.predict(x[:64])
             taken, _ = timed(scene, lambda: rails.predict(x[:256]))

@@ -15,6 +15,6 @@ def seeded(seed: int, devices: Iterable[int | torch.device] = ()) -> Iterator[No
         if torch.cuda.is_available():
             torch.manual_seed(seed)
         else:
-            # The former keeps a call with its stack for devices that may come: 2 ms, and memory, every time.
+            # The former keeps a call, and the stack of it, for devices that may come: time and memory every time.
             torch.default_generator.manual_seed(seed)
         yield

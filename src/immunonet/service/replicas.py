@@ -81,6 +81,13 @@ class Replicas:
         assert self.memory is not None
         return Memory(self.memory, capacity=self._capacity)
 
+    def check_memory(self) -> None:
+        """Raise ValueError where their memory holds more than they may keep, before they let any of it go."""
+        if self.memory is not None and self._capacity is not None and (held := len(self.opened())) > self._capacity:
+            raise ValueError(
+                f"--capacity must be at least the {held:,} entries of {self.memory}, got {self._capacity:,}"
+            )
+
     def start(self, folder: Path) -> None:
         """Start them with the defence of a folder, and return when they answer; the errors of reading it are raised."""
         require("ray.serve", "serve").start(proxy_location="Disabled")

@@ -64,6 +64,7 @@ def run(
     async def begin() -> None:
         try:
             await asyncio.to_thread(replicas.start, folder)
+            await asyncio.to_thread(replicas.check_memory)
             memory = None if replicas.memory is None else replicas.opened()
         except Exception as error:
             failed.append(error)

@@ -18,6 +18,7 @@ from services import SHAPE, application, begun, examples, listening, plain, png,
 from immunonet import Memory, Sentinel
 from immunonet.service.batching import Full
 from immunonet.service.limits import Limits
+from immunonet.service.replicas import Replicas
 from immunonet.service.tokens import Tokens
 
 GREY = [[[[0.5] * 4] * 4]]
@@ -183,6 +184,16 @@ def test_a_memory_is_written_confirmed_recalled_and_rolled_back(tmp_path: Path) 
         assert client.post("/v1/memory/forget", json={"source": "site"}).json()["forgotten"] == 1
         assert client.post("/v1/respond", json=body, headers={"X-Source": "s" * 300}).status_code == 422
         assert "immunonet_memory_entries 0.0" in client.get("/metrics").text
+
+
+def test_a_capacity_below_what_a_memory_holds_is_refused_before_any_of_it_goes(tmp_path: Path) -> None:
+    x, _ = examples()
+    memory = Memory(tmp_path / "memory")
+    memory.remember(rails().defence.with_settings(memory=memory).respond(x[:5]), x[:5])
+    Replicas(rails, batch=1, memory=tmp_path / "memory", capacity=5).check_memory()
+    Replicas(rails, batch=1).check_memory()
+    with pytest.raises(ValueError, match="--capacity must be at least the 5 entries of .*, got 4"):
+        Replicas(rails, batch=1, memory=tmp_path / "memory", capacity=4).check_memory()
 
 
 def test_what_a_holder_sent_is_forgotten_by_his_name_whatever_he_called_it(tmp_path: Path) -> None:

@@ -83,10 +83,9 @@ class Replicas:
 
     def check_memory(self) -> None:
         """Raise ValueError where their memory holds more than they may keep, before they let any of it go."""
-        if self.memory is not None and self._capacity is not None and (held := len(self.opened())) > self._capacity:
-            raise ValueError(
-                f"--capacity must be at least the {held:,} entries of {self.memory}, got {self._capacity:,}"
-            )
+        most = self._capacity
+        if self.memory is not None and most is not None and (held := len(self.opened())) > most:
+            raise ValueError(f"--capacity must be at least the {held:,} entries of {self.memory}, got {most:,}")
 
     def start(self, folder: Path) -> None:
         """Start them with the defence of a folder, and return when they answer; the errors of reading it are raised."""

@@ -192,7 +192,7 @@ def test_a_capacity_below_what_a_memory_holds_is_refused_before_any_of_it_goes(t
     memory.remember(rails().defence.with_settings(memory=memory).respond(x[:5]), x[:5])
     Replicas(rails, batch=1, memory=tmp_path / "memory", capacity=5).check_memory()
     Replicas(rails, batch=1).check_memory()
-    with pytest.raises(ValueError, match="--capacity must be at least the 5 entries of .*, got 4"):
+    with pytest.raises(ValueError, match=r"--capacity must be at least the 5 entries of .*, got 4"):
         Replicas(rails, batch=1, memory=tmp_path / "memory", capacity=4).check_memory()
 
 

@@ -74,7 +74,7 @@ def test_three_defences_are_attacked_and_the_document_is_written(run, monkeypatc
         assert f"**{row['accuracy']:.3f} (" in document
     assert "`immunonet evaluate --protocol quick --dataset digits" in document
     assert "digits, linf eps 0.2, 12 images" in document
-    assert f"| RAILS, T 50 | input | 0.25 | none | base | 10 | {rails['accuracy']:.3f} (" in document
+    assert f"| RAILS, T 50, G 2 | input | 0.25 | none | base | 10 | {rails['accuracy']:.3f} (" in document
     for name in ("accuracy", "abstention"):
         assert f"(figures/robustness-{name}.png)" in document
         assert Path(f"docs/figures/robustness-{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -97,7 +97,7 @@ def test_three_defences_are_attacked_and_the_document_is_written(run, monkeypatc
     for row in silent["results"]:
         row["settings"].pop("voice", None)
     names = [case["title"] for case in robustness.cases(robustness.merge([record, silent, record]))]
-    assert names[2:] == ["RAILS, input, T 50, voice 0.25", "RAILS, input, T 50"]
+    assert names[2:] == ["RAILS, input, T 50, G 2, voice 0.25", "RAILS, input, T 50, G 2"]
     assert "## RAILS less one of its parts" not in document
     lesser = copy.deepcopy(record)
     for one in (one for one in lesser["evaluations"] if one["defence"] == "rails"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,8 @@ from torch import Tensor
 
 # Seconds from which work is worth a word.
 LONG = 30.0
+# Rows by which the time of many is judged: a few, and more where that is long, for few take what a call does.
+_TRIED = 64, 4096
 LOG = logging.getLogger("immunonet.estimates")
 """Where it is said, at level INFO; the command line prints it."""
 
@@ -39,6 +42,21 @@ def timed(work: Callable[[], Tensor]) -> float:
     # A value is waited for, on whatever device.
     float(work().sum())
     return time.perf_counter() - start
+
+
+def of_many(work: Callable[[int], Tensor], count: int, *, most: int) -> float:
+    """Return the seconds that `count` rows take, by `work` on a number of them, at most `most` and a hundredth of all.
+
+    0 where a hundredth is none: that is not long.
+    """
+    found = 0.0
+    for few in _TRIED:
+        if not (rows := min(most, few, count // 100)):
+            return found
+        found = timed(functools.partial(work, rows)) / rows * count
+        if found < LONG:
+            break
+    return found
 
 
 def in_words(seconds: float) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from immunonet import _check, attacks, incoming
-from immunonet._estimates import LONG, tell, timed
+from immunonet._estimates import of_many, tell
 from immunonet.defences.answers import Answer
 from immunonet.defences.base import Made
 from immunonet.defences.neighbours import SENSED
@@ -38,8 +38,6 @@ from immunonet.response import Cells, ImmuneResponse, Imprint, Trace
 
 # Values of the populations that mature at once: enough antigens to share a generation's random numbers.
 BATCH_VALUES = 2**24
-# Cells by which the time of an answer is judged: a few, and more where that is long, for few take what a call does.
-TIMED = 64, 4096
 
 
 @dataclass(frozen=True)
@@ -407,21 +405,17 @@ class RAILS(RememberingDefence):
 
     def _timed(self, x: Tensor, layer: int, passes: int) -> float:
         """Return the seconds of so many cells' passes up to a layer, from a few copies of the input `x` `(1, *S)`."""
-        feature_map, found = self.feature_maps[layer], 0.0
+        feature_map = self.feature_maps[layer]
         if feature_map.keeps_cells:
-            return found
+            return 0.0
         cell, features = self._described(x)
         family = (torch.zeros(1, dtype=torch.long, device=cell.device),) * 2
-        for most in TIMED:
-            # Two hundredths of the work at most.
-            if not (rows := min(feature_map.rows, most, passes // 100)):
-                return found
+
+        def work(rows: int) -> Tensor:
             cells = cell.expand(rows, *cell.shape[1:]).contiguous()[None, None]
-            work = functools.partial(feature_map.distances, cells, family, cell, features[layer])
-            found = timed(work) / rows * passes
-            if found < LONG:
-                break
-        return found
+            return feature_map.distances(cells, family, cell, features[layer])
+
+        return of_many(work, passes, most=feature_map.rows)
 
     def _populated(self, layer: int, distances: Tensor, index: Tensor) -> Tensor | None:
         """Return the classes `(B, M)` that have cells at a layer, of flocks `(B, C, K)`; None: all of them."""

@@ -43,13 +43,11 @@ def bootstrap(correct: Tensor, *, confidence: float = 0.95, draws: int = 2000, s
     table = correct.detach().cpu().double()
     generator = torch.Generator().manual_seed(seed)
     means = []
-    for first in range(0, draws, block := max(1, _BLOCK // n)):
-        # In the order of the draws, so that what an interval is does not depend on the block.
-        drawn = [
-            [torch.randint(most, (most,), generator=generator) for most in (runs, n)]
-            for _ in range(first, min(first + block, draws))
-        ]
-        own, images = (torch.stack(part) for part in zip(*drawn, strict=True))
+    # A multiple of both numbers of choices, whose remainders are even draws among either.
+    most = math.lcm(runs, n)
+    for block in torch.arange(draws).split(max(1, _BLOCK // n)):
+        drawn = torch.randint(most, (len(block), runs + n), generator=generator)
+        own, images = drawn[:, :runs] % runs, drawn[:, runs:] % n
         weights = torch.zeros(len(own), runs, dtype=torch.float64).scatter_add_(1, own, torch.ones_like(own).double())
         means.append((weights @ table).gather(1, images).mean(1) / runs)
     tail = (1 - _confidence(confidence)) / 2

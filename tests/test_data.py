@@ -461,3 +461,7 @@ def test_mnist_is_mnist():
     assert images.classes == tuple("0123456789")
     assert images.y[:5].tolist() == [7, 2, 1, 0, 4]
     assert torch.bincount(images.y).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+
+def test_images_are_short_in_print():
+    assert repr(data.load("digits", "train")[:12]) == "Images(12 of (1, 8, 8), 10 classes)"

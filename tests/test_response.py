@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from immunonet import RAILS, Maturation, Memory
+from immunonet.response import ImmuneResponse
 
 X, Y = torch.rand(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
 
@@ -85,3 +86,30 @@ def test_what_is_asked_of_a_response_is_checked(rails, ask):
         getattr(r, ask)("a")
     with pytest.raises(ValueError, match="names must hold one name per class, 3, got 2"):
         getattr(r, ask)(0, names=["ant", "bee"])
+
+
+def test_a_defence_explains_antigens(rails):
+    names = ["ant", "bee", "cat"]
+    r = rails.respond(X[:3], 7)
+    assert rails.explain(X[:3], 7, names=names) == [r.explain(i, names=names) for i in range(3)]
+
+
+def test_who_asks_is_kept_and_remembered():
+    rails = RAILS(nn.Linear(4, 3), "input", maturation=Maturation(population=90), memory=Memory(None), seed=0).fit(X, Y)
+    one, two = rails.respond(X[:2], source="you"), rails.respond(X[2:4], source=["me", "them"])
+    assert (one.source, rails.respond(X[:1]).source) == (("you", "you"), None)
+    rails.memory.remember(ImmuneResponse.cat([one, two]), X[:4])
+    rails.memory.remember(rails.respond(X[4:5], source="you"), X[4:5], source="other")
+    rails.memory.remember(rails.respond(X[5:6]), X[5:6])
+    held = rails.memory.stats()["sources"]
+    assert {name: own["entries"] for name, own in held.items()} == {
+        "you": 2,
+        "me": 1,
+        "them": 1,
+        "other": 1,
+        "unknown": 1,
+    }
+    with pytest.raises(ValueError, match="source must be one text, or 2, one for each, got 1"):
+        rails.respond(X[:2], source=["me"])
+    with pytest.raises(TypeError, match="source must be a string, got 3"):
+        rails.respond(X[:2], source=3)

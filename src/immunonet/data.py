@@ -54,7 +54,7 @@ SPLITS = ("train", "test")
 _MOST = 1_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Images:
     """Labelled images.
 
@@ -67,6 +67,10 @@ class Images:
     y: Tensor
     classes: tuple[str, ...]
     named: bool = True
+
+    def __repr__(self) -> str:
+        shape = ", ".join(map(str, self.x.shape[1:]))
+        return f"Images({len(self):,} of ({shape}), {len(self.classes):,} classes)"
 
     def __len__(self) -> int:
         return len(self.y)

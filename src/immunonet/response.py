@@ -138,7 +138,8 @@ class ImmuneResponse:
     `recalled` `(B,)` bool: answered from memory, where there is one. Such an antigen has no cells of its own: their
     labels and origins are -1, their affinity -inf, and its generations 0. `innate` `(B,)` bool: answered by the network
     itself, whose softmax are its votes, and without cells likewise. `imprint`: what the memory keeps beside, None
-    without one. `antigens` `(B, *S)`: those that are answered.
+    without one. `antigens` `(B, *S)`: those that are answered. `source`: who asked about each, None where nobody is
+    named.
 
     `print(response)` shows a table; `explain(i)` says, `plot(i)` and `animate(i, file)` show what answered antigen i.
     """
@@ -155,6 +156,7 @@ class ImmuneResponse:
     trace: tuple[Trace, ...] | None = None
     imprint: Imprint | None = None
     antigens: Tensor | None = None
+    source: tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
         n, first = len(self.labels), self.labels[:SHOWN].tolist()
@@ -291,6 +293,7 @@ class ImmuneResponse:
         traces = [part.trace or () for part in parts]
         imprints = [part.imprint for part in parts if part.imprint is not None]
         antigens = [part.antigens for part in parts if part.antigens is not None]
+        said = [part.source for part in parts if part.source is not None]
         return ImmuneResponse(
             labels=torch.cat([part.labels for part in parts]),
             votes=torch.cat([part.votes for part in parts]),
@@ -304,6 +307,7 @@ class ImmuneResponse:
             trace=parts[0].trace and tuple(Trace.cat(layer) for layer in zip(*traces, strict=True)),
             imprint=Imprint.cat(imprints) if len(imprints) == len(parts) else None,
             antigens=torch.cat(antigens) if len(antigens) == len(parts) else None,
+            source=tuple(one for part in said for one in part) if len(said) == len(parts) else None,
         )
 
 

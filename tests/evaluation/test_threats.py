@@ -98,6 +98,12 @@ def test_attacks_of_ones_own_belong_to_the_threat_of_their_norm(problem):
     told = {"base": base, "threats": {"linf": 0.1, "l2": 0.2}}
     own = [PGD(eps=0.15, norm="l2"), attacks.Noise(eps=0.1)]
     result = evaluate(Undefended(base), x[:8], y[:8], **told, attacks=own)
+    (axes,) = result.plot().axes
+    lines = [label.get_text() for label in axes.get_yticklabels()]
+    assert lines[-3:] == ["linf worst-case", "l2 worst-case", "union worst-case"]
+    assert {"none", "l2 pgd-1", "linf noise-2"} < set(lines)
+    _, own = axes.containers
+    assert own.lines[0].get_xdata()[-1] == result.verdict.accuracy
     found = {(row.norm, row.attack): row.eps for row in result.rows if row.attack in ("pgd-1", "noise-2")}
     assert found == {("l2", "pgd-1"): 0.15, ("linf", "noise-2"): 0.1}
     assert {"l2 pgd-1", "linf noise-2"} <= set(result.record["attacks"])

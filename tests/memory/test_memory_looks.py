@@ -22,3 +22,14 @@ def test_a_memory_shows_its_sources_and_takes_none_for_markup() -> None:
 
 def test_a_memory_of_nothing_is_shown_too() -> None:
     assert Memory(None)._repr_html_().count("<tr>") == 1
+
+
+def test_a_figure_of_entries_over_time_names_versions() -> None:
+    memory = bound(Memory(None))
+    remember(memory, 3)
+    memory.tag("clean")
+    remember(memory, 2, at=100)
+    (axes,) = memory.plot().axes
+    assert axes.lines[0].get_ydata().tolist() == [0, 3, 5]
+    assert [text.get_text() for text in axes.texts] == ["clean"]
+    assert Memory(None).plot().axes[0].lines[0].get_xdata().tolist() == []

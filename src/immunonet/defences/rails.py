@@ -32,6 +32,7 @@ from immunonet.immune.noise import Noise, derive, identities
 from immunonet.immune.operators import Family
 from immunonet.immune.settings import Maturation, per_layer, preset
 from immunonet.immune.spared import Spared, among, imprinted, joined, traced
+from immunonet.memory.entries import sources_of
 from immunonet.memory.recall import Recalled
 from immunonet.memory.store import Memory
 from immunonet.response import Cells, ImmuneResponse, Imprint, Trace
@@ -136,18 +137,31 @@ class RAILS(RememberingDefence):
         self._told = False
 
     def respond(
-        self, x: Any, seed: int | None = None, batch_size: int | None = None, trace: bool = False
+        self,
+        x: Any,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        trace: bool = False,
+        source: str | Sequence[str] | None = None,
     ) -> ImmuneResponse:
         """Return the immune response to antigens `x` `(B, *S)` within bounds.
 
         `seed` overrides the instance's; `batch_size` antigens mature at once (None: as many as suit the
-        caches); `trace` also returns the learning curve of every layer, so that no answer spares the response. All
-        cells of the response are kept, (0.25 T)|S| floats per antigen: `predict` is lighter.
+        caches); `trace` also returns the learning curve of every layer, so that no answer spares the response;
+        `source`: who asks, one name or one per antigen, under which a memory remembers the response. All cells of the
+        response are kept, (0.25 T)|S| floats per antigen: `predict` is lighter.
         """
+        antigens = self._inputs(x)
+        said = None if source is None else tuple(sources_of(source, len(antigens)))
         found = ImmuneResponse.cat(
             [found for found, _ in self._answers(x, seed, batch_size, keep_cells=True, trace=trace)]
         )
-        return dataclasses.replace(found, antigens=self._inputs(x).clone())
+        return dataclasses.replace(found, antigens=antigens.clone(), source=said)
+
+    def explain(self, x: Any, seed: int | None = None, *, names: Sequence[str] | None = None) -> list[str]:
+        """Return in words what answers each of the antigens `(B, *S)`, and why; `names`: one per class."""
+        response = self.respond(x, seed)
+        return [response.explain(i, names=names) for i in range(len(response.labels))]
 
     def learning_curves(self, x: Any, seed: int | None = None) -> tuple[Trace, ...]:
         """Return the learning curve of every layer for antigens `x` `(B, *S)`."""

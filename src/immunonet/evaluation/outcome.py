@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from immunonet.evaluation.campaign import Campaign, Claim, Scene, Trial, WorstCa
 from immunonet.evaluation.draws import Draws, share
 from immunonet.evaluation.records import Check, Flag, Row, envelope
 from immunonet.evaluation.threats import UNION
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Images of the gallery.
 _SHOWN = 12
@@ -113,6 +116,15 @@ class Evaluation:
             "ablations": [row.to_json() for row in self.ablations],
             **self.record,
         }
+
+    def plot(self) -> Figure:
+        """Return a figure of the accuracy that each attack leaves, of the network and of the defence, with intervals.
+
+        Notebooks show it, `.savefig("evaluation.png")` writes it. Needs `immunonet[report]`.
+        """
+        from immunonet.report.evaluation import figure
+
+        return figure(self.to_dict())
 
     def to_json(self, path: str | Path) -> None:
         """Write `to_dict()` to `path`, whole or not at all."""

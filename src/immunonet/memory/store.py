@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import threading
 import time
@@ -28,6 +29,7 @@ from immunonet.response import ImmuneResponse
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from matplotlib.figure import Figure
 
 # Versions between two compactions, and how many without a name one leaves.
 COMPACTED, KEPT = 256, 100
@@ -139,6 +141,15 @@ class Memory:
         trusted = f"{told['trusted']:,} are trusted, {told['foreign']:,} looked foreign." if len(lines) > 1 else ""
         return _looks.markup(repr(self), lines, trusted)
 
+    def plot(self) -> Figure:
+        """Return a figure of how many entries it had over time, its named versions marked.
+
+        Notebooks show it, `.savefig("memory.png")` writes it. Needs `immunonet[report]`.
+        """
+        # By name: reports are about memories, and imports point that way alone.
+        figure: Figure = importlib.import_module("immunonet.report.memory").figure(self.versions())
+        return figure
+
     @property
     def version(self) -> int:
         """The number of the latest version; 0 where it belongs to no model yet."""
@@ -157,15 +168,17 @@ class Memory:
     # What changes it.
 
     def remember(
-        self, response: ImmuneResponse, x: Any = None, *, source: str | Sequence[str] = "unknown",
+        self, response: ImmuneResponse, x: Any = None, *, source: str | Sequence[str] | None = None,
         note: str | None = None,
     ) -> list[str]:  # fmt: skip
         """Keep the response to antigens `x` `(B, *S)`, from one `source` or one each; return the ids of its B entries.
 
+        Without a source it is the one that the response names, or "unknown".
         An antigen that was recalled gets no entry, and its id is that of the entry it was recalled from: no chain of
         near copies leads farther from what was met. Several threads' entries are written together.
         """
-        sources = entries.sources_of(source, len(response.labels))
+        said = response.source or "unknown" if source is None else source
+        sources = entries.sources_of(said, len(response.labels))
         note = None if note is None else entries.text_of("note", note)
         x = None if x is None else incoming.tensor("x", x)
         entries.check_response(response, x)

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from immunonet.report import figures, images, pages
 
 
@@ -33,6 +35,19 @@ def page(record: Mapping[str, Any], gallery: Iterable[Any] = ()) -> str:
         roles=_roles(record["attacks"]),
         noise=[attack for name, attack in record["attacks"].items() if name.split()[-1] == "noise"],
     )
+
+
+def figure(record: Mapping[str, Any]) -> Figure:
+    """Return a figure of a record's accuracies with their intervals: a line per attack, a point per defence.
+
+    The norm of an attack stands before it where there are several. `record`: what `Evaluation.to_dict` gives.
+    """
+    several = len({row["norm"] for row in record["results"] if row["attack"] != "none"}) > 1
+    lines: dict[str, dict[str, Any]] = {}
+    for row in record["results"]:
+        named = several and row["attack"] != "none"
+        lines.setdefault(f"{row['norm']} {row['attack']}" if named else row["attack"], {})[row["defence"]] = row
+    return figures.accuracy_points(lines)
 
 
 def _aims(verdict: Mapping[str, Any]) -> list[str]:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from immunonet.report import pages
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from immunonet.report import figures, pages
+
+if TYPE_CHECKING:
+    from immunonet.memory.backend import Version
 
 # Sources, and versions with something to tell, that are shown by themselves.
 SOURCES, VERSIONS = 10, 30
@@ -47,6 +53,29 @@ def page(record: Row, *, title: str, command: str = "") -> str:
         telling=_telling(versions),
         when=lambda text: _time(datetime.fromisoformat(text), timedelta(0)),
     )
+
+
+def figure(versions: Sequence[Version]) -> Figure:
+    """Return a figure of how many entries a memory had over time, its named versions marked.
+
+    `versions`: what `Memory.versions` gives.
+    """
+    drawn = figures.blank(6.4, 2.8)
+    axes = drawn.subplots()
+    times: Any = [one.time for one in versions]
+    held = [one.entries for one in versions]
+    axes.plot(times, held, drawstyle="steps-post", color=figures.BLUE, linewidth=1.6, marker="o", markersize=3)
+    for one in versions:
+        if one.names:
+            axes.annotate(
+                ", ".join(one.names), (one.time, one.entries), xytext=(0, 6), textcoords="offset points", fontsize=7,
+                ha="center", color=figures.INK,
+            )  # fmt: skip
+    figures.dress(axes, "Entries over time", "", "entries")
+    axes.set_ylim(0, max([*held, 1]) * 1.15)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.tick_params(axis="x", rotation=20)
+    return drawn
 
 
 def _strips(sources: Mapping[str, Row], kind: str, below: str = "") -> list[dict[str, Any]]:

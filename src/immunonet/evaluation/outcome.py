@@ -42,7 +42,7 @@ class Specimen:
     attack: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Evaluation:
     """The outcome of `evaluate`.
 
@@ -79,6 +79,12 @@ class Evaluation:
     def unreliable(self) -> bool:
         """Whether a check failed or a serious flag was raised."""
         return not all(check.passed for check in self.checks) or any(f.raised and f.serious for f in self.flags)
+
+    def __repr__(self) -> str:
+        worst, doubts = self.verdict, ", unreliable" if self.unreliable else ""
+        low, high = worst.ci95
+        told = f"worst case {worst.accuracy:.3f} ({low:.3f} to {high:.3f}) of {worst.n} images, {len(self.rows)} rows"
+        return f"Evaluation({worst.defence}: {told}{doubts})"
 
     def __str__(self) -> str:
         return _looks.text(self._table(), *self._doubts())

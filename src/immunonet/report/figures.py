@@ -401,9 +401,18 @@ def _pictures(figure: Any, entry: Row, n: int) -> None:
         drawn[0].set_ylabel(name, fontsize=7, color=INK)
 
 
+class Shown(Figure):
+    """A figure that notebooks show, which of others only pyplot tells them to."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", metadata={"Software": None})
+        return buffer.getvalue()
+
+
 def blank(width: float, height: float) -> Figure:
     """Return an empty figure, so many inches wide and high."""
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure = Shown(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 

@@ -30,6 +30,7 @@ def test_an_evaluation_shows_its_rows_verdicts_and_doubts() -> None:
     assert pgd.split()[:7] == ["mine", "pgd", "base", "linf", "0.1", "10", "0.500"]
     assert verdict.split()[1] == "worst-case"
     assert doubts == ["Check failed: larger eps: it rose < fell", "Flag: masking: found", "Note: few: 10 images"]
+    assert repr(evaluation) == "Evaluation(mine: worst case 0.400 (0.168 to 0.687) of 10 images, 2 rows, unreliable)"
     page = evaluation._repr_html_()
     assert page.count("<tr>") == 5
     assert "<div>Check failed: larger eps: it rose &lt; fell</div>" in page

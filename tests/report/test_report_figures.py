@@ -204,3 +204,8 @@ def test_rejection_is_drawn_as_what_is_answered_against_what_is_held():
     first, second = figures.rejection_curves({"net": {"a": levels, "b": levels[:1]}, "other": {"a": levels}}).axes
     assert [line.get_xydata().tolist() for line in first.lines] == [[[1.0, 0.2], [0.5, 0.8]], [[1.0, 0.2]]]
     assert tuple(axes.get_title(loc="left") for axes in (first, second)) == ("net", "other")
+
+
+def test_notebooks_show_a_figure_by_itself():
+    pixels = Image.open(io.BytesIO(figures.blank(3, 2)._repr_png_()))
+    assert pixels.size == (300, 200)

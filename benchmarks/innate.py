@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import common
 from common import Row
 from immunonet import RAILS, Maturation, _store, attacks, data, zoo
-from immunonet.report import figures
+from immunonet.report import figures, study_figures
 from immunonet.statistics import mcnemar, wilson
 
 LEVELS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
@@ -226,7 +226,7 @@ def draw(tables: Mapping[str, Any], folder: Path) -> None:
             for part in TRAFFIC
         }
         panels[rows[0]["place"]] = (lines, costs)
-    figures.save({"curves": figures.innate_curves(LEVELS, panels)}, folder, "innate")
+    figures.save({"curves": study_figures.innate_curves(LEVELS, panels)}, folder, "innate")
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from report_samples import B, C, G, made_response
 
-from immunonet.report import figures, images, learning_curves, response_figure
+from immunonet.report import figures, images, learning_curves, response_figure, style
 from immunonet.response import Trace
 
 
@@ -207,5 +207,5 @@ def test_rejection_is_drawn_as_what_is_answered_against_what_is_held():
 
 
 def test_notebooks_show_a_figure_by_itself():
-    pixels = Image.open(io.BytesIO(figures.blank(3, 2)._repr_png_()))
+    pixels = Image.open(io.BytesIO(style.blank(3, 2)._repr_png_()))
     assert pixels.size == (300, 200)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from immunonet.report import figures, pages
+from immunonet.report import pages
+from immunonet.report.style import BLUE, INK, blank, dress
 
 if TYPE_CHECKING:
     from immunonet.memory.backend import Version
@@ -60,18 +61,18 @@ def figure(versions: Sequence[Version]) -> Figure:
 
     `versions`: what `Memory.versions` gives.
     """
-    drawn = figures.blank(6.4, 2.8)
+    drawn = blank(6.4, 2.8)
     axes = drawn.subplots()
     times: Any = [one.time for one in versions]
     held = [one.entries for one in versions]
-    axes.plot(times, held, drawstyle="steps-post", color=figures.BLUE, linewidth=1.6, marker="o", markersize=3)
+    axes.plot(times, held, drawstyle="steps-post", color=BLUE, linewidth=1.6, marker="o", markersize=3)
     for one in versions:
         if one.names:
             axes.annotate(
                 ", ".join(one.names), (one.time, one.entries), xytext=(0, 6), textcoords="offset points", fontsize=7,
-                ha="center", color=figures.INK,
+                ha="center", color=INK,
             )  # fmt: skip
-    figures.dress(axes, "Entries over time", "", "entries")
+    dress(axes, "Entries over time", "", "entries")
     axes.set_ylim(0, max([*held, 1]) * 1.15)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(axis="x", rotation=20)

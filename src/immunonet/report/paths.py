@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from immunonet.report import figures
+from immunonet.report import study_figures
 from immunonet.report.tables import Section
 
 Record = Mapping[str, Any]
@@ -47,13 +47,13 @@ def drawn(record: Record) -> dict[str, Figure]:
                     if row["attack"] == attack and (attack == "apgd" or one["training"]):
                         line = {"values": row["accuracy"], "ci95": row["ci95"]}
                         panels.setdefault(row["norm"], {})[f"{one['title']}, {attack.upper()}"] = line
-        found[f"paths-{i + 1}"] = figures.path_curves(first["t"], panels, "accuracy, validation")
+        found[f"paths-{i + 1}"] = study_figures.path_curves(first["t"], panels, "accuracy, validation")
         losses = {
             norm or "clean": {one["title"]: {"values": one["loss"][norm]} for one in entries} for norm in first["loss"]
         }
-        found[f"losses-{i + 1}"] = figures.path_curves(first["t"], losses, "mean loss, PGD")
+        found[f"losses-{i + 1}"] = study_figures.path_curves(first["t"], losses, "mean loss, PGD")
     if planes := _planes(record):
-        found["plane"] = figures.loss_plane(planes)
+        found["plane"] = study_figures.loss_plane(planes)
     return found
 
 

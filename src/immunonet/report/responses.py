@@ -16,7 +16,7 @@ from torch import Tensor
 
 from immunonet import _check, _store
 from immunonet.report import images
-from immunonet.report.figures import BLUE, INK, ORANGE, STYLES, blank, dress
+from immunonet.report.style import BLUE, INK, ORANGE, STYLES, blank, dress
 from immunonet.response import Cells, ImmuneResponse, Trace
 
 # Classes with bars, and with lines: more are unreadable. The rest of the votes is small and stays in `votes`.

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from immunonet import _store
 from immunonet._words import apart, identity, show
 from immunonet.defences import Undefended
-from immunonet.report import figures, pages, paths, tables
+from immunonet.report import figures, pages, paths, study_figures, tables
 from immunonet.report.tables import Section, share
 
 Record = Mapping[str, Any]
@@ -81,18 +81,18 @@ def drawn(record: Record) -> dict[str, Figure]:
     found = paths.drawn(record)
     for name, heading in record["study"]["curves"]:
         rows = [row for row in record["results"] if row["settings"]["experiment"] == name]
-        found[name] = figures.value_curves(heading, rows[0]["settings"]["vary"], _lines(rows))
-    found |= {entry["name"]: figures.generation_curves(entry["curves"]) for entry in record["learning"]}
+        found[name] = study_figures.value_curves(heading, rows[0]["settings"]["vary"], _lines(rows))
+    found |= {entry["name"]: study_figures.generation_curves(entry["curves"]) for entry in record["learning"]}
     for entry in record["sensing"]:
         strangers: dict[str, dict[str, Any]] = {}
         for row in entry["rows"]:
             rule = f"{title(row['defence'], row.get('title'))}, {row['rule']}"
             strangers.setdefault(row["stranger"], {})[rule] = row["true_alarms"]
-        found[entry["name"]] = figures.alarm_curves(strangers)
-    found |= {entry["name"]: figures.healing(entry) for entry in record.get("healing", ())}
-    found |= {entry["name"]: figures.watching(entry["rows"]) for entry in record.get("watching", ())}
+        found[entry["name"]] = study_figures.alarm_curves(strangers)
+    found |= {entry["name"]: study_figures.healing(entry) for entry in record.get("healing", ())}
+    found |= {entry["name"]: study_figures.watching(entry["rows"]) for entry in record.get("watching", ())}
     for entry in record.get("search", ()):
-        found[entry["name"]] = figures.trial_scores(entry["title"], [trial["score"] for trial in entry["trials"]])
+        found[entry["name"]] = study_figures.trial_scores(entry["title"], [trial["score"] for trial in entry["trials"]])
     return found
 
 

@@ -13,6 +13,8 @@ from immunonet import _check, attacks
 from immunonet.defences.answers import Answer
 from immunonet.defences.base import Made
 from immunonet.defences.neighbours import SENSED, NeighbourDefence
+from immunonet.defences.repertoire import Examples
+from immunonet.defences.vaccine import vaccinated
 from immunonet.features.names import Layer
 from immunonet.immune.consensus import decided, lots, shared, winner
 
@@ -55,6 +57,10 @@ class DkNN(NeighbourDefence):
         false_alarm: share of clean inputs that may be flagged foreign, in (0, 1].
         memory_budget: bytes that the features of the repertoire may take; "auto": a quarter of the machine's
             memory. It is the machine's, so that `save` does not keep it.
+        vaccine: radius in linf, > 0; attacked copies of training examples, made by PGD on the model when this is
+            fitted, stand in the repertoire under their own labels. Attacked antigens look less foreign then. None:
+            clean examples alone.
+        vaccine_share: share of the training examples, in (0, 1], of which there is such a copy.
 
     Raises:
         ValueError or TypeError that names the argument.
@@ -72,8 +78,11 @@ class DkNN(NeighbourDefence):
         bounds: Any = (0.0, 1.0),
         false_alarm: float = 0.05,
         memory_budget: int | Literal["auto"] = "auto",
+        vaccine: float | None = None,
+        vaccine_share: float = 1.0,
     ) -> None:
         shared: dict[str, Any] = {"metric": metric, "bounds": bounds, "false_alarm": false_alarm}
+        shared |= {"vaccine": vaccine, "vaccine_share": vaccine_share}
         super().__init__(model, layers, space=None, memory_budget=memory_budget, **shared)
         self.neighbours = _check.integer("neighbours", neighbours)
 
@@ -154,6 +163,12 @@ class DkNN(NeighbourDefence):
     def measured(self, layer: int, distances: Tensor) -> Tensor:
         """Return distances in the metric's own units: of cosine, one minus it."""
         return self.feature_maps[layer].measured(distances)
+
+    def _vaccinated(self, given: Examples) -> Examples:
+        if self.vaccine is None:
+            return given
+        how: dict[str, Any] = {"share": self.vaccine_share, "bounds": self.bounds}
+        return vaccinated(self.model, given, eps=self.vaccine, **how)
 
     def _neighbourhood_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         (nearest,) = self._nearest(x)

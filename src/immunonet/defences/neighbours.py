@@ -38,6 +38,8 @@ from immunonet.immune import sensing
 PROBES = 8
 # Inputs whose neighbours are looked for at once where nothing else is done with them.
 SENSED = 256
+# Settings that what is fitted depends on.
+_FITTED = ("metric", "space", "vaccine", "vaccine_share")
 # Cells that join a repertoire are searched beside it, up to this share of its examples; more are searched with them.
 BESIDE = 0.25
 
@@ -66,6 +68,8 @@ class NeighbourDefence(Defence):
         space: str | None,
         false_alarm: float,
         memory_budget: int | Literal["auto"],
+        vaccine: float | None,
+        vaccine_share: float,
     ) -> None:
         super().__init__(model, bounds=bounds)
         if space is not None and not isinstance(space, str):
@@ -82,6 +86,8 @@ class NeighbourDefence(Defence):
             auto_budget() if isinstance(memory_budget, str) else _check.integer("memory_budget", memory_budget)
         )
         self.false_alarm = _check.number("false_alarm", false_alarm, least=0, most=1, above=True)
+        self.vaccine = None if vaccine is None else _check.number("vaccine", vaccine, least=0, above=True)
+        self.vaccine_share = _check.number("vaccine_share", vaccine_share, least=0, most=1, above=True)
         self.shape: tuple[int, ...] = ()
         self.feature_maps: list[FeatureMap] = []
         self.indices = nn.ModuleList()
@@ -139,7 +145,7 @@ class NeighbourDefence(Defence):
             given, held = (given.part(which) for which in hold_out(given.y, fraction, seed=0))
         self.check_examples(given.y, classes)
         try:
-            self._remember(given, classes, feature_file, on_progress)
+            self._remember(self._vaccinated(given), classes, feature_file, on_progress)
             self._measure(held)
         except BaseException:
             self.feature_maps = []
@@ -261,7 +267,18 @@ class NeighbourDefence(Defence):
 
     def settings(self) -> dict[str, Any]:
         """Return all keyword arguments that the constructor took, less the machine's memory budget."""
-        return super().settings() | {"false_alarm": self.false_alarm, "metric": self.metric}
+        own = {"false_alarm": self.false_alarm, "metric": self.metric}
+        # What was kept of a defence without a vaccine stays valid.
+        given = {} if self.vaccine is None else {"vaccine": self.vaccine, "vaccine_share": self.vaccine_share}
+        return super().settings() | own | given
+
+    def setting(self, name: str) -> Any:
+        """Return the value of a setting; ValueError where none holds for all of the defence."""
+        return getattr(self, name) if name in ("vaccine", "vaccine_share") else super().setting(name)
+
+    @abc.abstractmethod
+    def _vaccinated(self, given: Examples) -> Examples:
+        """Return training examples, and those that a `vaccine` adds to them."""
 
     @property
     def counted(self) -> int | None:
@@ -352,13 +369,14 @@ class NeighbourDefence(Defence):
 
     def fitted_by(self) -> dict[str, Any]:
         """Return the settings that what is fitted depends on: with others alike it may be adopted."""
-        return {"bounds": self.bounds.pairs(), "metric": self.metric, "space": self.space}
+        own = {name: getattr(self, name) for name in _FITTED}
+        return own | {"bounds": self.bounds.pairs()}
 
     def adopt(self, other: Self) -> None:
         """Share what `other` was fitted to; ValueError where these settings need another fit, or more examples."""
         self.classes = other.classes
         if other.feature_maps:
-            for name in ("metric", "space"):
+            for name in _FITTED:
                 if (new := getattr(self, name)) != (old := getattr(other, name)):
                     raise ValueError(f"{name} must stay {old!r}, which this was fitted with, got {new!r}: fit another")
             self.check_examples(other.repertoire.y, other.classes)

@@ -21,6 +21,7 @@ from immunonet.defences.base import Made
 from immunonet.defences.neighbours import SENSED
 from immunonet.defences.remembering import RememberingDefence
 from immunonet.defences.repertoire import Examples
+from immunonet.defences.vaccine import vaccinated
 from immunonet.features.maps import FeatureMap, LogitsMap
 from immunonet.features.names import Layer
 from immunonet.features.search import Progress
@@ -92,6 +93,10 @@ class RAILS(RememberingDefence):
             it is among the model's labels of calibration examples that so many of the nearest examples carry another.
             With fewer than 1 / innate - 1 of these the model answers everything. None: all antigens get an adaptive
             response.
+        vaccine: radius in linf, > 0; attacked copies of training examples, made by PGD on the model when this is
+            fitted, stand in the repertoire under their own labels. Attacked antigens look less foreign then. None:
+            clean examples alone.
+        vaccine_share: share of the training examples, in (0, 1], of which there is such a copy.
 
     Raises:
         ValueError or TypeError that names the argument.
@@ -123,8 +128,11 @@ class RAILS(RememberingDefence):
         voice: float = 0.0,
         memory: Memory | str | Path | None = None,
         innate: float | None = None,
+        vaccine: float | None = None,
+        vaccine_share: float = 1.0,
     ) -> None:
         shared: dict[str, Any] = {"metric": metric, "bounds": bounds, "false_alarm": false_alarm}
+        shared |= {"vaccine": vaccine, "vaccine_share": vaccine_share}
         super().__init__(model, layers, space=space, memory_budget=memory_budget, **shared)
         self.maturations = per_layer(maturation, len(self._layers))
         self.cell_bounds = None if cell_bounds is None else incoming.bounds("cell_bounds", cell_bounds)
@@ -548,6 +556,12 @@ class RAILS(RememberingDefence):
             with torch.no_grad():
                 self._measure(self.held)
 
+    def _vaccinated(self, given: Examples) -> Examples:
+        if self.vaccine is None:
+            return given
+        how: dict[str, Any] = {"share": self.vaccine_share, "bounds": self.bounds}
+        return vaccinated(self.model, given, eps=self.vaccine, **how)
+
     def _neighbourhood(self, flocks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Return nonconformity `(B, C)` summed over layers, and the mean distance to the K nearest `(B, L)`."""
         counts = torch.stack([sensing.nonconformity(distances) for distances, _ in flocks]).sum(0)
@@ -589,6 +603,7 @@ class RAILS(RememberingDefence):
             *([f"metric={self.metric!r}"] if self.metric != "euclidean" else []),
             *([f"voice={self.voice:g}"] if self.voice else []),
             *([f"innate={self.innate:g}"] if self.innate is not None else []),
+            *([f"vaccine={self.vaccine:.3g}"] if self.vaccine is not None else []),
             *([f"memory={self.memory.where!r}"] if self.memory is not None else []),
             f"seed={self.seed}",
             self._fitted_on(),

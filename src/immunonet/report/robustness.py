@@ -147,7 +147,7 @@ def _case(evaluation: Record, by: dict[str, Record]) -> Case:
     name = [tables.title(kind), " and ".join(layers)]
     name += [f"k {neighbours}" if neighbours else cells(settings.get("maturation", ()))]
     name += ["cells there" if settings.get("space") else "", f"voice {voice:g}" if voice else ""]
-    name += [f"innate {settings['innate']:g}" if settings.get("innate") else ""]
+    name += [f"innate {settings['innate']:g}" if settings.get("innate") else "", tables.vaccine(settings)]
     net, aims = settings["net"], tuple(settings.get("threats", {worst["norm"]: worst["eps"]}).items())
     within = " or ".join(f"{norm} {eps:.3g}" for norm, eps in aims)
     broken = Counter(image["attack"] for image in evaluation["per_example"] if image["worst"] <= 0.5)

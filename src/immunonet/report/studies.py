@@ -178,6 +178,7 @@ def _called(row: Record) -> tuple[str, ...]:
     name += ", cells there" if space in settings["layers"] else ""
     name += f", voice {settings['voice']:g}" if settings.get("voice") else ""
     name += f", innate {settings['innate']:g}" if settings.get("innate") else ""
+    name += f", {given}" if (given := tables.vaccine(settings)) else ""
     return (settings["base"], place, name, size, f"{row['n']:,}", str(len(row["seeds"]) or ""))
 
 

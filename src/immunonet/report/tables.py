@@ -91,3 +91,11 @@ def console(section: Section, width: int = 120) -> None:
     for cells in body:
         drawn.add_row(*(cell.replace("**", "") for cell in cells))
     Console(width=None if sys.stdout.isatty() else width, markup=False, highlight=False).print(drawn)
+
+
+def vaccine(settings: Mapping[str, Any]) -> str:
+    """Return in words which attacked examples are in a repertoire; nothing where there are none."""
+    if "vaccine" not in settings:
+        return ""
+    share = settings["vaccine_share"]
+    return f"vaccinated {settings['vaccine']:.3g}" + (f", {share:.0%}" if share < 1 else "")

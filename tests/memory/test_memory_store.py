@@ -341,7 +341,7 @@ def test_what_is_wrong_is_refused_whole(memory):
         (lambda: remember(memory, source="s" * 10_000), "source must have 1 to 256 characters, got 10,000"),
         (lambda: remember(memory, source=""), "source must have"),
         (lambda: remember(memory, source="a\nb"), "source must be printable"),
-        (lambda: remember(memory, source=None), "source must be a string"),
+        (lambda: remember(memory, source=3), "source must be a string"),
         (lambda: remember(memory, note=""), "note must have"),
         (lambda: memory.remember(response([float("nan"), 0, 0, 0]), antigens(1)), "finite signatures"),
         (lambda: memory.remember(response([0, 0, 0, 0]), antigens(2)), "x must hold the 1 antigens"),

@@ -18,7 +18,7 @@ SETTINGS = {
     "plasma": 0.05, "memory": 0.2, "early_stop": 2, "prune": 0.1, "candidates": 10, "bounds": [0, 1],
     "cell_bounds": [-1, 1],
     "false_alarm": 0.1, "memory_budget": 1000, "shared_noise": False, "voice": 0.5, "metric": "cosine", "seed": 1,
-    "preset": "paper", "hidden": False,
+    "vaccine": 0.1, "vaccine_share": 0.5, "preset": "paper", "hidden": False,
 }  # fmt: skip
 FEW = {"population": 20}
 COMMON = {

@@ -1,4 +1,4 @@
-"""Vaccination: attacked training examples beside the clean ones .
+"""Vaccination: attacked training examples beside the clean ones.
 
 After DAEkNN (Wang, Chen, Hero 2021, arXiv 2108.06797), which weighs the votes of both; here the share of examples that
 are attacked does.

@@ -165,10 +165,7 @@ class DkNN(NeighbourDefence):
         return self.feature_maps[layer].measured(distances)
 
     def _vaccinated(self, given: Examples) -> Examples:
-        if self.vaccine is None:
-            return given
-        how: dict[str, Any] = {"share": self.vaccine_share, "bounds": self.bounds}
-        return vaccinated(self.model, given, eps=self.vaccine, **how)
+        return vaccinated(self, given)
 
     def _neighbourhood_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         (nearest,) = self._nearest(x)

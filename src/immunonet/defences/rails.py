@@ -557,10 +557,7 @@ class RAILS(RememberingDefence):
                 self._measure(self.held)
 
     def _vaccinated(self, given: Examples) -> Examples:
-        if self.vaccine is None:
-            return given
-        how: dict[str, Any] = {"share": self.vaccine_share, "bounds": self.bounds}
-        return vaccinated(self.model, given, eps=self.vaccine, **how)
+        return vaccinated(self, given)
 
     def _neighbourhood(self, flocks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Return nonconformity `(B, C)` summed over layers, and the mean distance to the K nearest `(B, L)`."""

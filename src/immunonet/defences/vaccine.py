@@ -7,10 +7,11 @@ are attacked does.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from immunonet import _check, attacks
+from immunonet import attacks
 from immunonet._estimates import told
+from immunonet.defences.neighbours import NeighbourDefence
 from immunonet.defences.repertoire import Examples
 from immunonet.features.search import batches
 
@@ -18,19 +19,23 @@ from immunonet.features.search import batches
 STEPS, STEP = 10, 1 / 4
 
 
-def vaccinated(model: nn.Module, given: Examples, *, eps: float, share: float, bounds: _check.Bounds) -> Examples:
-    """Return examples `(N, *S)` and after them copies of a random `share` of them, attacked under their own labels.
+def vaccinated(defence: NeighbourDefence, given: Examples) -> Examples:
+    """Return examples `(N, *S)` and after them attacked copies of a random `vaccine_share` of them, at least of one.
 
-    The attack: PGD in linf with a radius `eps` > 0 on the model, which knows of no defence. At least one is attacked.
-    Same examples and model, same copies. ValueError where the examples stay in their source.
+    The attack: PGD in linf with the radius `vaccine` on the defence's model, away from each one's own label, which the
+    copy keeps. Without a vaccine there are none. Same examples and model, same copies. ValueError where the examples
+    stay in their source.
     """
+    eps = defence.vaccine
+    if eps is None:
+        return given
     if not isinstance(given.x, Tensor):
         raise ValueError("vaccine must be None where examples are read from their source: use keep='memory'")
-    n = max(1, round(share * len(given)))
+    n = max(1, round(defence.vaccine_share * len(given)))
     which = torch.randperm(len(given), generator=torch.Generator().manual_seed(0))[:n].sort().values.to(given.y.device)
     parts, moved = list(batches(n)), []
     for part in told(parts, len(parts), f"vaccinating with {n:,} examples", f"each takes {STEPS} steps of an attack"):
-        attack = attacks.PGD(eps=eps, step=STEP * eps, iterations=STEPS, bounds=bounds.pairs(), seed=part.start)
+        attack = attacks.PGD(eps=eps, step=STEP * eps, iterations=STEPS, bounds=defence.bounds.pairs(), seed=part.start)
         with torch.enable_grad():
-            moved.append(attack(model, given.x[which[part]], given.y[which[part]]).adversarials)
+            moved.append(attack(defence.model, given.x[which[part]], given.y[which[part]]).adversarials)
     return Examples(torch.cat([given.x, *moved]), torch.cat([given.y, given.y[which]]))

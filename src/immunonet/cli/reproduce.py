@@ -103,7 +103,8 @@ def _lab(
         splits = {name: split[data.sample(len(split))] for name, split in splits.items()}
     splits["validation"] = validation[data.sample(len(validation))]
     models = {name: common.model_name(base.model, images) for name, base in study.bases.items()}
-    nursery = Nursery(study=study, models=models, images=(training, validation), device=device, out=out, own=own)
+    learnt = training if study.training is None else training[data.sample(len(training), study.training)]
+    nursery = Nursery(study=study, models=models, images=(learnt, validation), device=device, out=out, own=own)
     nets = {name: nursery.built(name) for name in study.bases}
     for name, net in nets.items():
         common.check_model(models[name], net, images)

@@ -439,6 +439,7 @@ class Study(Table):
     """A whole study.
 
     `order`: the test images of an experiment are the first in "random" order, the same in every run, or in the "file".
+    `training`: networks and paths are trained on a sample of so many training images (None: all).
     `attacks`: settings by name, whose first part, up to a hyphen, is the method. `defences`: names for descriptions.
     """
 
@@ -447,6 +448,7 @@ class Study(Table):
     chunk: Count = 100
     order: Literal["random", "file"] = "random"
     validation: Count | None = None
+    training: Count | None = None
     notes: tuple[str, ...] = ()
     remarks: dict[str, str] = {}
     bases: Annotated[dict[str, Base], Some]

@@ -123,6 +123,8 @@ class ResidualNet(nn.Module):
         self.block2 = ResidualBlock(width, 2 * width, 2)
         self.block3 = ResidualBlock(2 * width, 4 * width, 2)
         self.fc = nn.Linear(4 * width, classes)
+        # Its convolutions take two thirds of the time so, whatever the order of values in the images.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, classes)."""

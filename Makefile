@@ -6,10 +6,11 @@ BIN := .venv/bin
 
 setup: .venv/.installed
 
-# What the demonstration needs, which all else has as well.
+# What the demonstration needs, which all else has as well. What it imports is compiled then: most of it never is, and
+# to compile everything takes longer than the rest of the installation.
 .venv/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	test -e .venv/.installed || $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cli]'
+	test -e .venv/.installed || $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[cli]'
 	touch $@
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -17,10 +18,10 @@ setup: .venv/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: .venv/.demo
-	$(BIN)/immunonet demo --out demo --json demo/results.json
-
 # Compiled modules are kept, whatever the environment says: what starts later need not compile them again.
+demo: .venv/.demo
+	PYTHONDONTWRITEBYTECODE= $(BIN)/immunonet demo --out demo --json demo/results.json
+
 test: lint
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2
 

@@ -28,13 +28,14 @@ Model = Callable[[Tensor], Tensor]
 class Budget:
     """What a protocol spends.
 
-    `images`: how many the command takes unless told. `iterations` of APGD, with `restarts`; `black_box` images for
-    attacks that only ask, with `queries` (Square, each `averaged` over draws of a randomised defence), `decisions`
-    and `evaluations` (HopSkipJump) and `noise` draws; `draws` of EOT, one attack each, on `checks` images, which are
-    also those of a sanity check. `row_seeds`: draws of a randomised defence that every candidate is looked at on, and
-    as many others for its row; `seeds`: draws on which an image's `finalists` are compared, and as many others for the
-    worst case. `targets`: labels that a targeted attack tries, the likeliest; `ablations`: whether to run them.
-    `softer`: how many times as soft the votes of surrogates are attacked as well, those that can be softened.
+    `images`: how many the command takes unless told. `steps` of PGD, `iterations` of APGD, with `restarts`;
+    `black_box` images for attacks that only ask, with `queries` (Square, each `averaged` over draws of a randomised
+    defence), `decisions` and `evaluations` (HopSkipJump) and `noise` draws; `draws` of EOT, one attack each, on
+    `checks` images, which are also those of a sanity check. `row_seeds`: draws of a randomised defence that every
+    candidate is looked at on, and as many others for its row; `seeds`: draws on which an image's `finalists` are
+    compared, and as many others for the worst case. `targets`: labels that a targeted attack tries, the likeliest;
+    `ablations`: whether to run them. `softer`: how many times as soft the votes of surrogates are attacked as well,
+    those that can be softened.
     """
 
     images: int
@@ -54,6 +55,7 @@ class Budget:
     targets: int
     ablations: bool
     softer: tuple[float, ...] = ()
+    steps: int = 20
 
 
 PROTOCOLS: Mapping[str, Budget] = {
@@ -179,7 +181,7 @@ class Suite:
         self.threat, self.seed = threat, threat.seed
         self.base, *self.others = nets
         self.common: dict[str, Any] = {"eps": threat.eps, "norm": threat.norm, "bounds": threat.bounds}
-        self.pgd = attacks.PGD(step=threat.eps / 4, iterations=20, random_start=False, **self.common)
+        self.pgd = attacks.PGD(step=threat.eps / 4, iterations=budget.steps, random_start=False, **self.common)
         self.light = light(subject)
 
     def attacks(self, others: Mapping[int, Attack]) -> list[Planned]:

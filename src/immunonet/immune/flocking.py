@@ -14,6 +14,9 @@ LOSS = 2**-20
 CHUNK_VALUES = 2**22
 # Up to this many times as many keys as candidates, all are ranked.
 FEW = 4
+# Products of values, of every query with every key, up to which all classes are searched at once, per class: there the
+# calls take longer than the distances.
+AT_ONCE = 2**17
 # Values that are searched group by group, and a group's.
 MANY, GROUP = 2**14, 32
 
@@ -81,6 +84,8 @@ def flock(queries: Tensor, keys: Tensor, squares: Tensor, counts: list[int], k: 
 
     `keys` `(N, D)` are grouped by class, `counts` (one per class, each at least k) tell the groups' sizes.
     """
+    if len(queries) * max(counts) * keys.shape[1] <= AT_ONCE:
+        return _flock_at_once(queries, keys, counts, k)
     distances, indices, start = [], [], 0
     for count in counts:
         part = slice(start, start + count)
@@ -89,3 +94,12 @@ def flock(queries: Tensor, keys: Tensor, squares: Tensor, counts: list[int], k: 
         indices.append(index + start)
         start += count
     return torch.stack(distances, 1), torch.stack(indices, 1)
+
+
+def _flock_at_once(queries: Tensor, keys: Tensor, counts: list[int], k: int) -> tuple[Tensor, Tensor]:
+    sizes = torch.tensor(counts, device=keys.device)
+    first = (sizes.cumsum(0) - sizes)[:, None]
+    turn = torch.arange(max(counts), device=keys.device)
+    own = exact(queries, keys)[:, (first + turn).clamp(max=len(keys) - 1)]
+    near, index = own.masked_fill_(turn >= sizes[:, None], torch.inf).topk(k, dim=2, largest=False)
+    return near, index + first

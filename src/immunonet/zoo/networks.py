@@ -124,7 +124,7 @@ class ResidualNet(nn.Module):
         self.block3 = ResidualBlock(2 * width, 4 * width, 2)
         self.fc = nn.Linear(4 * width, classes)
         # Its convolutions take two thirds of the time so, whatever the order of values in the images.
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch does not declare it
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, classes)."""

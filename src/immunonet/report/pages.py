@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +12,8 @@ import jinja2
 from immunonet.report import tables
 
 
+# To read one takes as long as to fill many.
+@functools.lru_cache(maxsize=16)
 def template(name: str, **filters: Callable[..., Any]) -> jinja2.Template:
     """Return a template of this package, with filters besides the common ones; HTML is escaped."""
     environment = jinja2.Environment(

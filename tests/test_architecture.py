@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,10 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-TREES = {name_of(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+# Not where the module is imported, which every worker does.
+@functools.cache
+def trees() -> dict[str, ast.Module]:
+    return {name_of(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 # Imports.
@@ -31,14 +35,16 @@ def named(tree: ast.AST) -> Iterator[str]:
     """Yield the modules of the package that a module's code imports, at its top or inside a function."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in TREES)
-        elif isinstance(node, ast.ImportFrom) and node.module in TREES:
+            yield from (alias.name for alias in node.names if alias.name in trees())
+        elif isinstance(node, ast.ImportFrom) and node.module in trees():
             inner = [f"{node.module}.{alias.name}" for alias in node.names]
             # Of a package, what is imported may be one of its modules, or what it took from them.
-            yield from (one if one in TREES else node.module for one in inner)
+            yield from (one if one in trees() else node.module for one in inner)
 
 
-GRAPH = {module: set(named(tree)) - {module} for module, tree in TREES.items()}
+@functools.cache
+def graph_of_imports() -> dict[str, set[str]]:
+    return {module: set(named(tree)) - {module} for module, tree in trees().items()}
 
 
 def circles(graph: dict[str, set[str]]) -> list[set[str]]:
@@ -62,32 +68,32 @@ def test_circles_are_found() -> None:
 
 
 def test_imports_go_round_in_no_circle() -> None:
-    assert circles(GRAPH) == []
+    assert circles(graph_of_imports()) == []
 
 
 def test_relative_imports_are_not_used() -> None:
-    assert not [m for m, tree in TREES.items() for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
+    assert not [m for m, tree in trees().items() for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
 
 
 def reachable(*starts: str) -> set[str]:
     """Return the modules that modules import, and those import, and so on, themselves among them."""
     seen, left = set(starts), list(starts)
     while left:
-        following = GRAPH[left.pop()] - seen
+        following = graph_of_imports()[left.pop()] - seen
         seen |= following
         left += following
     return seen
 
 
 def test_reports_know_nothing_of_evaluations() -> None:
-    reports = [module for module in TREES if module.startswith("immunonet.report")]
+    reports = [module for module in trees() if module.startswith("immunonet.report")]
     assert reports
     assert not [m for m in reachable(*reports) if m.startswith("immunonet.evaluation")]
 
 
 @pytest.mark.parametrize("layer", ["features", "immune", "memory", "attacks", "defences"])
 def test_what_is_measured_knows_nothing_of_those_who_measure(layer: str) -> None:
-    own = [module for module in TREES if module.startswith(f"immunonet.{layer}")]
+    own = [module for module in trees() if module.startswith(f"immunonet.{layer}")]
     assert not [m for m in reachable(*own) if m.split(".")[1] in ("evaluation", "studies", "cli", "report")]
 
 
@@ -98,14 +104,15 @@ OPTIONAL = (
 )  # fmt: skip
 
 
-def test_the_import_of_the_package_brings_in_the_core_alone() -> None:
+def test_the_import_of_the_package_brings_in_the_core_alone_and_reports_no_pyplot() -> None:
     """What torch itself imports is its own affair."""
     asked = (
         "import sys, torch, numpy, safetensors.torch; before = set(sys.modules); import immunonet; "
-        f"print(*sorted({{m.partition('.')[0] for m in set(sys.modules) - before}} & {set(OPTIONAL)!r}))"
+        f"print(*sorted({{m.partition('.')[0] for m in set(sys.modules) - before}} & {set(OPTIONAL)!r})); "
+        "import immunonet.report; print('matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
     )
     answer = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, timeout=120)
-    assert answer.stdout.split() == []
+    assert answer.stdout.splitlines() == ["", "True False"]
 
 
 # Who knows which defence.
@@ -173,7 +180,7 @@ def test_dispatches_are_found(code: str, count: int) -> None:
 def test_hardly_anything_outside_of_defences_knows_one_kind_from_another() -> None:
     found = [
         f"{module}: {where}"
-        for module, tree in TREES.items()
+        for module, tree in trees().items()
         if not module.startswith("immunonet.defences")
         for where in dispatches(tree)
     ]
@@ -184,7 +191,7 @@ def test_hardly_anything_outside_of_defences_knows_one_kind_from_another() -> No
 
 
 def functions(module: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(trees()[module]):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield f"{module}.{node.name}", node
 
@@ -192,7 +199,7 @@ def functions(module: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFun
 def test_functions_of_an_evaluation_take_few_arguments() -> None:
     most = 6
     found = {}
-    for module in (m for m in TREES if m.startswith("immunonet.evaluation")):
+    for module in (m for m in trees() if m.startswith("immunonet.evaluation")):
         for name, node in functions(module):
             taken = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
             count = len([arg for arg in taken if arg not in ("self", "cls")])

@@ -11,6 +11,7 @@ from torch import nn
 
 from immunonet import RAILS, DkNN, Maturation, attacks, evaluate
 from immunonet._identity import identity
+from immunonet.evaluation import sanity
 from immunonet.evaluation.suite import PROTOCOLS, Planned
 
 GAIN = 1.0
@@ -139,8 +140,8 @@ CHANGES = {
 }
 
 
-SPENT = {"iterations": 2, "black_box": 4, "queries": 5, "decisions": 1, "evaluations": 2, "noise": 2, "checks": 4}
-LITTLE = dataclasses.replace(PROTOCOLS["quick"], **SPENT)
+SPENT = {"steps": 2, "iterations": 1, "black_box": 2, "queries": 3, "decisions": 1, "evaluations": 1, "noise": 2}
+LITTLE = dataclasses.replace(PROTOCOLS["quick"], checks=2, **SPENT)
 
 
 @pytest.fixture(autouse=True)
@@ -172,6 +173,13 @@ def finished(tmp_path_factory):
     return found
 
 
+@pytest.fixture
+def unchecked(monkeypatch):
+    """No sanity checks, which make further attacks for no row."""
+    monkeypatch.setattr(sanity, "checks", lambda campaign: ([], {}))
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_evaluation_never_gives_the_numbers_of_another(change, finished, tmp_path):
     folder, old = finished["dknn" if "repertoire" in change or "settings" in change else "custom"]
@@ -182,6 +190,7 @@ def test_an_evaluation_never_gives_the_numbers_of_another(change, finished, tmp_
     assert there != old or change == "the seed"  # of which deterministic attacks make no use
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_code_of_an_attack_of_ones_own_counts(tmp_path):
     one, other = (first(eps=0.4, attacks=[kind(eps=0.4)]) for kind in (Own, Stands))
     before = run(one, tmp_path)

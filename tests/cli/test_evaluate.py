@@ -21,7 +21,7 @@ SMALL = [
     "--dataset", "digits", "--n", 20, "--eps", "1/8", "--iterations", 3, "--chunk", 15, "--seeds", 2,
     "--weights", "digits.safetensors",
 ]  # fmt: skip
-RAILS_40 = "rails input population=40"
+RAILS_30 = "rails input population=30 generations=3"
 
 
 def by(*specs):
@@ -43,7 +43,7 @@ def by_key(path):
 
 
 def test_every_defence_meets_every_attack(run, digits_net):
-    specs = ["cnn", "dknn input", RAILS_40, "dknn conv1", "rails conv1 population=20"]
+    specs = ["cnn", "dknn input", RAILS_30, "dknn conv1", "rails conv1 population=20 generations=3"]
     code, out, err = run(*SMALL, *by(*specs), "--json", "r.json")
     assert code == 0, err
     record, rows = by_key("r.json")
@@ -61,7 +61,7 @@ def test_every_defence_meets_every_attack(run, digits_net):
     pgd = rows["rails", "conv1", "pgd"]
     assert (pgd["eps"], pgd["norm"], pgd["knows"], pgd["seeds"]) == (0.125, "linf", "base", [0, 1])
     assert pgd["settings"]["maturation"][0]["population"] == 20
-    assert rows["rails", "input", "pgd"]["settings"]["maturation"][0]["population"] == 40
+    assert rows["rails", "input", "pgd"]["settings"]["maturation"][0]["population"] == 30
     assert pgd["settings"]["attack"]["step"] == 0.03125
     assert rows["dknn", "conv1", "none"]["settings"]["neighbours"] == 75
     assert rows["rails", "conv1", "soft-knn"]["knows"] == rows["rails", "conv1", "soft-clones"]["knows"] == "defence"
@@ -87,13 +87,13 @@ def test_every_defence_meets_every_attack(run, digits_net):
 
 
 def test_by_default_the_network_stands_beside_both_defences(run, monkeypatch):
-    monkeypatch.setattr(evaluate_module, "DEFAULT", (*evaluate_module.DEFAULT[:2], RAILS_40))
+    monkeypatch.setattr(evaluate_module, "DEFAULT", (*evaluate_module.DEFAULT[:2], RAILS_30))
     assert run(*SMALL, "--attack", "none", "--json", "r.json")[0] == 0
     assert [row[0] for row in by_key("r.json")[1]] == ["cnn", "dknn", "rails"]
 
 
 def test_the_same_command_continues_and_others_stand_beside_it(run, monkeypatch):
-    words = [*SMALL, *by("cnn", "dknn", RAILS_40)]
+    words = [*SMALL, *by("cnn", "dknn", RAILS_30)]
     assert run(*words, "--attack", "none", "--json", "a.json")[0] == 0
     before = Path("evaluation/parts.jsonl").read_text()
     with monkeypatch.context() as patch:
@@ -110,7 +110,7 @@ def test_the_same_command_continues_and_others_stand_beside_it(run, monkeypatch)
     for other in (
         [*dknn, "--n", 20, "--eps", "0.2"],
         [*dknn, "--slice", "0:20"],
-        [*SMALL, *by("rails input population=80"), "--seed", 7],
+        [*SMALL, *by("rails input population=50 generations=3"), "--seed", 7],
     ):
         assert run(*other, "--attack", "pgd", "--json", "d.json")[0] == 0
         assert run(*other, "--attack", "pgd", "--out", "fresh", "--json", "e.json")[0] == 0
@@ -148,7 +148,11 @@ def test_what_was_done_before_an_interruption_is_not_done_again(run, monkeypatch
 
 
 def test_those_of_one_name_have_rows_and_lines_of_their_own(run):
-    specs = [RAILS_40, "rails input population=40 generations=0", "rails input generations=0 population=40"]
+    specs = [
+        "rails input population=40",
+        "rails input population=40 generations=0",
+        "rails input generations=0 population=40",
+    ]
     code, _, err = run(*SMALL, *by(*specs), "--attack", "none", "--json", "r.json")
     assert code == 0, err
     rows = by_key("r.json")[0]["results"]
@@ -326,7 +330,7 @@ def test_a_sample_of_data_in_class_order_is_of_every_class(command):
 
 
 def test_the_networks_own_voice(run):
-    specs = by("cnn", "dknn", RAILS_40, f"{RAILS_40} voice=.999")
+    specs = by("cnn", "dknn", RAILS_30, f"{RAILS_30} voice=.999")
     code, _, err = run(*SMALL, "--attack", "pgd", *specs, "--json", "r.json")
     assert code == 0, err
     _, rows = by_key("r.json")

@@ -16,9 +16,9 @@ from immunonet.report import figures, robustness, tables
 
 COMMAND = [
     "--protocol", "quick", "--dataset", "digits", "--weights", "digits.safetensors", "--eps", "0.2",
-    "--n", "12",
+    "--n", "6",
 ]  # fmt: skip
-RAILS_50 = "rails input population=50 generations=2 voice=.25"
+RAILS_20 = "rails input population=20 generations=1 voice=.25"
 
 
 def cell(record, attack):
@@ -29,17 +29,26 @@ def cell(record, attack):
 @pytest.fixture
 def run(command, monkeypatch, digits_net):
     """Return a function that runs `immunonet evaluate`, its quick protocol cut short, in tmp_path."""
-    budget = {"iterations": 3, "black_box": 3, "queries": 5, "decisions": 1, "evaluations": 4, "seeds": 1, "checks": 8}
-    budget["noise"] = 3
+    budget = {
+        "steps": 3, "iterations": 2, "black_box": 3, "queries": 5, "decisions": 1, "evaluations": 4, "noise": 3,
+        "seeds": 1, "checks": 4,
+    }  # fmt: skip
     monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(PROTOCOLS["quick"], **budget))
     zoo.save_weights(digits_net, "digits.safetensors", half=False)
     return functools.partial(command, "evaluate")
 
 
-def test_three_defences_are_attacked_and_the_document_is_written(run, monkeypatch):
-    specs = ("--defence", "cnn", "--defence", "dknn tuned", "--defence", RAILS_50)
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages without their figures, which tests of the pages draw."""
+    for name in ("accuracy_curves", "loss_curves"):
+        monkeypatch.setattr(figures, name, lambda values: None)
+    monkeypatch.setattr(figures, "svg_uri", lambda figure: "data:,")
+
+
+def test_three_defences_are_attacked_and_the_document_is_written(run, undrawn, monkeypatch):
+    specs = ("--defence", "cnn", "--defence", "dknn tuned", "--defence", RAILS_20)
     own = (*specs, "--transfer", "digits=digits.safetensors")
-    monkeypatch.setattr(figures, "svg_uri", lambda figure: "data:,")  # tests of the pages draw
     code, out, err = run(*COMMAND, *own, "--json", "r.json")
     assert code == 0, err
     record = json.loads(Path("r.json").read_text())
@@ -53,17 +62,17 @@ def test_three_defences_are_attacked_and_the_document_is_written(run, monkeypatc
     attacks = {row["attack"] for row in record["results"] if row["defence"] == "rails"}
     assert {"transfer-1", "unrolled", "square", "hop-skip-jump"} <= attacks
     assert len({(row["defence"], row["attack"]) for row in record["results"]}) == len(record["results"])
-    assert all(row["settings"]["slice"] == {"sample": [12, 360], "seed": 0} for row in record["results"])
+    assert all(row["settings"]["slice"] == {"sample": [6, 360], "seed": 0} for row in record["results"])
     assert [one["defence"] for one in record["evaluations"]] == ["cnn", "dknn-tuned", "rails"]
     assert "neighbours" in worst["dknn-tuned"]["settings"]["tuning"]
     assert "plan for rails: about" in err
     assert f"{worst['rails']['accuracy']:.4f}" in out
     cnn, dknn, rails = sorted(path.name for path in Path("evaluation").glob("*.html"))
     assert (cnn, dknn) == ("cnn.html", "dknn-input-tuned.html")
-    assert rails.startswith("rails-input-population-50-generations-2-voice-0.25")
+    assert rails.startswith("rails-input-population-20-generations-1-voice-0.25")
 
     tried = ["--dataset", "digits", "--weights", "digits.safetensors", "--split", "validation", "--n", "10"]
-    assert run(*tried, "--defence", RAILS_50, "--attack", "none", "--json", "v.json", "--out", "v")[0] == 0
+    assert run(*tried, "--defence", RAILS_20, "--attack", "none", "--json", "v.json", "--out", "v")[0] == 0
     robustness.main(["r.json", "--choices", "v.json", "--json", "all.json", "--doc", "docs/robustness.md"])
     merged = json.loads(Path("all.json").read_text())
     assert merged["results"] == record["results"]
@@ -73,8 +82,8 @@ def test_three_defences_are_attacked_and_the_document_is_written(run, monkeypatc
     for row in worst.values():
         assert f"**{row['accuracy']:.3f} (" in document
     assert "`immunonet evaluate --protocol quick --dataset digits" in document
-    assert "digits, linf eps 0.2, 12 images" in document
-    assert f"| RAILS, T 50, G 2 | input | 0.25 | none | base | 10 | {rails['accuracy']:.3f} (" in document
+    assert "digits, linf eps 0.2, 6 images" in document
+    assert f"| RAILS, T 20, G 1 | input | 0.25 | none | base | 10 | {rails['accuracy']:.3f} (" in document
     for name in ("accuracy", "abstention"):
         assert f"(figures/robustness-{name}.png)" in document
         assert Path(f"docs/figures/robustness-{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -83,7 +92,7 @@ def test_three_defences_are_attacked_and_the_document_is_written(run, monkeypatc
     assert f"| 0.2 | {level['accepted']:.3f} | {level['right']:.3f} | {level['held']:.3f} |" in document
     assert f"differs from its network on {rails['disagreement']['none']:.3f}" in document
     Path("docs/robustness.md").unlink()
-    monkeypatch.setattr(robustness, "save", lambda *_: None)  # what takes longest was tried above
+    monkeypatch.setattr(robustness, "figures", lambda record: {})  # what takes longest was tried above
     robustness.main(["all.json", "r.json", "--json", "twice.json", "--doc", "twice.md"])
     assert "tried on validation" not in Path("twice.md").read_text()
     twice = json.loads(Path("twice.json").read_text())
@@ -97,7 +106,7 @@ def test_three_defences_are_attacked_and_the_document_is_written(run, monkeypatc
     for row in silent["results"]:
         row["settings"].pop("voice", None)
     names = [case["title"] for case in robustness.cases(robustness.merge([record, silent, record]))]
-    assert names[2:] == ["RAILS, input, T 50, G 2, voice 0.25", "RAILS, input, T 50, G 2"]
+    assert names[2:] == ["RAILS, input, T 20, G 1, voice 0.25", "RAILS, input, T 20, G 1"]
     assert "## RAILS less one of its parts" not in document
     lesser = copy.deepcopy(record)
     for one in (one for one in lesser["evaluations"] if one["defence"] == "rails"):
@@ -114,10 +123,9 @@ def test_three_defences_are_attacked_and_the_document_is_written(run, monkeypatc
     assert Path("again.md").read_text().replace("all.json", "") == document.replace("all.json", "")
 
 
-def test_several_threats_are_told_in_table_page_record_and_document(run, monkeypatch):
-    monkeypatch.setattr(figures, "svg_uri", lambda figure: "data:,")
-    monkeypatch.setattr(robustness, "save", lambda *_: None)
-    command = [*COMMAND[:6], "--n", "8", "--threat", "linf=51/255", "--threat", "l1=2"]
+def test_several_threats_are_told_in_table_page_record_and_document(run, undrawn, monkeypatch):
+    monkeypatch.setattr(robustness, "figures", lambda record: {})
+    command = [*COMMAND[:6], "--n", "5", "--threat", "linf=51/255", "--threat", "l1=2"]
     specs = ("--defence", "cnn", "--defence", "dknn input tuned")
     code, out, err = run(*command, *specs, "--json", "r.json")
     assert code == 0, err
@@ -145,7 +153,7 @@ def test_several_threats_are_told_in_table_page_record_and_document(run, monkeyp
     robustness.main(["r.json", "--json", "all.json", "--doc", "doc.md"])
     cases = robustness.cases(robustness.merge([record]))
     ends = ["linf 0.2", "l1 2", "linf 0.2 or l1 2"]
-    assert [case["where"] for case in cases] == 2 * [f"digits, digits, {end}, 8 images" for end in ends]
+    assert [case["where"] for case in cases] == 2 * [f"digits, digits, {end}, 5 images" for end in ends]
     by = {(case["kind"], case["where"]): case for case in cases}
     assert len(by) == 6
     for case in cases:
@@ -155,18 +163,17 @@ def test_several_threats_are_told_in_table_page_record_and_document(run, monkeyp
         )  # fmt: skip
         assert case["worst"] == row
         left = [image["worst"] for image in case["evaluation"]["per_example"]]
-        assert sum(left) / 8 == pytest.approx(row["accuracy"])
-    both = by["cnn", "digits, digits, linf 0.2 or l1 2, 8 images"]
+        assert sum(left) / 5 == pytest.approx(row["accuracy"])
+    both = by["cnn", "digits, digits, linf 0.2 or l1 2, 5 images"]
     pgds = [row for row in record["results"] if (row["defence"], row["attack"]) == ("cnn", "pgd")]
     assert both["paper"]["accuracy"] == min(row["accuracy"] for row in pgds)
     assert both["paper"]["attack"] == f"{both['paper']['norm']} pgd"
     names = {check["name"] for case in cases for check in case["evaluation"]["checks"]}
     assert {check["name"] for one in record["evaluations"] for check in one["checks"]} == names
-    assert "### digits, digits, linf eps 0.2 or l1 eps 2, 8 images" in Path("doc.md").read_text()
+    assert "### digits, digits, linf eps 0.2 or l1 eps 2, 5 images" in Path("doc.md").read_text()
 
 
-def test_a_sentinel_watches_and_its_section_is_told(run, monkeypatch):
-    monkeypatch.setattr(figures, "svg_uri", lambda figure: "data:,")
+def test_a_sentinel_watches_and_its_section_is_told(run, undrawn, monkeypatch):
     monkeypatch.setattr(stream, "WAYS", {"plain": stream.WAYS["plain"]})
     watch = ("--sentinel", "input neighbours=2 window=50 false_alarm=.05", "--black-box", "1")
     code, out, err = run(*COMMAND, "--defence", "cnn", "--n", "4", *watch, "--json", "r.json")
@@ -263,8 +270,7 @@ def test_options_of_the_protocol_need_it(run, option):
     assert f"{option[0]} needs --protocol" in err
 
 
-def test_those_of_one_name_have_pages_and_rows_of_their_own(run, monkeypatch):
-    monkeypatch.setattr(figures, "svg_uri", lambda figure: "data:,")
+def test_those_of_one_name_have_pages_and_rows_of_their_own(run, undrawn, monkeypatch):
     specs = ("--defence", "dknn neighbours=5", "--defence", "dknn neighbours=20 metric=euclidean")
     code, out, err = run(*COMMAND, *specs, "--json", "r.json")
     assert code == 0, err
@@ -289,7 +295,7 @@ def test_those_of_one_name_have_pages_and_rows_of_their_own(run, monkeypatch):
     assert json.loads(Path("again.json").read_text())["results"] == record["results"]
 
 
-def test_results_come_from_test_images(run):
+def test_results_come_from_test_images(run, undrawn):
     code, _, err = run(*COMMAND, "--defence", "cnn", "--split", "validation", "--json", "r.json")
     assert code == 0, err
     with pytest.raises(ValueError, match=r"results come from test images, got a run on others: .*--split validation"):

@@ -56,7 +56,10 @@ class Corner(attacks.Attack):
 @pytest.fixture(scope="module", autouse=True)
 def house():
     """What is registered here is known here alone; a protocol that spends little."""
-    spent = {"iterations": 3, "black_box": 20, "queries": 6, "decisions": 1, "evaluations": 4, "noise": 2, "seeds": 2}
+    spent = {
+        "steps": 5, "iterations": 3, "black_box": 20, "queries": 6, "decisions": 1, "evaluations": 4, "noise": 2,
+        "seeds": 2,
+    }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(defences, "REGISTRY", dict(REGISTRY))
         patch.setitem(PROTOCOLS, "quick", dataclasses.replace(PROTOCOLS["quick"], checks=8, **spent))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 from immunonet import Sentinel, attacks, evaluate, incoming
 from immunonet.evaluation import stream
 from immunonet.evaluation.stream import COPIES, WAYS, Assault, Guarded, Way, Won, alarms, askers, attacked, honest, told
+from immunonet.evaluation.suite import PROTOCOLS
 from immunonet.evaluation.threats import Threat
 
 BOUNDS = incoming.bounds("bounds", (0.0, 1.0))
@@ -125,7 +128,9 @@ def test_attacks_spend_about_what_they_may(norm):
         assert 1900 < method.calls() < 4200
 
 
-def test_the_protocol_tells_what_a_sentinel_stops(tmp_path):
+def test_the_protocol_tells_what_a_sentinel_stops(tmp_path, monkeypatch):
+    spent = {"steps": 3, "iterations": 2, "queries": 40, "decisions": 1, "evaluations": 4, "noise": 2, "checks": 4}
+    monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(PROTOCOLS["quick"], **spent))
     x = torch.rand(60, 6, generator=torch.Generator().manual_seed(3))
     y = (x[:, 0] > 0.5).long()
     net = nn.Sequential(First())

@@ -18,15 +18,24 @@ from immunonet.evaluation.campaign import WorstCase, union
 from immunonet.evaluation.suite import PROTOCOLS, Planned
 from immunonet.evaluation.threats import Threat, held
 
+# PGD just crosses its ball and comes back a little.
 TINY = dataclasses.replace(
-    PROTOCOLS["quick"], iterations=3, black_box=5, queries=6, decisions=1, evaluations=4, noise=2, seeds=4, checks=20
-)
+    PROTOCOLS["quick"], steps=5, iterations=3, black_box=5, queries=6, decisions=1, evaluations=4, noise=2, seeds=2,
+    checks=10,
+)  # fmt: skip
 THREE = {"linf": 0.2, "l2": 0.25, "l1": 0.3}
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setitem(PROTOCOLS, "quick", TINY)
+
+
+@pytest.fixture
+def least(monkeypatch):
+    """Less still, where it does not matter what attacks find."""
+    few = dataclasses.replace(TINY, steps=2, iterations=1, black_box=3, checks=3)
+    monkeypatch.setitem(PROTOCOLS, "quick", few)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +91,7 @@ def test_bad_threats_are_named_before_any_work(problem, change, error, match):
         evaluate(Undefended(base), x[:4], y[:4], base=base, **change)
 
 
-def test_one_threat_is_that_of_eps_and_norm(problem):
+def test_one_threat_is_that_of_eps_and_norm(problem, least):
     base, x, y = problem
     for norm in THREE:
         told = {"base": base, "dataset": "bands"}
@@ -93,7 +102,7 @@ def test_one_threat_is_that_of_eps_and_norm(problem):
         assert one.record["threat_model"]["norm"] == norm
 
 
-def test_attacks_of_ones_own_belong_to_the_threat_of_their_norm(problem):
+def test_attacks_of_ones_own_belong_to_the_threat_of_their_norm(problem, least):
     base, x, y = problem
     told = {"base": base, "threats": {"linf": 0.1, "l2": 0.2}}
     own = [PGD(eps=0.15, norm="l2"), attacks.Noise(eps=0.1)]
@@ -142,7 +151,7 @@ def weak_and_strong(weak, strong):
     x = torch.rand(60, 2, generator=torch.Generator().manual_seed(1))
     plan = [Planned(name="none", n=60)]
     for one, step in ((weak, 0.0), (strong, 0.1)):
-        method = PGD(eps=one.eps, norm=one.norm, bounds=BOUNDS, step=step, iterations=8, random_start=False)
+        method = PGD(eps=one.eps, norm=one.norm, bounds=BOUNDS, step=step, iterations=5, random_start=False)
         plan.append(
             Planned(name=f"{one.norm} pgd", roles=frozenset({"adaptive"}), n=60, method=method, target=net, threat=one)
         )
@@ -282,7 +291,7 @@ def test_rows_worst_cases_and_record_of_three_threats(problem, noise):
         assert mean == pytest.approx(result.verdicts[norm].accuracy)
     assert ("chosen_before" in result.verdict.settings["draws"]) is noise
     if noise:
-        assert result.verdict.seeds == result.verdicts["l1"].seeds == (4, 5, 6, 7)
+        assert result.verdict.seeds == result.verdicts["l1"].seeds == (2, 3)
 
 
 def test_a_linear_classifier_keeps_what_its_margins_say():
@@ -331,7 +340,9 @@ def test_images_that_one_threat_broke_are_attacked_under_another(problem):
 
 
 @pytest.mark.parametrize("noise", [False, True], ids=["deterministic", "randomised"])
-def test_an_interrupted_evaluation_of_two_threats_gives_what_the_whole_one_gives(problem, noise, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_of_two_threats_gives_what_the_whole_one_gives(
+    problem, least, noise, tmp_path, monkeypatch
+):
     base, x, y = problem
     defence = Noisy(base) if noise else Undefended(base)
     told = {"base": base, "threats": {"linf": 0.2, "l1": 0.3}}
@@ -360,7 +371,7 @@ def test_an_interrupted_evaluation_of_two_threats_gives_what_the_whole_one_gives
     assert (again.rows, again.checks, again.verdicts) == (resumed.rows, resumed.checks, resumed.verdicts)
 
 
-def test_work_that_is_done_ahead_and_elsewhere_gives_the_same(problem):
+def test_work_that_is_done_ahead_and_elsewhere_gives_the_same(problem, least):
     base, x, y = problem
     asked = []
 
@@ -380,7 +391,7 @@ def test_work_that_is_done_ahead_and_elsewhere_gives_the_same(problem):
     )  # those of both threats at once
 
 
-def test_what_was_made_on_the_network_under_one_threat_serves_several(problem, tmp_path, monkeypatch):
+def test_what_was_made_on_the_network_under_one_threat_serves_several(problem, least, tmp_path, monkeypatch):
     base, x, y = problem
     alone = evaluate(Undefended(base), x[:12], y[:12], base=base, eps=0.2, folder=tmp_path)
     real, made = Planned.__call__, []
@@ -424,18 +435,19 @@ def test_minutes_are_those_of_all_threats(problem, monkeypatch):
     assert f"l1 pgd {images['l1']} of 80" in cut.detail
     assert {row.n for row in found.verdicts.values()} == {images["l1"]}
     holds_together(found)
-    assert any(line.startswith(f"  l1 pgd: {images['l1']} images, 21 calls each") for line in said)
+    assert any(line.startswith(f"  l1 pgd: {images['l1']} images, 6 calls each") for line in said)
 
 
 @pytest.mark.parametrize("kind", ["rails", "dknn"])
 def test_surrogates_run_under_every_norm(problem, kind, monkeypatch):
     base, x, y = problem
-    monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(TINY, black_box=2, checks=2, seeds=2, finalists=1))
+    few = {"steps": 2, "iterations": 1, "black_box": 1, "checks": 2, "finalists": 1, "row_seeds": 1}
+    monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(TINY, **few))
     if kind == "rails":
         defence = RAILS(base, "input", maturation=Maturation(population=12, neighbours=2, generations=1), seed=0)
     else:
         defence = DkNN(base, "input", neighbours=3)
-    result = evaluate(defence.fit(x[40:], y[40:], calibration=0.2), x[:4], y[:4], base=base, threats=THREE)
+    result = evaluate(defence.fit(x[120:], y[120:], calibration=0.2), x[:3], y[:3], base=base, threats=THREE)
     holds_together(result)
     for norm in THREE:
         named = {row.attack for row in result.rows if row.norm == norm}

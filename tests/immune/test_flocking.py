@@ -4,7 +4,14 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 
 from immunonet.features.search import ExactIndex
+from immunonet.immune import flocking
 from immunonet.immune.flocking import smallest
+
+
+@pytest.fixture(autouse=True, params=[flocking.AT_ONCE, 0], ids=["at once", "class by class"])
+def way(request, monkeypatch):
+    """Few queries are searched in all classes at once, many class by class."""
+    monkeypatch.setattr(flocking, "AT_ONCE", request.param)
 
 
 def oracle(queries, keys, labels, k):

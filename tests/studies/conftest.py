@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import io
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 
 from immunonet import data, zoo
+from immunonet.cli import main
 
 HERE = Path(__file__).parent
 
@@ -33,12 +36,36 @@ def tiny():
     return parquet.getvalue(), net
 
 
-@pytest.fixture
-def run(command, tiny):
-    """Return a function that runs `immunonet reproduce` in tmp_path and returns (code, stdout, stderr)."""
+def furnish(tiny) -> None:
+    """Put the studies of these tests into the working directory, and what they are about."""
     Path("tiny.parquet").write_bytes(tiny[0])
     zoo.save_weights(tiny[1], "net.safetensors", half=False)
     for study in HERE.glob("*.toml"):
         shutil.copy(study, study.name)
 
+
+@pytest.fixture
+def run(command, tiny):
+    """Return a function that runs `immunonet reproduce` in tmp_path and returns (code, stdout, stderr)."""
+    furnish(tiny)
     return functools.partial(command, "reproduce")
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory) -> Callable[..., Path]:
+    """The function that runs a study once: its folder, parts in `whole` and record in `r`, is to be read and copied."""
+
+    @functools.cache
+    def found(name: str, *options: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        words = ["reproduce", "--study", f"{name}.toml", "--out", "whole", "--json", f"r/{name}.json", *options]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", ["immunonet", *words])
+            furnish(tiny)
+            with pytest.raises(SystemExit) as stop:
+                main(words)
+        assert not stop.value.code
+        return folder
+
+    return found

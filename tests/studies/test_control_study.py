@@ -8,8 +8,8 @@ from immunonet.evaluation.suite import PROTOCOLS
 
 
 def test_a_study_of_control_from_raw_data_to_tables(run, tiny, monkeypatch):
-    quick = dataclasses.replace(PROTOCOLS["quick"], iterations=2, checks=2, decisions=1, evaluations=2, queries=5)
-    monkeypatch.setitem(PROTOCOLS, "quick", quick)
+    spent = {"steps": 2, "iterations": 1, "noise": 2, "queries": 3, "decisions": 1, "evaluations": 1, "checks": 2}
+    monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(PROTOCOLS["quick"], **spent))
     call = ("--study", "healing.toml", "--json", "results/healing.json", "--report", "--out", "work")
     code, _, err = run(*call)
     assert code == 0, err
@@ -32,4 +32,4 @@ def test_a_study_of_control_from_raw_data_to_tables(run, tiny, monkeypatch):
     assert {"frozen", "inside", "direct-pgd", "stealthy"} <= attacks
     assert "Attacks that know of it" in Path("results/README.md").read_text()
     assert len(list(Path("work/fitted").glob("control-*/defence.json"))) == 1
-    assert plain["n"] == 6
+    assert plain["n"] == 4

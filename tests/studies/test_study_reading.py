@@ -28,8 +28,8 @@ COMMON = {
 CNN = {"layers": ["input"], "images": 4, "defences": ["cnn"], "bases": ["plain"]}
 SINGLE = {"base": "plain", "layers": ["input"], "images": 4, "repertoire": 100, "settings": FEW}
 WHOLE = {
-    "title": "Title", "dataset": "data", "chunk": 5, "validation": 10, "order": "file", "notes": ["A note."],
-    "remarks": {"data": "{n} images"},
+    "title": "Title", "dataset": "data", "chunk": 5, "validation": 10, "training": 20, "order": "file",
+    "notes": ["A note."], "remarks": {"data": "{n} images"},
     "bases": {
         "plain": {
             "model": "digits", "weights": "net.safetensors", "start": "other",

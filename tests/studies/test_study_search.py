@@ -1,6 +1,7 @@
 """Searches of a study: what is proposed, kept, continued and told."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -49,10 +50,8 @@ def test_proposals_lie_in_the_space_and_follow_from_seed_and_scores():
     assert late > early + 1
 
 
-def test_a_search_is_measured_kept_and_told(run, tiny):
-    code, _, err = run("--study", "search.toml", "--json", "r/search.json", "--report", "--out", "work")
-    assert code == 0, err
-    assert "parts: tuned" in err
+def test_a_search_is_measured_kept_and_told(finished, tiny, monkeypatch):
+    monkeypatch.chdir(finished("search", "--report"))
     (found,) = searches("r/search.json")
     trials, finalists = found["trials"], found["finalists"]
     assert len(trials) == 5
@@ -104,8 +103,9 @@ def keys(folder):
     return [json.loads(line)["key"] for line in Path(f"{folder}/parts.jsonl").read_text().splitlines()]
 
 
-def test_an_interrupted_search_continues_to_the_same_end(run, monkeypatch):
-    assert run("--study", "search.toml", "--out", "whole", "--json", "whole.json")[0] == 0
+def test_an_interrupted_search_continues_to_the_same_end(run, finished, monkeypatch):
+    shutil.copytree(finished("search", "--report") / "whole", "whole")
+    shutil.copy(finished("search", "--report") / "r" / "search.json", "whole.json")
     add = Journal.add
     for last in (7, 30):
 
@@ -119,7 +119,9 @@ def test_an_interrupted_search_continues_to_the_same_end(run, monkeypatch):
             code, _, err = run("--study", "search.toml", "--out", "cut", "--json", "cut.json")
             assert (code, "killed" in err) == (2, True)
         assert len(keys("cut")) == last
-    assert run("--study", "search.toml", "--out", "cut", "--json", "cut.json")[0] == 0
+    code, _, err = run("--study", "search.toml", "--out", "cut", "--json", "cut.json")
+    assert code == 0, err
+    assert "parts: tuned" in err
     assert keys("cut") == keys("whole")
     assert searches("cut.json") == searches("whole.json")
 
@@ -153,10 +155,14 @@ def test_a_repertoire_too_small_for_the_space_is_told_before_any_work(run):
     assert not Path("work/parts.jsonl").exists()
 
 
+def shorter(text):
+    return text.replace("trials = 5\nfinalists = 2", "trials = 2\nfinalists = 1")
+
+
 def test_a_small_validation_split_is_shared_out(run):
     text = Path("search.toml").read_text()
     Path("search.toml").write_text(
-        text.replace("images = 10\n", "images = 200\n").replace("confirm = 12", "confirm = 100")
+        shorter(text).replace("images = 10\n", "images = 200\n").replace("confirm = 12", "confirm = 100")
     )
     assert run("--study", "search.toml", "--json", "r.json")[0] == 0
     (found,) = searches("r.json")
@@ -168,7 +174,7 @@ def test_the_cells_of_a_hidden_layer_are_searched(run):
     found = []
     for hidden in ("false", "true"):
         changed = text.replace('layers = ["input"]\nimages = 10\nconfirm', 'layers = ["conv2:2"]\nimages = 10\nconfirm')
-        Path("search.toml").write_text(changed.replace("settings = {", f"settings = {{ hidden = {hidden},"))
+        Path("search.toml").write_text(shorter(changed).replace("settings = {", f"settings = {{ hidden = {hidden},"))
         assert run("--study", "search.toml", "--json", "r.json")[0] == 0
         found += searches("r.json")
     assert [one["hidden"] for one in found] == [False, True]

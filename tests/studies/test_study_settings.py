@@ -1,5 +1,6 @@
 """What a study's names stand for: attacks, defences, networks, files."""
 
+import functools
 import runpy
 import sys
 from pathlib import Path
@@ -30,9 +31,15 @@ def read(tmp_path):
     return read
 
 
+@functools.cache
+def packaged(name):
+    """Return a study of the package, which takes a while to read."""
+    return studies.load(name)
+
+
 @pytest.mark.parametrize("name", studies.NAMES)
 def test_the_studies_of_the_package_are_sound(name):
-    study = studies.load(name)
+    study = packaged(name)
     if study.paths:
         assert study.goals
         return
@@ -43,20 +50,20 @@ def test_the_studies_of_the_package_are_sound(name):
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "svhn"])
 def test_the_studies_of_the_papers_take_images_in_the_order_of_their_files(name):
-    study = studies.load(name)
+    study = packaged(name)
     assert study.dataset == name
     assert study.order == "file"
 
 
 def test_the_settings_are_those_of_the_published_code():
-    assert studies.load("mnist").attack("pgd") == PGD(eps=60 / 255, step=20 / 255, iterations=20, random_start=False)
-    cifar = studies.load("cifar10")
+    assert packaged("mnist").attack("pgd") == PGD(eps=60 / 255, step=20 / 255, iterations=20, random_start=False)
+    cifar = packaged("cifar10")
     assert cifar.attack("pgd") == PGD(eps=8 / 255, step=2 / 255, iterations=10, random_start=False)
     (entry,) = (one for one in cifar.main if one.defences == ("rails-authors",))
     made = cifar.spec("rails-authors", entry.layers[0], entry.settings).tried()
     assert list(made.maturations) == Maturation.authors("cifar10", population=200)
     assert (made.space, made.cell_bounds.pairs()) == ("block2", [[0.0, 5.0]])
-    assert studies.load("mnist").spec("rails-authors").tried().maturations == (Maturation.authors("mnist"),)
+    assert packaged("mnist").spec("rails-authors").tried().maturations == (Maturation.authors("mnist"),)
 
 
 def test_attacks_are_read_and_scaled(read):

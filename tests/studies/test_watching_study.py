@@ -17,7 +17,7 @@ def test_a_study_of_a_sentinel_from_raw_data_to_tables(run, tiny):
     assert watched["sentinel"]["threshold"] > 0
     for attack in ("hop-skip-jump", "nes", "square"):
         plain, oars = rows[attack, "plain"], rows[attack, "oars"]
-        assert plain["n"] == 4
+        assert plain["n"] == 3
         assert plain["stopped"] <= plain["fell"]
         # Where nothing is refused both ask alike.
         assert (plain["fell"], plain["flagged_first"]) == (oars["fell"], oars["flagged_first"])

@@ -117,7 +117,7 @@ def bisected(x, centre, eps):
 @given(
     seed=st.integers(0, 10_000), eps=st.sampled_from([0.0, 1e-6, 0.05, 0.5, 3.0, 8.0, 100.0]), scale=st.floats(0, 50)
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_the_projection_is_that_of_a_bisection(seed, eps, scale):
     centre, x = drawn(seed, scale=scale)
     x[0], x[1] = centre[0], HIGH  # nothing to do, and a corner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from immunonet import RAILS, ClosedLoop, DkNN, Maturation, attacks, data, evalua
 from immunonet.control.autoencoders import Autoencoder
 from immunonet.defences.spec import Spec
 from immunonet.evaluation.lab import Lab
+from immunonet.evaluation.suite import PROTOCOLS
 
 
 class Half(nn.Module):
@@ -24,7 +26,7 @@ class Half(nn.Module):
 @pytest.fixture(scope="module")
 def digits():
     images = data.load("digits", "train")
-    return images.x[:400], images.y[:400]
+    return images.x[:240], images.y[:240]
 
 
 def quick(**settings):
@@ -32,7 +34,7 @@ def quick(**settings):
 
 
 KINDS = {
-    "linear": lambda net: ClosedLoop(net, ["input", "conv1"], rank=0.8),
+    "linear": lambda net: ClosedLoop(net, ["input", "pool"], rank=0.8),
     "channels": lambda net: ClosedLoop(net, "conv1", rank=3, basis="channels"),
     "autoencoder": lambda net: ClosedLoop(net, ["input"], manifold=quick(), outer=1, inner=2),
     "own": lambda net: ClosedLoop(net, ["input", "pool"], manifold=[Half(), Half()], outer=2, inner=2),
@@ -48,14 +50,14 @@ def control(request, digits_net, digits):
 
 
 def test_answers_do_not_depend_on_the_batch_and_leave_the_network_alone(control, digits_net, digits):
-    x, before = digits[0][:6], copy.deepcopy(digits_net.state_dict())
+    x, before = digits[0][:4], copy.deepcopy(digits_net.state_dict())
     grads = [p.grad for p in digits_net.parameters()]
     together = control(x)
     alone = torch.cat([control(row) for row in x.split(1)])
     assert torch.allclose(together, alone, atol=1e-4)
     assert torch.equal(control.predict(x), together.argmax(1))
-    assert torch.allclose(control.predict_proba(x).sum(1), torch.ones(6))
-    assert control.answer(x).sense.p_value.shape == (6,)
+    assert torch.allclose(control.predict_proba(x).sum(1), torch.ones(4))
+    assert control.answer(x).sense.p_value.shape == (4,)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), digits_net.state_dict().values(), strict=True))
     assert all(not m._forward_hooks for m in digits_net.modules())
     assert all(a is b for a, b in zip(grads, (p.grad for p in digits_net.parameters()), strict=True))
@@ -140,7 +142,7 @@ def test_linear_gradients_are_projected_and_frozen_ones_are_not(digits_net, digi
 def test_at_a_high_price_it_is_the_network_and_so_it_is_with_all_directions(digits_net, digits):
     x = digits[0][:20]
     plain = models.logits(digits_net, x).log_softmax(1)
-    dear = ClosedLoop(digits_net, ["input", "conv1"], rank=2, penalty=1e9).fit(*digits)
+    dear = ClosedLoop(digits_net, ["input", "pool"], rank=2, penalty=1e9).fit(*digits)
     assert torch.allclose(dear(x), plain, atol=1e-4)
     whole = ClosedLoop(digits_net, "input", rank=64, penalty=0.0).fit(*digits)
     assert torch.allclose(whole(x), plain, atol=1e-3)
@@ -185,9 +187,9 @@ def test_a_network_on_its_manifolds_is_left_alone(digits_net, digits):
 def test_an_answer_takes_few_passes(digits_net, digits):
     control = ClosedLoop(digits_net, ["input", "conv1"], manifold=[Half(), Half()]).fit(*digits)
     with models.counted(digits_net) as entered:
-        control.predict(digits[0][:256])
-    assert entered() <= 25 * 256
-    linear = ClosedLoop(digits_net, ["input", "conv1"]).fit(*digits)
+        control.predict(digits[0][:32])
+    assert entered() <= 25 * 32
+    linear = ClosedLoop(digits_net, ["input", "pool"]).fit(*digits)
     with models.counted(digits_net) as entered:
         linear.predict(digits[0][:7])
     assert entered() <= 2 * 7
@@ -198,7 +200,7 @@ def test_an_answer_takes_few_passes(digits_net, digits):
 
 def test_other_defences_meet_what_was_controlled(digits_net, digits):
     x, y = digits
-    control = ClosedLoop(digits_net, ["input", "conv1"], rank=0.8, penalty=0.0).fit(x, y)
+    control = ClosedLoop(digits_net, ["input", "pool"], rank=0.8, penalty=0.0).fit(x, y)
     shallow = ClosedLoop(digits_net, "input", rank=0.8, penalty=0.0).fit(x, y)
     behind = DkNN(shallow, "input", neighbours=5, metric="euclidean").fit(x, y)
     alone = DkNN(digits_net, "input", neighbours=5, metric="euclidean").fit(x, y)
@@ -206,16 +208,16 @@ def test_other_defences_meet_what_was_controlled(digits_net, digits):
     healed = shallow.controlled(seen)
     assert torch.allclose(behind.features(seen)[0], healed.flatten(1), atol=1e-5)
     assert torch.equal(behind.index().rows(torch.arange(5)), alone.index().rows(torch.arange(5)))
-    deep = DkNN(control, "pool", neighbours=5, metric="euclidean").fit(x, y)
+    deep = DkNN(control, "fc1", neighbours=5, metric="euclidean").fit(x, y)
     expected = {}
 
     def keep(output):
-        expected["pool"] = output
+        expected["fc1"] = output
 
-    with models.watching({digits_net.pool: keep}):
+    with models.watching({digits_net.fc1: keep}):
         control.logits(seen)
-    assert torch.allclose(deep.features(seen)[0], expected["pool"].flatten(1), atol=1e-4)
-    plain = DkNN(digits_net, "pool", neighbours=5, metric="euclidean").fit(x, y)
+    assert torch.allclose(deep.features(seen)[0], expected["fc1"].flatten(1), atol=1e-4)
+    plain = DkNN(digits_net, "fc1", neighbours=5, metric="euclidean").fit(x, y)
     assert not torch.allclose(deep.features(seen)[0], plain.features(seen)[0], atol=1e-2)
     assert torch.allclose(deep.index().rows(torch.arange(5)), plain.index().rows(torch.arange(5)), atol=1e-4)
 
@@ -236,8 +238,10 @@ def test_rails_answers_behind_control(digits_net, digits, layer, tmp_path):
         assert float(across.norm()) < 0.01 * float(slope.norm())
 
 
-def test_under_the_protocol(digits_net, digits):
+def test_under_the_protocol(digits_net, digits, monkeypatch):
     x, y = digits
+    few = {"iterations": 5, "steps": 5, "queries": 20, "decisions": 1, "noise": 4, "row_seeds": 1, "seeds": 2}
+    monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(PROTOCOLS["quick"], checks=6, **few))
     control = ClosedLoop(digits_net, "input", rank=8).fit(x, y)
     found = evaluate(control, x[:12], y[:12], base=digits_net, eps=0.15, protocol="quick")
     rows = {row.attack: row for row in found.rows if row.defence == "control"}
@@ -385,7 +389,7 @@ def test_what_takes_long_is_fitted_once_for_all_runs(digits_net, digits, tmp_pat
     def lab():
         images = data.Images(*digits, tuple(map(str, range(10))))
         made = Lab(
-            {"net": digits_net}, {"training": images[:300], "validation": images[300:350], "test": images[350:]},
+            {"net": digits_net}, {"training": images[:160], "validation": images[160:200], "test": images[200:]},
             resolve=lambda name, net: name, told={}, where=lambda split, n: n,
         )  # fmt: skip
         made.folder = tmp_path

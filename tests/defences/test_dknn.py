@@ -147,7 +147,7 @@ def fractions(x, y, queries, classes, k, layers):
     return counts, nearness
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(grids(), st.booleans())
 def test_equally_near_examples_share_the_places_that_are_left(grid, budget):
     x, y, queries, truth, classes, k = grid
@@ -175,7 +175,7 @@ def test_equally_near_examples_share_the_places_that_are_left(grid, budget):
             assert sums[label] >= max(sums[first]) - 1e-5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(grids(), st.sampled_from(["cosine", "euclidean"]), st.booleans(), st.randoms())
 def test_the_names_of_labels_decide_nothing(grid, metric, budget, random):
     x, y, queries, truth, classes, k = grid
@@ -194,7 +194,7 @@ def test_the_names_of_labels_decide_nothing(grid, metric, budget, random):
         assert torch.equal(getattr(one, method)(queries), getattr(other, method)(queries))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(grids())
 def test_the_modules_argmax_is_what_predict_says(grid):
     x, y, queries, truth, classes, k = grid

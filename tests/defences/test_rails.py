@@ -102,11 +102,10 @@ def test_the_seed_of_a_call_comes_before_the_instances(rails):
     assert not same(rails.respond(ANTIGENS), rails.respond(ANTIGENS, seed=1))
 
 
-@pytest.mark.parametrize("shared_noise", [True, False])
-@pytest.mark.parametrize("batch_size", [None, 5])
+@pytest.mark.parametrize(("batch_size", "shared_noise"), [(None, False), (5, True)])
 def test_draws_are_the_answers_under_each_seed(functional_conv, images, shared_noise, batch_size):
     rails = RAILS(functional_conv, ["2", "input"], maturation=SMALL, shared_noise=shared_noise).fit(*images)
-    seeds = [4, 0, 9, 1, 2, 3, 5]
+    seeds = [4, 0, 9, 1]
     found = rails.draws(ANTIGENS, seeds, batch_size)
     assert torch.equal(found, torch.stack([rails.predict(ANTIGENS, seed, batch_size=batch_size) for seed in seeds]))
     assert len(found.unique(dim=0)) > 1
@@ -133,17 +132,16 @@ def test_the_global_generator_is_neither_used_nor_moved(rails):
     assert not torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("shared_noise", [True, False])
-@pytest.mark.parametrize("layer", ["0", "2", "input"])
+@pytest.mark.parametrize(("layer", "shared_noise"), [("0", True), ("2", False), ("input", True), ("input", False)])
 def test_batch_size_and_shards_change_next_to_nothing(functional_conv, examples, layer, shared_noise):
     settings = {"maturation": Maturation(population=90, neighbours=3, generations=4), "shared_noise": shared_noise}
     rails = RAILS(functional_conv, layer, seed=0, **settings).fit(*examples(120, (1, 6, 6)))
-    x = examples(200, (1, 6, 6), seed=1)[0]
-    x[::2] = torch.rand(100, 1, 6, 6, generator=torch.Generator().manual_seed(2))
+    x = examples(60, (1, 6, 6), seed=1)[0]
+    x[::2] = torch.rand(30, 1, 6, 6, generator=torch.Generator().manual_seed(2))
     whole = rails.respond(x)
     assert len(whole.labels.unique()) == 3
-    others = [rails.respond(x, batch_size=size) for size in (7, 90)]
-    shards = [rails.respond(part) for part in (x[:33], x[33:34], x[34:])]
+    others = [rails.respond(x, batch_size=size) for size in (7, 40)]
+    shards = [rails.respond(part) for part in (x[:23], x[23:24], x[24:])]
     labels = [*(r.labels for r in others), torch.cat([r.labels for r in shards])]
     votes = [*(r.votes for r in others), torch.cat([r.votes for r in shards])]
     for label, vote in zip(labels, votes, strict=True):
@@ -284,7 +282,7 @@ def test_rows_in_equal_number_are_settled_by_lot():
     assert len(one.unique()) == 2
 
 
-@trying(max_examples=25, deadline=None)
+@trying(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**31), classes=st.integers(2, 4), k=st.integers(1, 3), plasma=st.floats(0.1, 0.9))
 def test_the_names_of_labels_decide_nothing(seed, classes, k, plasma):
     """On a grid, where nearly every distance is met several times, by cells that do not mutate."""

@@ -127,8 +127,10 @@ def alike(one, other):
         assert torch.equal(first.plasma.origin, second.plasma.origin)
 
 
-@pytest.mark.parametrize("defence", DEFENCES)
-@pytest.mark.parametrize("how", ["memory-mapped", "several at once"])
+@pytest.mark.parametrize(
+    ("defence", "how"),
+    [(defence, ("memory-mapped", "several at once")[i % 2]) for i, defence in enumerate(DEFENCES)],
+)
 def test_answers_are_those_from_copies(defence, how, tmp_path):
     in_memory = DEFENCES[defence]().fit(X, Y)
     elsewhere = DEFENCES[defence]().fit(*GIVEN[how](tmp_path), keep="source")

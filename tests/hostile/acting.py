@@ -17,7 +17,7 @@ from .models import images
 SMALL = Maturation(population=18, neighbours=3, generations=1)
 TINY = Budget(
     images=6, iterations=2, restarts=1, black_box=2, queries=3, averaged=1, decisions=1, evaluations=3, noise=2,
-    draws=(), row_seeds=1, seeds=1, finalists=1, checks=2, targets=0, ablations=False,
+    draws=(), row_seeds=1, seeds=1, finalists=1, checks=2, targets=0, ablations=False, steps=2,
 )  # fmt: skip
 
 
@@ -51,17 +51,18 @@ def rails(model: Any, layers: tuple[str, str]) -> Answers:
     return responded(RAILS(model, layers[1], maturation=SMALL, seed=0).fit(X, Y))
 
 
-def rails_in_a_space(model: Any, layers: tuple[str, str]) -> Answers:
+def unsaved(model: Any, layers: tuple[str, str]) -> Answers:
     return responded(RAILS(model, layers[1], space=layers[0], maturation=SMALL, seed=0).fit(X, Y))
 
 
-def save(model: Any, layers: tuple[str, str]) -> Answers:
+def rails_in_a_space(model: Any, layers: tuple[str, str]) -> Answers:
     fitted = RAILS(model, layers[1], space=layers[0], maturation=SMALL, seed=0).fit(X, Y)
     with tempfile.TemporaryDirectory() as folder:
         fitted.save(folder)
         loaded = RAILS.load(folder, model)
-    assert torch.equal(loaded.predict(ASKED), fitted.predict(ASKED))
-    return responded(loaded)
+    found = responded(loaded)
+    assert torch.equal(found["labels"], fitted.predict(ASKED))
+    return found
 
 
 def attacked(attack: Any, model: Any) -> Answers:
@@ -101,7 +102,7 @@ DEFENCES: dict[str, Callable[[Any, tuple[str, str]], Answers]] = {
     "dknn": dknn,
     "rails": rails,
     "rails in a space": rails_in_a_space,
-    "save": save,
+    "rails in a space, unsaved": unsaved,
     "soft neighbours": soft_neighbours,
     "evaluate": evaluated,
 }

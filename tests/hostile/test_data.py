@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -89,7 +90,14 @@ def plainly(action: str, times: float, plus: float, bounds: Any) -> Answers:
     return act(action, source, examples(source, *((30, 0) if action == "fit" else (6, 1))))
 
 
-CELLS = [(name, action) for name, source in SOURCES.items() for action in taken(source)]
+def cells() -> Iterator[tuple[str, str]]:
+    """Yield sources and actions: what is right comes to every attack by one way, so that of two one is enough."""
+    for turn, (name, source) in enumerate(SOURCES.items()):
+        left = ("attack", "ask")[turn % 2] if source.fails is None else None
+        yield from ((name, action) for action in taken(source) if action != left)
+
+
+CELLS = list(cells())
 
 
 @pytest.mark.parametrize(("name", "action"), CELLS, ids=[f"{name}-{action}" for name, action in CELLS])

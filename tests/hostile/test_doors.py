@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 import immunonet
 
 PACKAGE = Path(immunonet.__file__).parent
-TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 # What models that somebody else wrote are called by.
 MODELS = {
@@ -24,6 +24,12 @@ ALLOWED = {
 }
 
 
+# Not where the module is imported, which every worker does.
+@functools.cache
+def trees() -> dict[str, ast.Module]:
+    return {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
 def calls(tree: ast.AST) -> Iterator[ast.Call]:
     return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
 
@@ -36,7 +42,7 @@ def last(node: ast.AST) -> str | None:
 def test_models_are_called_in_one_place() -> None:
     found = {
         f"{file}: {ast.unparse(call.func)}"
-        for file, tree in TREES.items()
+        for file, tree in trees().items()
         for call in calls(tree)
         if (name := last(call.func)) in MODELS and (isinstance(call.func, ast.Name) or bound(call.func))
         if file != "models.py" and name is not None and not defined(tree, call.func)
@@ -62,7 +68,7 @@ def defined(tree: ast.AST, function: ast.AST) -> bool:
 def places(*attributes: str) -> dict[str, set[str]]:
     """Return the files in which methods of these names are called, and of what."""
     found: dict[str, set[str]] = {}
-    for file, tree in TREES.items():
+    for file, tree in trees().items():
         for call in calls(tree):
             if isinstance(call.func, ast.Attribute) and call.func.attr in attributes:
                 found.setdefault(file, set()).add(ast.unparse(call.func.value))
@@ -100,7 +106,7 @@ def test_modes_are_set_in_one_place() -> None:
     }
     setting = {
         file
-        for file, tree in TREES.items()
+        for file, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign)
         for target in node.targets

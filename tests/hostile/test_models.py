@@ -3,13 +3,14 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
 from .acting import Answers, act, state, unchanged
-from .models import MODELS, plain
+from .models import ATTACKS, LAYERS, MODELS, plain
 
 
 @functools.cache
@@ -37,7 +38,21 @@ def compare(found: Answers, expected: Answers, close: float) -> None:
             assert torch.equal(value, other), name
 
 
-CELLS = [(name, action) for name, case in MODELS.items() for action in case.actions]
+def cells() -> Iterator[tuple[str, str]]:
+    """Yield models and actions: all that must fail or warn, and of what must come out right a part, in turn.
+
+    All attacks ask through one door, and what is right without a twin is a plain network in other clothes.
+    """
+    for turn, (name, case) in enumerate(MODELS.items()):
+        left = {ATTACKS[turn // 2 % 2], ATTACKS[2 + turn // 4 % 2], ATTACKS[4 + turn % 2]}
+        if case.twin is None:
+            left |= {*(("rails", "soft neighbours"), ("dknn", "rails in a space"))[turn % 2]}
+        if name == "plain" or case.may or len(case.actions) < len(LAYERS):
+            left = set()
+        yield from ((name, a) for a in case.actions if a not in left or a in case.fails or a in case.warns)
+
+
+CELLS = list(cells())
 
 
 @pytest.mark.parametrize(("name", "action"), CELLS, ids=[f"{name}-{action}" for name, action in CELLS])
@@ -63,5 +78,6 @@ def test_a_model_is_answered_for_as_a_plain_one_or_refused(name: str, action: st
         if told or action in case.warns:
             assert re.match(case.warns.get(action, case.may or "^$"), told), told
         elif found is not None:
-            expected = plainly(action) if case.twin is None else act(action, *with_layers(case.twin(model)))
+            same = "rails in a space, unsaved" if action == "rails in a space" else action
+            expected = plainly(same) if case.twin is None else act(same, *with_layers(case.twin(model)))
             compare(found, expected, case.close)

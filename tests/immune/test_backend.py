@@ -116,8 +116,8 @@ def test_a_forked_process_is_told_once_that_it_has_one_thread(caplog):
 
 # Threads and workers: in processes of their own, because what goes wrong there ends the process or never ends.
 
-COMMON = """
-import concurrent.futures, multiprocessing
+SCRIPT = """
+import concurrent.futures, multiprocessing, os
 import numba
 import torch
 from torch import nn
@@ -139,49 +139,51 @@ def defence():
 
 def answer(rails, images):
     return rails.respond(images).plasma.x
-"""
 
-THREADS = """
-rails = defence()
-parts = list((0.9 * x[:80]).split(10))
-torch.set_num_threads(1)
-expected = [answer(rails, part) for part in parts]
-torch.set_num_threads(2)
-with concurrent.futures.ThreadPoolExecutor(4) as pool:
-    assert all(map(torch.equal, pool.map(lambda part: answer(rails, part), parts), expected))
-numba.set_num_threads(1)
-assert torch.equal(answer(rails, parts[0]), expected[0])
-assert (torch.get_num_threads(), numba.get_num_threads()) == (2, 1)
-assert numba.threading_layer() == "workqueue"
-"""
 
-FORKED = """
-rails = defence()
-expected = answer(rails, x[:10])
-both = torch.rand(2000, 2000).sin()  # starts the threads of torch
-context = multiprocessing.get_context("fork")
-with concurrent.futures.ProcessPoolExecutor(2, context) as pool:
-    found = pool.submit(answer, rails, x[:10]).result(30)
-    assert torch.equal(found, expected)
-    pool.submit(both.sin).result(30)
-for images, in torch.utils.data.DataLoader(
-    torch.utils.data.TensorDataset(x[:10]), 10, num_workers=1, multiprocessing_context=context,
-    collate_fn=lambda rows: (answer(rails, torch.cat([row for row, in rows])[:, None]),),
-):
-    assert torch.equal(images, expected)
-assert torch.get_num_threads() == 2
-"""
+def threads():
+    rails = defence()
+    parts = list((0.9 * x[:80]).split(10))
+    torch.set_num_threads(1)
+    expected = [answer(rails, part) for part in parts]
+    torch.set_num_threads(2)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(map(torch.equal, pool.map(lambda part: answer(rails, part), parts), expected))
+    numba.set_num_threads(1)
+    assert torch.equal(answer(rails, parts[0]), expected[0])
+    assert (torch.get_num_threads(), numba.get_num_threads()) == (2, 1)
+    assert numba.threading_layer() == "workqueue"
 
-SPAWNED = """
-def ask(queue):
+
+def forked(rails, expected):
+    both = torch.rand(2000, 2000).sin()  # starts the threads of torch
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(2, context) as pool:
+        found = pool.submit(answer, rails, x[:10]).result(60)
+        assert torch.equal(found, expected)
+        pool.submit(both.sin).result(60)
+    for images, in torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x[:10]), 10, num_workers=1, multiprocessing_context=context,
+        collate_fn=lambda rows: (answer(rails, torch.cat([row for row, in rows])[:, None]),),
+    ):
+        assert torch.equal(images, expected)
+    assert torch.get_num_threads() == 2
+
+
+def spawned(queue):
     queue.put(answer(defence(), x[:10]).tolist())
+    threads()
 
 
 if __name__ == "__main__":
-    expected = answer(defence(), x[:10])
+    rails = defence()
+    expected = answer(rails, x[:10])
+    if hasattr(os, "fork"):
+        forked(rails, expected)
+    os.environ["NUMBA_THREADING_LAYER"] = "workqueue"  # of the next process
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
-    worker = context.Process(target=ask, args=(queue,))
+    worker = context.Process(target=spawned, args=(queue,))
     worker.start()
     assert queue.get() == expected.tolist()
     worker.join()
@@ -189,17 +191,11 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(
-    ("script", "layer"),
-    [(THREADS, "workqueue"), (FORKED, "omp"), (SPAWNED, "default")],
-    ids=["threads", "fork", "spawn"],
-)
-def test_answers_in_threads_and_workers_are_the_same(script, layer, tmp_path):
-    if script is FORKED and not hasattr(os, "fork"):
-        pytest.skip("no fork on this system")
-    (tmp_path / "main.py").write_text(COMMON + script)
-    environment = {**os.environ, "NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2"}
+def test_answers_in_threads_and_workers_are_the_same(tmp_path):
+    """A process that forks workers, then spawns one whose threads answer: each of them imports all libraries."""
+    (tmp_path / "main.py").write_text(SCRIPT)
+    environment = {**os.environ, "NUMBA_THREADING_LAYER": "omp", "NUMBA_NUM_THREADS": "2"}
     done = subprocess.run(
-        [sys.executable, "main.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "main.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr

@@ -25,14 +25,20 @@ WITHOUT = [
     ("pyarrow", "from immunonet import Memory; Memory(None)", "ModuleNotFoundError: this needs pyarrow: {memory}"),
     ("lancedb", "from immunonet import Memory; Memory('folder')", "ModuleNotFoundError: this needs lancedb: {memory}"),
 ]
-# Each in a process of its own, but all with the torch that is imported once.
+# Each in a process of its own, but all with the torch that is imported once; to take that down takes as long again.
 EACH = """
-import json, os, sys, torch
+import json, os, sys, torch, traceback
 for missing, code, _ in json.loads(sys.argv[1]):
     if not os.fork():
         sys.modules[missing] = None
         os.dup2(1, 2)
-        exec(code)
+        try:
+            exec(code)
+        except SystemExit as end:
+            os._exit(end.code)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.wait()[1])
     print(f"exit {status}", flush=True)

@@ -34,11 +34,11 @@ def weights(tmp_path: Path) -> Path:
 
 
 FIT = ("fit", "--dataset", "digits", "--weights", "net.safetensors", "--defence")
-SMALL = "rails input population=100 neighbours=2"
+SMALL = "rails input population=50 neighbours=2 generations=2"
 
 
 def test_fit_saves_what_predict_answers_with(command: Run, weights: Path) -> None:
-    spec = "rails conv1 population=100 neighbours=2"
+    spec = "rails conv1 population=100 neighbours=2 generations=2"
     code, out, err = command(*FIT, spec, "--seed", 5, "--out", "fitted", "--json", "fit.json")
     assert (code, err) == (0, "")
     assert out == "rails on 1,294 images, calibrated on 143: fitted\n"
@@ -96,7 +96,7 @@ def test_the_models_own_voice_is_kept(command: Run, weights: Path) -> None:
 
 
 def test_cells_in_a_hidden_layer_are_fitted_and_asked(command: Run, weights: Path) -> None:
-    spec = "rails conv2:2 hidden=true recombination=.5 population=100 neighbours=2 metric=cosine"
+    spec = "rails conv2:2 hidden=true recombination=.5 population=100 generations=2 neighbours=2 metric=cosine"
     assert command(*FIT, spec)[0] == 0
     rails = RAILS.load("defence", common.load_model("digits", weights))
     assert (rails.space, rails.metric, rails.maturations[0].recombination) == ("conv2:2", "cosine", 0.5)
@@ -127,11 +127,11 @@ def test_fit_does_not_repeat_itself(command: Run, weights: Path) -> None:
     assert (code, out) == (0, "defence holds this defence already\n")
     assert {file.name: file.stat().st_mtime_ns for file in Path("defence").iterdir()} == before
     # Other settings, or a damaged file, are fitted anew.
-    assert "rails on 1,294" in command(*FIT, f"{SMALL} generations=3")[1]
+    assert "rails on 1,294" in command(*FIT, f"{SMALL} false_alarm=.1")[1]
     file = next(Path("defence").glob("tensors-*.safetensors"))
     file.write_bytes(file.read_bytes()[:-9])
-    assert "rails on 1,294" in command(*FIT, f"{SMALL} generations=3")[1]
-    assert "holds this defence already" in command(*FIT, f"{SMALL} generations=3")[1]
+    assert "rails on 1,294" in command(*FIT, f"{SMALL} false_alarm=.1")[1]
+    assert "holds this defence already" in command(*FIT, f"{SMALL} false_alarm=.1")[1]
 
 
 def test_predict_continues_from_finished_parts(command: Run, weights: Path, monkeypatch: Any) -> None:

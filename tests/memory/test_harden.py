@@ -17,7 +17,7 @@ from immunonet.features.search import ExactIndex
 
 SMALL = Maturation(population=60, neighbours=3, generations=2, alignment=0)
 ANTIGENS = torch.rand(12, 1, 6, 6, generator=torch.Generator().manual_seed(5))
-OTHERS = torch.rand(20, 1, 6, 6, generator=torch.Generator().manual_seed(6))
+OTHERS = torch.rand(8, 1, 6, 6, generator=torch.Generator().manual_seed(6))
 WAYS = {
     "a layer": {"layers": "2"},
     "the input": {"layers": "input"},
@@ -134,6 +134,9 @@ def test_cells_too_wide_to_keep_are_searched_beside_signatures(functional_conv, 
     assert same(before, rails.respond(OTHERS))
 
 
+@pytest.mark.parametrize(
+    ("rails", "where"), [(way, "ram") for way in WAYS] + [("two layers, cosine", "folder")], indirect=True
+)
 def test_the_same_version_gives_the_same_answers(rails, where):
     before, known = rails.respond(OTHERS), identity(rails)
     memory = filled(rails, where)

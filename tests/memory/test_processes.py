@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,52 +16,111 @@ from memories import bound, remember
 
 from immunonet import Memory
 
-WRITER = """
-import sys
+# It forks what it is told to run, with what takes long to import but for LanceDB, which may not survive that.
+NURSERY = """
+import contextlib, json, os, sys, traceback
 sys.path.insert(0, {here!r})
+import memories
+with contextlib.suppress(ImportError):
+    import lance_namespace, pyarrow.dataset
+
+def run(code, out):
+    for file, path in ((1, out), (2, out + ".err")):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), file)
+    try:
+        exec(code, {{"__name__": "a process"}})
+    except SystemExit as end:
+        return end.code
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+for line in sys.stdin:
+    told = json.loads(line)
+    if isinstance(told, int):
+        print(os.waitstatus_to_exitcode(os.waitpid(told, 0)[1]), flush=True)
+    elif pid := os.fork():
+        print(pid, flush=True)
+    else:
+        os._exit(run(*told))
+"""
+
+
+class Nursery:
+    """Processes of their own, which have not long to start."""
+
+    def __init__(self) -> None:
+        code = NURSERY.format(here=str(Path(__file__).parent))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def asked(self, what: object) -> int:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps(what), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+    def start(self, code: str, out: Path) -> int:
+        """Return the id of a process that runs code and writes what it says to a file, errors beside it."""
+        return self.asked([code, str(out)])
+
+    def ended(self, pid: int) -> int:
+        """Return the exit code of a process when it has ended."""
+        return self.asked(pid)
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    made = Nursery()
+    yield made
+    made.process.communicate()
+
+
+WRITER = """
 from memories import bound, remember
 from immunonet import Memory
 from immunonet.memory import store
 store.COMPACTED = 16
 memory = bound(Memory({folder!r}))
-print("ready", flush=True)
 for i in range({n}):
-    ids = remember(memory, 2, source=sys.argv[1])
+    ids = remember(memory, 2, source={source!r})
     if i % 5 == 4:
         memory.confirm(ids[:1], [2])
     print(*ids, flush=True)
 """
 
 
-def writer(folder: Path, source: str, n: int) -> subprocess.Popen[str]:
-    code = WRITER.format(here=str(Path(__file__).parent), folder=str(folder), n=n)
-    return subprocess.Popen([sys.executable, "-c", code, source], stdout=subprocess.PIPE, text=True)
-
-
-def told(one: subprocess.Popen[str]) -> list[str]:
+def told(out: Path) -> list[str]:
     """The ids of whole lines that a writer left: what was acknowledged."""
-    with one:
-        assert one.stdout is not None
-        out = one.stdout.read()
-    return out[: out.rfind("\n") + 1].split()
+    text = out.read_text() if out.exists() else ""
+    return text[: text.rfind("\n") + 1].split()
 
 
-def test_what_was_acknowledged_outlives_kills(tmp_path):
+def test_what_was_acknowledged_outlives_kills(tmp_path, nursery):
     folder = tmp_path / "store"
-    started = [writer(folder, "killed", 10_000), writer(folder, "also killed", 10_000), writer(folder, "done", 20)]
+    writers = {"killed": 10_000, "also killed": 10_000, "done": 20}
+    outs = [tmp_path / source for source in writers]
+    started = [
+        nursery.start(WRITER.format(folder=str(folder), source=source, n=n), out)
+        for (source, n), out in zip(writers.items(), outs, strict=True)
+    ]
     try:
-        for one in started:
-            assert one.stdout is not None
-            assert one.stdout.readline() == "ready\n"
-        for one in started[:2]:
-            time.sleep(0.5)
-            one.kill()
-        outs = [told(one) for one in started]
+        end = time.monotonic() + 100
+        for least, pid, out in zip((10, 30), started, outs, strict=False):
+            while len(told(out)) < least:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            os.kill(pid, signal.SIGKILL)
+        codes = [nursery.ended(started[2])]
     finally:
-        for one in started:
-            one.kill()
+        for pid in started[:2]:
+            os.kill(pid, signal.SIGKILL)
+        codes += [nursery.ended(pid) for pid in started[:2]]
+    assert codes == [0, -signal.SIGKILL, -signal.SIGKILL]
+    outs = [told(out) for out in outs]
     assert len(outs[2]) == 40
-    assert all(len(out) > 4 for out in outs)
     memory = Memory(folder)
     held = {name: counts["entries"] for name, counts in memory.stats()["sources"].items()}
     for source, ids in zip(("killed", "also killed"), outs, strict=False):
@@ -79,8 +141,7 @@ def test_a_forked_process_is_told_to_open_its_own(tmp_path, monkeypatch):
 
 
 DISK = """
-import subprocess, sys
-sys.path.insert(0, {here!r})
+import ctypes, subprocess, sys
 import pytest, torch
 from memories import bound, remember
 from immunonet import Memory
@@ -89,6 +150,10 @@ def mount(*words):
     if subprocess.run(["mount", *words], capture_output=True).returncode:
         sys.exit(77)
 
+# A namespace of its own: nobody else sees what it mounts.
+if ctypes.CDLL(None).unshare(0x20000):
+    sys.exit(77)
+mount("--make-rprivate", "/")
 home = {home!r}
 mount("-t", "tmpfs", "-o", "size=300k", "none", home)
 memory = bound(Memory(home + "/s"))
@@ -112,9 +177,10 @@ assert len(Memory(home + "/s")) == len(ids)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="who is not root mounts nothing")
-def test_a_full_and_a_read_only_disk(tmp_path):
-    code = DISK.format(here=str(Path(__file__).parent), home=str(tmp_path))
-    done = subprocess.run(["unshare", "-m", sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if done.returncode == 77 or "unshare failed" in done.stderr:
+def test_a_full_and_a_read_only_disk(tmp_path, nursery):
+    home, out = tmp_path / "disk", tmp_path / "out"
+    home.mkdir()
+    code = nursery.ended(nursery.start(DISK.format(home=str(home)), out))
+    if code == 77:
         pytest.skip("nothing may be mounted here")
-    assert done.returncode == 0, done.stderr
+    assert code == 0, Path(f"{out}.err").read_text()

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
-from schemathesis.checks import not_a_server_error
 from services import application, begun, rails
 
 from immunonet import Memory
@@ -15,6 +13,10 @@ from immunonet.service.limits import Limits
 
 
 def test_no_request_that_can_be_made_from_the_document_is_a_fault_of_the_service(tmp_path: Path) -> None:
+    # Here, as it takes long to import and every worker imports this module.
+    import schemathesis
+    from schemathesis.checks import not_a_server_error
+
     service = begun(rails(), Memory(tmp_path / "memory"), limits=Limits(body=100_000, batch=8))
 
     async def reload() -> None:

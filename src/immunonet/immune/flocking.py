@@ -84,7 +84,8 @@ def flock(queries: Tensor, keys: Tensor, squares: Tensor, counts: list[int], k: 
 
     `keys` `(N, D)` are grouped by class, `counts` (one per class, each at least k) tell the groups' sizes.
     """
-    if len(queries) * max(counts) * keys.shape[1] <= AT_ONCE:
+    widest = len(queries) * max(counts)
+    if widest * keys.shape[1] <= AT_ONCE and widest * len(counts) <= CHUNK_VALUES:
         return _flock_at_once(queries, keys, counts, k)
     distances, indices, start = [], [], 0
     for count in counts:
@@ -97,6 +98,7 @@ def flock(queries: Tensor, keys: Tensor, squares: Tensor, counts: list[int], k: 
 
 
 def _flock_at_once(queries: Tensor, keys: Tensor, counts: list[int], k: int) -> tuple[Tensor, Tensor]:
+    """Return what `flock` does, from all distances `(B, C, of the largest class)` at once."""
     sizes = torch.tensor(counts, device=keys.device)
     first = (sizes.cumsum(0) - sizes)[:, None]
     turn = torch.arange(max(counts), device=keys.device)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.neighbors import KNeighborsClassifier
 
-from immunonet import RAILS, DkNN, Maturation, data, zoo
+from immunonet import RAILS, DkNN, Maturation, _store, data, zoo
 from immunonet.attacks import PGD
 from immunonet.cli.common import resolve_dataset
 from immunonet.defences.answers import Answer, Sense
@@ -343,13 +343,18 @@ def test_another_dataset_has_networks_of_its_own(run, monkeypatch):
     hard = '[bases.hard]\nstart = "plain"\ntraining = { epochs = 1, adversarial = { eps = "1/8", iterations = 1 } }\n'
     text = Path("small.toml").read_text().split("[[learning]]")[0]
     text = text.replace('"net.safetensors"', '"net.safetensors"\ntraining = { epochs = 1 }\n' + hard)
-    Path("small.toml").write_text(text + '[remarks]\ndigits = "All {n}."\n')
+    Path("small.toml").write_text("training = 60\n" + text + '[remarks]\ndigits = "All {n}."\n')
     code, _, err = run("--study", "small.toml", "--dataset", "digits", "--json", "r.json")
     assert code == 0, err
     assert "training plain" in err
     assert "training hard" in err
     found = record("r.json")
     assert found["study"]["remark"] == "All 200."
+    images = data.load("digits", "train")
+    images = images[data.split(200)[0]]
+    learnt = images[data.sample(len(images), 60)]
+    recipes = [json.loads(path.read_text()) for path in Path("runs/small/weights").glob("*.json")]
+    assert [recipe["images"] for recipe in recipes] == [_store.digest([learnt.x, learnt.y])] * 2
     assert {row["dataset"] for row in found["results"]} == {"digits"}
     assert len({row["settings"]["weights"] for row in found["results"]}) == 2
     shutil.rmtree("runs/small/tensors")

@@ -9,7 +9,7 @@ import pytest
 from immunonet import zoo
 from immunonet.attacks import FGSM, PGD
 from immunonet.defences.base import REGISTRY
-from immunonet.studies import model
+from immunonet.studies import entries, model
 from immunonet.studies.reading import study_of
 
 SETTINGS = {
@@ -153,24 +153,28 @@ def test_the_table_that_is_tried_holds_every_key():
     assert isinstance(study_of(copy.deepcopy(WHOLE)), model.Study)
     base = WHOLE["bases"]["plain"]
     kinds = {
-        "main": model.Comparison, "curves": model.Curve, "learning": model.Learning, "sensing": model.Sensing,
-        "hardening": model.Hardening, "healing": model.Healing, "watching": model.Watching, "search": model.Search,
-        "targets": model.Target, "contests": model.Contest, "goals": model.Goal,
+        "main": entries.Comparison, "curves": entries.Curve, "learning": entries.Learning, "sensing": entries.Sensing,
+        "hardening": entries.Hardening, "healing": entries.Healing, "watching": entries.Watching,
+        "search": entries.Search, "targets": model.Target, "contests": model.Contest, "goals": model.Goal,
     }  # fmt: skip
     tables = {
         model.Study: WHOLE,
         model.Base: base,
         model.Training: base["training"],
         model.Tuning: WHOLE["tuning"],
-        model.Range: WHOLE["search"][0]["space"]["neighbours"],
+        entries.Range: WHOLE["search"][0]["space"]["neighbours"],
         model.Named: WHOLE["defences"]["fast"],
         model.Join: WHOLE["paths"]["curve"],
         model.Connecting: WHOLE["paths"]["curve"]["training"],
         model.Profile: WHOLE["profile"],
         model.Entrant: WHOLE["contests"][0]["entrants"][0],
     } | {kind: {key: value for one in WHOLE[place] for key, value in one.items()} for place, kind in kinds.items()}
-    every = {kind for kind in vars(model).values() if isinstance(kind, type) and issubclass(kind, model.Table)}
-    assert tables.keys() == every - {model.Table, model.Entry, model.Single, model.Schedule}
+    every = {
+        kind
+        for kind in (vars(entries) | vars(model)).values()
+        if isinstance(kind, type) and issubclass(kind, entries.Table)
+    }
+    assert tables.keys() == every - {entries.Table, entries.Entry, entries.Single, model.Schedule}
     for kind, table in tables.items():
         assert table.keys() == kind.model_fields.keys(), kind
     made = {FGSM: WHOLE["attacks"]["fgsm"], PGD: WHOLE["attacks"]["pgd"]}

@@ -13,7 +13,7 @@ from immunonet.cli.common import resolve_dataset
 from immunonet.evaluation.journal import Journal
 from immunonet.report.studies import sections
 from immunonet.statistics import mcnemar, wilson
-from immunonet.studies.model import Range
+from immunonet.studies.entries import Range
 from immunonet.studies.search import propose
 
 SPACE = {

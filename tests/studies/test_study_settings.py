@@ -10,7 +10,7 @@ import pytest
 from immunonet import Maturation, studies, zoo
 from immunonet.attacks import FGSM, PGD
 from immunonet.studies import model
-from immunonet.studies.model import Range
+from immunonet.studies.entries import Range
 
 SMALL = Path(__file__).with_name("small.toml").read_text()
 SEARCH = Path(__file__).with_name("search.toml").read_text()

@@ -16,8 +16,8 @@ from immunonet._words import show
 from immunonet.evaluation.bench import Part, Value, chunks
 from immunonet.evaluation.lab import CALIBRATION, Lab, Measurement, asked
 from immunonet.studies import watching
+from immunonet.studies.entries import Hardening, Healing, Learning, Sensing, Single
 from immunonet.studies.experiments import Run
-from immunonet.studies.model import Hardening, Healing, Learning, Sensing, Single
 
 FALSE_ALARMS = (0.01, 0.05, 0.1)
 # Points of a ROC curve.

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from immunonet._words import show
 from immunonet.evaluation.bench import Part
 from immunonet.evaluation.lab import Lab, Measured, Measurement, Tables
-from immunonet.studies.model import Comparison, Study
+from immunonet.studies.entries import Comparison
+from immunonet.studies.model import Study
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from immunonet import zoo
 from immunonet._check import among
 from immunonet.defences.base import REGISTRY, kind_of
 from immunonet.defences.spec import MANY, TUNED, Spec
-from immunonet.studies import model
-from immunonet.studies.model import Range, Study
+from immunonet.studies import entries
+from immunonet.studies.entries import Range
+from immunonet.studies.model import Study
 from immunonet.studies.values import value_of
 
 NAMES = (
@@ -34,11 +35,11 @@ NAMES = (
 )
 # What the defences of an experiment must have of their own, where most kinds have nothing to do.
 _NEEDS: dict[tuple[type[Any], str], str] = {
-    (model.Learning, "defence"): "learning_curves",
-    (model.Hardening, "defence"): "memory_cells",
-    (model.Hardening, "defences"): "fit",
-    (model.Sensing, "defences"): "fit",
-    (model.Healing, "defence"): "healed",
+    (entries.Learning, "defence"): "learning_curves",
+    (entries.Hardening, "defence"): "memory_cells",
+    (entries.Hardening, "defences"): "fit",
+    (entries.Sensing, "defences"): "fit",
+    (entries.Healing, "defence"): "healed",
 }
 
 
@@ -215,14 +216,14 @@ def _check_defences(study: Study, entry: Any) -> None:
                     raise ValueError(f"{name!r} has no {verb.replace('_', ' ')}")
                 if getattr(entry, "choose_layers", False) and not spec.tuned:
                     raise ValueError(f"must be tuned with choose_layers, got {name!r}")
-    if not isinstance(entry, model.Entry):
+    if not isinstance(entry, entries.Entry):
         return
     own = {option for spec in specs.values() for option in spec.options()}
     every = any(spec.foreign for spec in specs.values())
     with at("settings"):
         for key in () if every else entry.settings:
             among(key, own, f"setting of {' and '.join(specs)}")
-    if isinstance(entry, model.Curve) and not every:
+    if isinstance(entry, entries.Curve) and not every:
         with at("vary"):
             among(entry.vary, {"eps", "repertoire", "layers", *own}, "value to vary")
     layers = [one for candidates in entry.places() for one in candidates] or [()]
@@ -234,11 +235,11 @@ def _check_defences(study: Study, entry: Any) -> None:
         for value, settings in entry.varied():
             with at("settings" if value is None else "values"):
                 study.spec(name, one, settings).tried(study.tuning.choices)
-    if isinstance(entry, model.Search):
+    if isinstance(entry, entries.Search):
         _check_search(study, entry)
 
 
-def _check_search(study: Study, entry: model.Search) -> None:
+def _check_search(study: Study, entry: entries.Search) -> None:
     if entry.finalists >= entry.trials:
         raise Wrong(f"must be fewer than the {entry.trials} trials, got {entry.finalists}", "finalists")
     spec = study.spec(entry.defence, entry.layers, entry.settings)
@@ -248,7 +249,7 @@ def _check_search(study: Study, entry: model.Search) -> None:
         start = study.start(entry)
     # No rule of a kind is about more than two settings.
     for names in itertools.chain(*(itertools.combinations(entry.space, n) for n in (1, 2))):
-        for values in itertools.product(*(model.ends(entry.space[name]) for name in names)):
+        for values in itertools.product(*(entries.ends(entry.space[name]) for name in names)):
             with at("space", names[0]):
                 spec.changed(**dict(zip(names, map(value_of, values), strict=True))).tried()
     for name, value in start.items():

@@ -12,8 +12,8 @@ from immunonet import _store, data, statistics
 from immunonet.defences.spec import Spec
 from immunonet.evaluation.bench import Part, Value
 from immunonet.evaluation.lab import Lab, Measurement
+from immunonet.studies.entries import Range, Search, ends
 from immunonet.studies.experiments import Run
-from immunonet.studies.model import Range, Search, ends
 from immunonet.studies.values import Settings, value_of
 
 Space = Mapping[str, Range | tuple[Any, ...]]

@@ -15,8 +15,8 @@ from immunonet.evaluation.bench import Part, Value, chunks
 from immunonet.evaluation.lab import Lab, Measurement
 from immunonet.evaluation.suite import light
 from immunonet.memory.sentinel import Sentinel
+from immunonet.studies.entries import Watching
 from immunonet.studies.experiments import Run
-from immunonet.studies.model import Watching
 
 # Images that are attacked in one part.
 CHUNK = 10

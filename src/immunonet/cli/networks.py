@@ -12,7 +12,7 @@ from torch import nn
 
 from immunonet import _store, data, zoo
 from immunonet.cli import common
-from immunonet.defences.path import ModePath
+from immunonet.defences.path import FILE, ModePath
 from immunonet.evaluation.records import envelope
 from immunonet.studies import Study
 
@@ -53,19 +53,21 @@ class Nursery:
         return net.eval()
 
     def path(self, name: str, ends: list[nn.Module]) -> ModePath:
-        """Return a path between networks, its bends trained, if they are, and not kept yet."""
+        """Return a path between networks, its bends trained, if they are, and its points settled, if not kept yet."""
         join = self.study.paths[name]
         found = ModePath(*ends, images=zoo.statistics_of(self.images[0]).to(self.device))
-        if join.training is None:
-            return found
-        settings = dict(join.training)
-        settings["threats"] = settings["threats"] or self.study.threats
+        settings = None if join.training is None else dict(join.training)
+        if settings is not None:
+            settings["threats"] = settings["threats"] or self.study.threats
         made_of = {"training": settings, **self._made_of(*ends)}
         folder = self.out / "paths" / f"{name}-{_store.fingerprint(made_of)[:12]}"
-        if not (folder / "path.json").exists():
-            _trained(name, folder / "path", zoo.connect, found, *self.images, **settings)
+        if not (folder / FILE).exists():
+            if settings is not None:
+                _trained(name, folder / "path", zoo.connect, found, *self.images, **settings)
+            for t in self.study.profile.places:
+                found.at(t)
             found.save(folder)
-            _checkpoint(folder / "path").unlink()
+            _checkpoint(folder / "path").unlink(missing_ok=True)
         return ModePath.load(folder, ends[0], images=found.images)
 
     def _made_of(self, *nets: nn.Module) -> dict[str, Any]:

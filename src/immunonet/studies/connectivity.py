@@ -39,8 +39,7 @@ class Joined:
     @property
     def places(self) -> list[float]:
         """Where points are measured."""
-        n = self.run.study.profile.points
-        return [i / (n - 1) for i in range(n)]
+        return self.run.study.profile.places
 
     def measurements(self, name: str) -> dict[tuple[str, str], list[Measurement]]:
         """Return what is measured of a path, by attack and norm: one measurement for every place."""

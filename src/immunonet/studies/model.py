@@ -141,6 +141,11 @@ class Profile(Table):
     plane_images: Count = 100
     plane_iterations: Count = 5
 
+    @property
+    def places(self) -> list[float]:
+        """Where points are measured."""
+        return [i / (self.points - 1) for i in range(self.points)]
+
 
 class Entrant(Table):
     """A network, or the ensemble of several points, and what is around it: none, or a defence with its layers.

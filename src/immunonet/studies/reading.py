@@ -28,6 +28,7 @@ NAMES = (
     "svhn",
     "connectivity",
     "connectivity-cifar10",
+    "connectivity-rails",
     "control",
     "control-cifar10",
     "memory",

@@ -29,6 +29,7 @@ NAMES = (
     "connectivity",
     "connectivity-cifar10",
     "connectivity-rails",
+    "connectivity-rails-cifar10",
     "control",
     "control-cifar10",
     "memory",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -277,8 +278,13 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
+@functools.cache
+def _digits_file() -> Any:
+    return require("sklearn.datasets", "cli").load_digits()
+
+
 def _digits(split: str) -> Images:
-    bunch = require("sklearn.datasets", "cli").load_digits()
+    bunch = _digits_file()
     order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
     chosen = order[360:] if split == "train" else order[:360]
     x = torch.from_numpy(bunch.images).float().div_(16)[:, None]

@@ -17,10 +17,8 @@ import uvicorn
 from PIL import Image
 from torch import nn
 
-from immunonet import RAILS, DkNN, Maturation, Sentinel, data
-from immunonet.explorer import build, mount
+from immunonet import RAILS, DkNN, Maturation, Sentinel, data, explorer
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'immunonet[dev]'")
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 pytestmark = [
     pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no Chromium at {CHROMIUM}; $CHROMIUM names another"),
@@ -59,10 +57,10 @@ def pages() -> dict[str, Callable[[], Any]]:
     def rails() -> Any:
         defence = RAILS(net, "input", maturation=maturation, seed=0).fit(x, y)
         sentinel = Sentinel(net, "input", window=20, neighbours=2, false_alarm=0.05).fit(x)
-        return build(defence, base=net, images=images, sentinel=sentinel)
+        return explorer.build(defence, base=net, images=images, sentinel=sentinel)
 
     def other() -> Any:
-        return build(Fails(net, "input", neighbours=9).fit(x, y), base=net)
+        return explorer.build(Fails(net, "input", neighbours=9).fit(x, y), base=net)
 
     return {"/other": other, "/": rails}
 
@@ -77,7 +75,7 @@ def address() -> Iterator[str]:
         # Gradio opens a loop of its own, and leaves it open, where none runs yet.
         app = fastapi.FastAPI(openapi_url=None)
         for path, page in pages().items():
-            mount(app, page(), path)
+            explorer.mount(app, page(), path)
         server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
         work = asyncio.ensure_future(server.serve())
         while not server.started:
@@ -96,6 +94,7 @@ def address() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'immunonet[dev]'")
     with sync_api.sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=str(CHROMIUM), headless=True, args=["--no-sandbox"])
         yield found

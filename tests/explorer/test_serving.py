@@ -1,3 +1,5 @@
+"""The page is served, and what its makers would ask others for is not; modules with Gradio take seconds to import."""
+
 from __future__ import annotations
 
 import asyncio
@@ -7,22 +9,23 @@ import threading
 import urllib.request
 from typing import Any
 
-import gradio as gr
 import pytest
 import uvicorn
 from torch import nn
 
-from immunonet.explorer import app, build, launch, serving
+from immunonet import explorer
 
 
-async def built(**how: Any) -> gr.Blocks:
+async def built(**how: Any) -> Any:
     """Return a page; Gradio leaves a loop of its own open where none runs yet."""
-    return build(**how)
+    return explorer.build(**how)
 
 
 def test_a_page_is_shown_on_this_machine_until_it_ends(
     make: Any, conv: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from immunonet.explorer import serving
+
     servers: list[uvicorn.Server] = []
 
     class Kept(uvicorn.Server):
@@ -35,7 +38,7 @@ def test_a_page_is_shown_on_this_machine_until_it_ends(
     told: list[str] = []
     ready = threading.Event()
     work = threading.Thread(
-        target=launch, args=(page,), kwargs={"port": 0, "ready": lambda it: (told.append(it), ready.set())}
+        target=explorer.launch, args=(page,), kwargs={"port": 0, "ready": lambda it: (told.append(it), ready.set())}
     )
     work.start()
     assert ready.wait(30)
@@ -45,7 +48,7 @@ def test_a_page_is_shown_on_this_machine_until_it_ends(
     assert "immunonet explorer" in text
     assert "fonts.googleapis" not in text
     with pytest.raises(OSError, match="in use"):
-        launch(page, port=int(told[0].rpartition(":")[2]))
+        explorer.launch(page, port=int(told[0].rpartition(":")[2]))
     servers[0].should_exit = True
     work.join(30)
     assert not work.is_alive()
@@ -53,12 +56,14 @@ def test_a_page_is_shown_on_this_machine_until_it_ends(
 
 def test_wrong_settings_are_told_before_anything_is_laid_out(make: Any, conv: nn.Module) -> None:
     with pytest.raises(ValueError, match="at_once must be at least 1, got 0"):
-        build(make("network"), base=conv, shape=(1, 6, 6), at_once=0)
+        explorer.build(make("network"), base=conv, shape=(1, 6, 6), at_once=0)
     with pytest.raises(ValueError, match="port must be at least 0 and at most 65535"):
-        launch(None, port=65536)
+        explorer.launch(None, port=65536)
 
 
 def test_gradio_asks_nobody() -> None:
+    from immunonet.explorer import serving
+
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     looks = serving.looks()
     assert "http" not in looks["css"]
@@ -66,6 +71,10 @@ def test_gradio_asks_nobody() -> None:
 
 
 def test_errors_are_plain_words_and_what_nobody_foresaw_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    import gradio as gr
+
+    from immunonet.explorer import app
+
     def fails(error: Exception) -> None:
         raise error
 

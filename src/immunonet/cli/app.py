@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -40,6 +41,10 @@ for _name, _example in _COMMANDS.items():
         app.command(_name, epilog=f"Example: {_example}")(_found)
 
 
+# To read the options of all commands from their signatures takes a fifth of a second.
+_command = functools.cache(typer.main.get_command)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 a user's mistake in one line on stderr, 130 after Ctrl-C.
 
@@ -47,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     listen()
     try:
-        app(arguments)
+        _command(app)(arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("IMMUNONET_DEBUG"):
             raise

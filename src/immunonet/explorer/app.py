@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
-
-# Gradio asks its makers for news unless it is told before it is imported.
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 from torch import nn

@@ -108,16 +108,17 @@ def markdown(record: Record) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def page(record: Record) -> str:
-    """Return the HTML page of a record, complete in itself: no script, nothing fetched; everything is escaped."""
-    images = {name: figures.svg_uri(figure) for name, figure in drawn(record).items()}
+def page(record: Record, made: Mapping[str, Figure]) -> str:
+    """Return the HTML page of a record and its figures, complete in itself: no script, nothing fetched, all escaped."""
+    images = {name: figures.svg_uri(figure) for name, figure in made.items()}
     return pages.template("study.html.j2").render(record=record, sections=sections(record), images=images)
 
 
 def draw(record: Record, folder: Path, stem: str) -> None:
     """Write a record's page, `<stem>.html`, and its figures, `figures/<name of the study>-<figure>.png`."""
-    figures.save(drawn(record), folder / "figures", record["study"]["name"])
-    _store.write_text(folder / f"{stem}.html", page(record))
+    made = drawn(record)
+    figures.save(made, folder / "figures", record["study"]["name"])
+    _store.write_text(folder / f"{stem}.html", page(record, made))
 
 
 def write_readme(folder: Path) -> Path | None:

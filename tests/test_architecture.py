@@ -109,10 +109,11 @@ def test_the_import_of_the_package_brings_in_the_core_alone_and_reports_no_pyplo
     asked = (
         "import sys, torch, numpy, safetensors.torch; before = set(sys.modules); import immunonet; "
         f"print(*sorted({{m.partition('.')[0] for m in set(sys.modules) - before}} & {set(OPTIONAL)!r})); "
-        "import immunonet.report; print('matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+        "import immunonet.report; print('matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules); "
+        "import immunonet.evaluation.cluster; print('ray' in sys.modules)"
     )
     answer = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, timeout=120)
-    assert answer.stdout.splitlines() == ["", "True False"]
+    assert answer.stdout.splitlines() == ["", "True False", "False"]
 
 
 # Who knows which defence.

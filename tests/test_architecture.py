@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,24 +93,6 @@ def test_reports_know_nothing_of_evaluations() -> None:
 def test_what_is_measured_knows_nothing_of_those_who_measure(layer: str) -> None:
     own = [module for module in trees() if module.startswith(f"immunonet.{layer}")]
     assert not [m for m in reachable(*own) if m.split(".")[1] in ("evaluation", "studies", "cli", "report")]
-
-
-# What the package needs where no extra is installed.
-OPTIONAL = (
-    "typer", "rich", "click", "jinja2", "matplotlib", "ray", "pydantic", "optuna", "datasets", "pyarrow", "PIL",
-    "sklearn", "pandas", "scipy", "faiss", "torchvision", "lancedb", "gradio", "fastapi", "uvicorn",
-)  # fmt: skip
-
-
-def test_the_import_of_the_package_brings_in_the_core_alone_and_reports_no_pyplot() -> None:
-    """What torch itself imports is its own affair."""
-    asked = (
-        "import sys, torch, numpy, safetensors.torch; before = set(sys.modules); import immunonet; "
-        f"print(*sorted({{m.partition('.')[0] for m in set(sys.modules) - before}} & {set(OPTIONAL)!r})); "
-        "import immunonet.report; print('matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
-    )
-    answer = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, timeout=120)
-    assert answer.stdout.splitlines() == ["", "True False"]
 
 
 # Who knows which defence.

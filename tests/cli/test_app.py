@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from typing import Any
 
 import click
 import pytest
@@ -25,35 +26,68 @@ WITHOUT = [
     ("pyarrow", "from immunonet import Memory; Memory(None)", "ModuleNotFoundError: this needs pyarrow: {memory}"),
     ("lancedb", "from immunonet import Memory; Memory('folder')", "ModuleNotFoundError: this needs lancedb: {memory}"),
 ]
-# Each in a process of its own, but all with the torch that is imported once; to take that down takes as long again.
+# What the package needs where no extra is installed.
+OPTIONAL = (
+    "typer", "rich", "click", "jinja2", "matplotlib", "ray", "pydantic", "optuna", "datasets", "pyarrow", "PIL",
+    "sklearn", "pandas", "scipy", "faiss", "torchvision", "lancedb", "gradio", "fastapi", "uvicorn",
+)  # fmt: skip
+REPORTS = "import immunonet.report; print('matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+CLUSTER = "import immunonet.evaluation.cluster; print('ray' in sys.modules)"
+# Each in a process of its own, but all with the torch that is imported once, and with the package, which brings in
+# nothing that may be missing; to take that down takes as long again.
 EACH = """
-import json, os, sys, torch, traceback
-for missing, code, _ in json.loads(sys.argv[1]):
+import json, os, sys, traceback
+import numpy, safetensors.torch, torch
+
+before = set(sys.modules)
+import immunonet
+
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}), flush=True)
+for missing, code in json.loads(sys.argv[1]):
     if not os.fork():
-        sys.modules[missing] = None
+        sys.modules |= {missing: None} if missing else {}
         os.dup2(1, 2)
         try:
             exec(code)
         except SystemExit as end:
-            os._exit(end.code)
+            code = end.code
         except BaseException:
             traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
+            code = 1
+        else:
+            code = 0
+        sys.stdout.flush()
+        os._exit(code)
     status = os.waitstatus_to_exitcode(os.wait()[1])
     print(f"exit {status}", flush=True)
 """
 
 
-def test_without_a_package_it_is_told_what_to_install() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", EACH, json.dumps(WITHOUT)], capture_output=True, text=True, check=True
-    )  # fmt: skip
-    told = [part.strip().splitlines() for part in re.split(r"exit \d+\n", done.stdout)[:-1]]
+@pytest.fixture(scope="module")
+def started() -> tuple[list[list[str]], list[int]]:
+    """What a process tells that imports the package, then others from there on, line by line, and their exit codes."""
+    runs = [("", REPORTS), ("", CLUSTER), *(run for *run, _ in WITHOUT)]
+    done = subprocess.run([sys.executable, "-c", EACH, json.dumps(runs)], capture_output=True, text=True, check=True)
+    first, rest = done.stdout.split("\n", 1)
+    told = [part.strip().splitlines() for part in re.split(r"exit \d+\n", rest)[:-1]]
+    return [[first], *told], [int(code) for code in re.findall(r"exit (\d+)", rest)]
+
+
+def test_the_import_of_the_package_brings_in_the_core_alone_and_reports_no_pyplot(started: Any) -> None:
+    """What torch itself imports is its own affair."""
+    ((core,), *told), codes = started
+    assert "immunonet" in core.split()
+    assert not set(core.split()) & set(OPTIONAL)
+    assert told[:2] == [["True False"], ["False"]]
+    assert codes[:2] == [0, 0]
+
+
+def test_without_a_package_it_is_told_what_to_install(started: Any) -> None:
+    (_, _, _, *told), (_, _, *codes) = started
     extras = {extra: f"pip install 'immunonet[{extra}]'" for extra in ("cli", "report", "memory")}
     assert [lines[-1] for lines in told] == [text.format(**extras) for *_, text in WITHOUT]
     assert [len(lines) for lines in told[:3]] == [1, 1, 1]
-    assert re.findall(r"exit (\d+)", done.stdout) == ["2"] * 3 + ["1"] * 4
+    assert codes == [2] * 3 + [1] * 4
 
 
 @pytest.mark.parametrize("name", app._COMMANDS)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import subprocess
 import sys
 import tempfile
 from types import SimpleNamespace
@@ -56,8 +55,6 @@ def nodes():
 
 @pytest.fixture
 def workers(nodes):
-    if not nodes.worker_nodes:  # it died
-        nodes.add_node(num_cpus=1)
     return cluster.workers("auto")
 
 
@@ -105,43 +102,6 @@ def test_each_part_is_done_once_after_those_that_it_depends_on(workers, log, tmp
     assert told(log) == ["c", "d", "e", *["n"] * 20, "tensor", "tensor"]
 
 
-def test_the_error_of_a_part_is_raised_and_what_is_done_stays(workers, log, tmp_path):
-    bench = Bench(str(log), tmp_path, workers=workers)
-    before, parts = part("before"), [part("n", place=i) for i in range(4)]
-    with pytest.raises(KeyError, match="a part's own words") as caught:
-        bench.get([before, part("after", part("wrong", before)), *parts])
-    assert type(caught.value) is KeyError
-    assert bench.kept(before) == ["before", 0]
-    bench.get(parts)
-    assert told(log).count("before") == 1
-    assert "after" not in told(log)
-
-
-def test_a_stop_cancels_what_is_on_its_way_and_the_next_run_goes_on(workers, log, tmp_path):
-    parts = [part("n", place=i) for i in range(30)]
-
-    def stop(part):
-        if len(told(log)) >= 3:
-            raise KeyboardInterrupt
-
-    bench = Bench(str(log), tmp_path, workers=workers, advance=stop)
-    with pytest.raises(KeyboardInterrupt):
-        bench.get(parts)
-    kept = sum(bench.kept(part) is not None for part in parts)
-    assert 0 < kept < 30
-    begun = len(told(log))
-    assert len(Bench(str(log), tmp_path, workers=workers).get(parts)) == 30
-    assert len(told(log)) - begun <= 30 - kept + 2  # those that were cancelled too late
-
-
-def test_a_part_that_ends_its_worker_again_and_again_is_named(nodes, log, monkeypatch):
-    monkeypatch.setattr(cluster, "_RETRIES", 1)
-    bench = Bench(str(log), None, workers=cluster.workers("auto"))
-    with pytest.raises(OSError, match="deadly could not be done: WorkerCrashedError"):
-        bench.get([part("deadly")])
-    assert told(log) == ["deadly"] * 2
-
-
 def test_a_worker_out_of_memory_is_told_what_to_do(nodes):
     from ray import exceptions
 
@@ -178,16 +138,16 @@ def attacked(problem):
     base, x, y = problem
     defence = DkNN(base, "input", neighbours=5).fit(x[20:], y[20:], calibration=0.2)
     changes = {
-        "steps": 2, "iterations": 2, "black_box": 3, "queries": 6, "decisions": 1, "evaluations": 4, "noise": 2,
-        "checks": 4,
+        "steps": 1, "iterations": 1, "black_box": 2, "queries": 2, "averaged": 1, "decisions": 1, "evaluations": 2,
+        "noise": 1, "checks": 2,
     }  # fmt: skip
     tiny = dataclasses.replace(PROTOCOLS["quick"], **changes)
 
     def run(folder, workers=None):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(PROTOCOLS, "quick", tiny)
-            patch.setattr(campaign, "CHUNK", 7)
-            found = evaluate(defence, x[:14], y[:14], base=base, eps=0.3, folder=folder, workers=workers)
+            patch.setattr(campaign, "CHUNK", 3)
+            found = evaluate(defence, x[:6], y[:6], base=base, eps=0.3, folder=folder, workers=workers)
         return untimed(found.record), [untimed(dataclasses.asdict(row)) for row in found.rows]
 
     return run
@@ -197,23 +157,6 @@ def untimed(value):
     if isinstance(value, dict):
         return {key: untimed(one) for key, one in value.items() if "seconds" not in key and key != "cost"}
     return [untimed(one) for one in value] if isinstance(value, list | tuple) else value
-
-
-@pytest.fixture
-def dying(nodes, workers):
-    """Workers of which one node dies when a few parts are done and others are on their way."""
-
-    class Dying(cluster.Cluster):
-        count = 0
-
-        def _land(self, flying, done):
-            super()._land(flying, done)
-            self.count += 1
-            if self.count > 2 and flying and nodes.worker_nodes:
-                nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
-
-    yield Dying("auto")
-    assert not nodes.worker_nodes
 
 
 def test_a_table_gives_what_it_gives_in_one_process(problem, workers, tmp_path):
@@ -260,33 +203,26 @@ def test_without_ray_the_extra_is_named(monkeypatch):
         cluster.workers("auto")
 
 
-ALONE = """
-import sys
-from immunonet import evaluate
-from immunonet.evaluation import cluster
-from immunonet.evaluation.bench import Bench, Part
-
-if __name__ == "__main__":
-    assert "ray" not in sys.modules
+def test_without_a_cluster_one_is_started_for_this_machine_alone_and_ended(monkeypatch):
+    """With Ray itself in tests/service/test_real.py, whose service starts one likewise."""
+    import ray._private.ray_constants
     import ray._private.utils
-    # No agent of a dashboard, which takes seconds to import.
-    ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("left out")
+
+    told, constants = [], ray._private.ray_constants
+    # What it sets for good is taken back: the cluster of these tests has several machines.
+    for name in ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(constants, "ENABLE_RAY_CLUSTER", True)
+    monkeypatch.setattr(ray._private.utils, "read_ray_address", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *where, **_: told.append([*where, constants.ENABLE_RAY_CLUSTER]))
+    monkeypatch.setattr(ray, "shutdown", lambda: told.append("ended"))
     workers = cluster.workers("auto")
-    assert Bench(3, None, workers=workers).get([Part(key="a", run=divmod, args=(2,))]) == [[1, 1]]
-    assert {node["NodeManagerAddress"] for node in ray.nodes()} == {"127.0.0.1"}
+    assert told == [["local", False]]
+    assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
     workers.close()
-    assert not ray.is_initialized()
-"""
-
-
-def test_without_a_cluster_one_is_started_for_this_machine_alone_and_ended():
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        # As many workers as there are parts to do, not one per CPU beforehand.
-        environment = os.environ | {"RAY_TMPDIR": folder, "HOME": folder, "RAY_prestart_worker_first_driver": "0"}
-        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
-            environment.pop(name, None)
-        ran = subprocess.run([sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stderr
+    assert told[1:] == ["ended"]
 
 
 @pytest.fixture(scope="module")
@@ -300,12 +236,13 @@ def test_a_search_in_parts_on_a_cluster_finds_what_one_finds_though_a_part_dies(
     import ray
 
     parts = PartitionedIndex(whole, 2, OnRay)
+    # Before it has answered, for a worker that has imported torch costs seconds.
+    died = parts.parts._actors[0]
+    ray.kill(died)
     queries = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
-    for again in (True, False):
-        for one, other in zip(whole.nearest(queries, 3), parts.nearest(queries, 3), strict=True):
-            assert torch.equal(one, other)
-        if again:
-            ray.kill(parts.parts._actors[0])
+    for one, other in zip(whole.nearest(queries, 3), parts.nearest(queries, 3), strict=True):
+        assert torch.equal(one, other)
+    assert parts.parts._actors[0] is not died
     radius = whole.nearest(queries, 2, by_class=False)[0][:, 1]
     for one, other in zip(whole.within(queries, radius), parts.within(queries, radius), strict=True):
         assert torch.equal(one, other)
@@ -320,6 +257,62 @@ def test_a_search_whose_parts_never_answer_ends(nodes, whole, monkeypatch):
         PartitionedIndex(whole, 1, OnRay).nearest(torch.zeros(1, 5), 3)
 
 
+@pytest.fixture
+def dying(nodes, workers):
+    """Workers of which one node dies when a few parts are done and others are on their way."""
+
+    class Dying(cluster.Cluster):
+        count = 0
+
+        def _land(self, flying, done):
+            super()._land(flying, done)
+            self.count += 1
+            if self.count > 2 and flying and nodes.worker_nodes:
+                nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
+
+    yield Dying("auto")
+    assert not nodes.worker_nodes
+
+
 def test_a_campaign_gives_what_it_gives_in_one_process_though_a_node_dies(attacked, dying, tmp_path):
-    """Last, for who needs that node after it waits for another."""
     assert attacked(tmp_path / "there", dying) == attacked(tmp_path / "here")
+
+
+# On the machine that is left: what ends workers comes last, for each that is started again takes seconds.
+
+
+def test_the_error_of_a_part_is_raised_and_what_is_done_stays(workers, log, tmp_path):
+    bench = Bench(str(log), tmp_path, workers=workers)
+    before, parts = part("before"), [part("n", place=i) for i in range(4)]
+    with pytest.raises(KeyError, match="a part's own words") as caught:
+        bench.get([before, part("after", part("wrong", before)), *parts])
+    assert type(caught.value) is KeyError
+    assert bench.kept(before) == ["before", 0]
+    bench.get(parts)
+    assert told(log).count("before") == 1
+    assert "after" not in told(log)
+
+
+def test_a_stop_cancels_what_is_on_its_way_and_the_next_run_goes_on(workers, log, tmp_path):
+    parts = [part("n", place=i) for i in range(30)]
+
+    def stop(part):
+        if len(told(log)) >= 3:
+            raise KeyboardInterrupt
+
+    bench = Bench(str(log), tmp_path, workers=workers, advance=stop)
+    with pytest.raises(KeyboardInterrupt):
+        bench.get(parts)
+    kept = sum(bench.kept(part) is not None for part in parts)
+    assert 0 < kept < 30
+    begun = len(told(log))
+    assert len(Bench(str(log), tmp_path, workers=workers).get(parts)) == 30
+    assert len(told(log)) - begun <= 30 - kept + 2  # those that were cancelled too late
+
+
+def test_a_part_that_ends_its_worker_again_and_again_is_named(nodes, log, monkeypatch):
+    monkeypatch.setattr(cluster, "_RETRIES", 1)
+    bench = Bench(str(log), None, workers=cluster.workers("auto"))
+    with pytest.raises(OSError, match="deadly could not be done: WorkerCrashedError"):
+        bench.get([part("deadly")])
+    assert told(log) == ["deadly"] * 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import immunonet
@@ -30,8 +29,9 @@ def trees() -> dict[str, ast.Module]:
     return {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def calls(tree: ast.AST) -> Iterator[ast.Call]:
-    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+@functools.cache
+def calls(file: str) -> list[ast.Call]:
+    return [node for node in ast.walk(trees()[file]) if isinstance(node, ast.Call)]
 
 
 def last(node: ast.AST) -> str | None:
@@ -42,10 +42,10 @@ def last(node: ast.AST) -> str | None:
 def test_models_are_called_in_one_place() -> None:
     found = {
         f"{file}: {ast.unparse(call.func)}"
-        for file, tree in trees().items()
-        for call in calls(tree)
+        for file in trees()
+        for call in calls(file)
         if (name := last(call.func)) in MODELS and (isinstance(call.func, ast.Name) or bound(call.func))
-        if file != "models.py" and name is not None and not defined(tree, call.func)
+        if file != "models.py" and not (isinstance(call.func, ast.Name) and name in own(file))
     }
     assert found == set(ALLOWED)
 
@@ -56,20 +56,19 @@ def bound(function: ast.AST) -> bool:
     return isinstance(function, ast.Attribute) and last(function.value) in holders
 
 
-def defined(tree: ast.AST, function: ast.AST) -> bool:
-    """Return whether the module has a function or class of this name itself, or imports it."""
-    if not isinstance(function, ast.Name):
-        return False
-    own = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    taken = {a.asname or a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
-    return function.id in own | taken
+@functools.cache
+def own(file: str) -> set[str]:
+    """Return the names of functions and classes that a module has itself, or imports."""
+    nodes = list(ast.walk(trees()[file]))
+    taken = {a.asname or a.name for n in nodes if isinstance(n, ast.ImportFrom) for a in n.names}
+    return taken | {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
 
 
 def places(*attributes: str) -> dict[str, set[str]]:
     """Return the files in which methods of these names are called, and of what."""
     found: dict[str, set[str]] = {}
-    for file, tree in trees().items():
-        for call in calls(tree):
+    for file in trees():
+        for call in calls(file):
             if isinstance(call.func, ast.Attribute) and call.func.attr in attributes:
                 found.setdefault(file, set()).add(ast.unparse(call.func.value))
     return found

@@ -53,6 +53,13 @@ def children(pid: int) -> dict[int, str]:
     return below
 
 
+def alive(pid: int) -> bool:
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_text())
+    except OSError:
+        return False
+
+
 def refit(folder: Path, defence: str) -> None:
     fit = ["fit", "--dataset", "digits", "--weights", str(folder / "net.safetensors"), "--defence", defence]
     with pytest.raises(SystemExit) as ended:
@@ -156,6 +163,11 @@ def test_it_answers_remembers_survives_a_killed_replica_reloads_and_ends(running
 
     running.process.send_signal(signal.SIGTERM)
     running.process.wait(PATIENCE)
+    # Ray's processes end with it.
+    end = time.monotonic() + PATIENCE
+    while any(map(alive, own)):
+        assert time.monotonic() < end
+        time.sleep(0.1)
     # What was acknowledged is there.
     assert [one["id"] in str(Memory(running.folder / "memory").columns("id")) for one in (first,)] == [True]
 

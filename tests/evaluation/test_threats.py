@@ -421,9 +421,7 @@ def test_work_that_is_done_ahead_and_elsewhere_gives_the_same(problem, least, wh
     )  # those of both threats at once
 
 
-def test_what_was_made_on_the_network_under_one_threat_serves_several(
-    problem, least, unchecked, tmp_path, monkeypatch
-):
+def test_what_was_made_on_the_network_under_one_threat_serves_several(problem, least, unchecked, tmp_path, monkeypatch):
     base, x, y = problem
     alone = evaluate(Undefended(base), x[:12], y[:12], base=base, eps=0.2, folder=tmp_path)
     real, made = Planned.__call__, []

@@ -60,6 +60,10 @@ def defended(options: argparse.Namespace, n: int) -> tuple[RAILS, Any]:
     return rails, found
 
 
+# Writes of one entry that are timed; of more at once fewer are, but three.
+WRITES = 200
+
+
 def writes(options: argparse.Namespace) -> list[Row]:
     """Time of one durable write, alone and with others."""
     rows = []
@@ -67,7 +71,7 @@ def writes(options: argparse.Namespace) -> list[Row]:
         with tempfile.TemporaryDirectory() as folder:
             memory = opened(folder)
             times = []
-            for i in range(max(3, 200 // together)):
+            for i in range(max(3, WRITES // together)):
                 remember = functools.partial(memory.remember, response(together, i))
                 times.append(seconds(remember, 1)[0])
             rows.append({"together": together, "median_s": float(np.median(times)), "p99_s": quantile(times, 99)})

@@ -75,7 +75,7 @@ def digits(monkeypatch, tmp_path):
 def memory(load, digits, monkeypatch):
     """The benchmark of memories, whose RAILS evolve few cells."""
     module = load("memory")
-    few = Maturation(population=60, generations=1)
+    few = Maturation(population=20, generations=1)
     monkeypatch.setattr(module, "RAILS", functools.partial(RAILS, maturation=few))
     return module
 
@@ -190,6 +190,7 @@ def test_the_model_of_a_search_is_found_again(load):
 
 
 def test_memory(memory, digits, monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "WRITES", 3)
     sizes = ["--examples", "200", "--entries", "500", "--images", "20", "--only", "writes", "lookup"]
     tables = run(memory, monkeypatch, tmp_path, *digits, *sizes)
     assert [row["together"] for row in tables["writes"]["rows"]] == [1, 100, 1000]

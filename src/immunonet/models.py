@@ -187,7 +187,7 @@ def evaluating(*models: Model) -> Iterator[None]:
                 # The mode of an exported network is in its graph.
                 with contextlib.suppress(NotImplementedError):
                     network.eval()
-            for m in inside:
+            for m in inside if changed or _held else ():
                 if m in _held or m in changed:
                     _held[m] = _held.get(m, 0) + 1
                     mine.append(m)

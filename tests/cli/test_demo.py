@@ -30,6 +30,7 @@ def run(command: Run, monkeypatch: Any) -> Run:
     tried = {"dknn": ["dknn neighbours=5", "dknn neighbours=75"], "rails": ["rails population=50 generations=1"]}
     monkeypatch.setattr(demo_module, "CANDIDATES", tried)
     monkeypatch.setattr(demo_module, "SOFTER", (0.25,))
+    monkeypatch.setattr(demo_module, "PGD", lambda **how: PGD(**how | {"iterations": 10}))
     monkeypatch.setattr(demo_module, "RUNS", 2)
     monkeypatch.setattr(demo_module, "one_thread", lambda: None)  # other tests keep their threads
     monkeypatch.setattr(demo_module, "VALIDATION", 80)
@@ -194,8 +195,10 @@ def test_one_thread_is_used() -> None:
 def test_explore_opens_the_page_instead(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     explorer = pytest.importorskip("immunonet.explorer", exc_type=ImportError)
     built: dict[str, Any] = {}
-    monkeypatch.setattr(explorer, "build", lambda defence, **how: built.update(how, defence=defence) or "page")
-    monkeypatch.setattr(explorer, "launch", lambda page, port, ready: ready(f"http://{page}:{port}"))
+    # Put there before they are asked for, which would import gradio.
+    parts = vars(explorer)
+    monkeypatch.setitem(parts, "build", lambda defence, **how: built.update(how, defence=defence) or "page")
+    monkeypatch.setitem(parts, "launch", lambda page, port, ready: ready(f"http://{page}:{port}"))
     code, out, _ = run("--explore", "--port", 7, "--out", "here")
     assert (code, out) == (0, "explorer: http://page:7 (Ctrl-C ends it)\n")
     assert not Path("here/report.html").exists()

@@ -21,7 +21,7 @@ SMALL = [
     "--dataset", "digits", "--n", 20, "--eps", "1/8", "--iterations", 3, "--chunk", 15, "--seeds", 2,
     "--weights", "digits.safetensors",
 ]  # fmt: skip
-RAILS_30 = "rails input population=30 generations=3"
+RAILS_30 = "rails input population=30 generations=1"
 
 
 def by(*specs):
@@ -43,7 +43,7 @@ def by_key(path):
 
 
 def test_every_defence_meets_every_attack(run, digits_net):
-    specs = ["cnn", "dknn input", RAILS_30, "dknn conv1", "rails conv1 population=20 generations=3"]
+    specs = ["cnn", "dknn input", RAILS_30, "dknn conv1", "rails conv1 population=20 generations=1"]
     code, out, err = run(*SMALL, *by(*specs), "--json", "r.json")
     assert code == 0, err
     record, rows = by_key("r.json")
@@ -110,7 +110,7 @@ def test_the_same_command_continues_and_others_stand_beside_it(run, monkeypatch)
     for other in (
         [*dknn, "--n", 20, "--eps", "0.2"],
         [*dknn, "--slice", "0:20"],
-        [*SMALL, *by("rails input population=50 generations=3"), "--seed", 7],
+        [*SMALL, *by("rails input population=50 generations=1"), "--seed", 7],
     ):
         assert run(*other, "--attack", "pgd", "--json", "d.json")[0] == 0
         assert run(*other, "--attack", "pgd", "--out", "fresh", "--json", "e.json")[0] == 0
@@ -224,7 +224,7 @@ def own(run):
 
 
 def test_a_feature_map_of_ones_own_and_the_authors_settings(run, own):
-    spec = "rails mine:halves authors population=40"
+    spec = "rails mine:halves authors population=40 generations=1"
     code, _, err = run(*SMALL, "--attack", "none", *by(spec), "--json", "r.json")
     assert code == 0, err
     _, rows = by_key("r.json")
@@ -376,7 +376,7 @@ def test_a_mistake_is_told_in_one_line_before_any_work(run, change, told):
 
 
 def test_one_defence_over_several_layers(run):
-    specs = ["cnn", "dknn conv1+input", "dknn conv1+input tuned", "rails conv1+input population=40"]
+    specs = ["cnn", "dknn conv1+input", "dknn conv1+input tuned", "rails conv1+input population=40 generations=1"]
     code, out, err = run(*SMALL, *by(*specs), "--attack", "none", "--json", "r.json")
     assert code == 0, err
     _, rows = by_key("r.json")

@@ -238,9 +238,9 @@ def test_rails_answers_behind_control(digits_net, digits, layer, tmp_path):
         assert float(across.norm()) < 0.01 * float(slope.norm())
 
 
-def test_under_the_protocol(digits_net, digits, monkeypatch):
+def test_under_the_protocol(digits_net, digits, unchecked, monkeypatch):
     x, y = digits
-    few = {"iterations": 5, "steps": 5, "queries": 20, "decisions": 1, "noise": 4, "row_seeds": 1, "seeds": 2}
+    few = {"iterations": 2, "steps": 3, "queries": 3, "decisions": 1, "evaluations": 2, "noise": 1, "black_box": 3}
     monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(PROTOCOLS["quick"], checks=6, **few))
     control = ClosedLoop(digits_net, "input", rank=8).fit(x, y)
     found = evaluate(control, x[:12], y[:12], base=digits_net, eps=0.15, protocol="quick")

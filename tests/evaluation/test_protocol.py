@@ -77,7 +77,7 @@ def test_figures_follow_from_the_distance_to_the_boundary(problem):
     assert curve["eps"][-1] == 1.0
 
 
-def test_a_users_defence_in_three_lines_is_attacked_by_its_own_gradient_or_without_one(problem):
+def test_a_users_defence_in_three_lines_is_attacked_by_its_own_gradient_or_without_one(problem, unchecked):
     base, x, y = problem
     smooth = evaluate(lambda z: base(z).log_softmax(1), x[:30], y[:30], base=base, eps=0.2, name="smooth")
     assert {"direct-pgd", "direct-apgd-ce"} <= set(rows(smooth, "smooth"))
@@ -92,7 +92,7 @@ def test_a_users_defence_in_three_lines_is_attacked_by_its_own_gradient_or_witho
     assert result.verdict.accuracy <= min(row.accuracy for row in rows(result, "quantised").values() if row.n == 30)
 
 
-def test_a_randomised_defence_is_judged_on_draws_that_no_attack_was_chosen_on(problem):
+def test_a_randomised_defence_is_judged_on_draws_that_no_attack_was_chosen_on(problem, unchecked):
     base, x, y = problem
 
     class Noisy(nn.Module):
@@ -117,7 +117,7 @@ def test_a_randomised_defence_is_judged_on_draws_that_no_attack_was_chosen_on(pr
 
 
 @pytest.mark.parametrize("kind", ["rails", "dknn"])
-def test_nearest_neighbour_defences_meet_attacks_that_know_them(problem, kind, tmp_path, monkeypatch):
+def test_nearest_neighbour_defences_meet_attacks_that_know_them(problem, unchecked, kind, tmp_path, monkeypatch):
     base, x, y = problem
     monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(TINY, steps=3, iterations=2, checks=4))
     if kind == "rails":
@@ -147,7 +147,7 @@ def test_nearest_neighbour_defences_meet_attacks_that_know_them(problem, kind, t
     assert record["cost"]["seconds_batch_1"] > 0
 
 
-def test_ablations_are_rows_of_their_own(problem, monkeypatch):
+def test_ablations_are_rows_of_their_own(problem, unchecked, monkeypatch):
     base, x, y = problem
     monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(LEAST, ablations=True, draws=(2,), checks=4))
     defence = RAILS(base, "input", maturation=Maturation(population=12, neighbours=2, generations=1))
@@ -202,7 +202,7 @@ def test_an_interrupted_run_continues_and_gives_the_same_figures(problem, tmp_pa
     assert again.checks == resumed.checks
 
 
-def test_another_budget_does_not_continue_from_what_was_kept(problem, tmp_path, monkeypatch):
+def test_another_budget_does_not_continue_from_what_was_kept(problem, unchecked, tmp_path, monkeypatch):
     base, x, y = problem
 
     class Randomised(nn.Module):
@@ -219,7 +219,7 @@ def test_another_budget_does_not_continue_from_what_was_kept(problem, tmp_path, 
     assert (len(first.verdict.seeds), len(second.verdict.seeds)) == (2, 3)
 
 
-def test_a_full_disk_is_told_and_loses_nothing_that_was_kept(problem, tmp_path, monkeypatch):
+def test_a_full_disk_is_told_and_loses_nothing_that_was_kept(problem, unchecked, tmp_path, monkeypatch):
     base, x, y = problem
     real = _store.write_tensors
 
@@ -237,7 +237,7 @@ def test_a_full_disk_is_told_and_loses_nothing_that_was_kept(problem, tmp_path, 
     assert any(line.startswith("apgd-ce: ") for line in said)
 
 
-def test_minutes_cut_the_plan_beforehand_and_the_cut_is_a_failed_check(problem):
+def test_minutes_cut_the_plan_beforehand_and_the_cut_is_a_failed_check(problem, unchecked):
     base, x, y = problem
     said = []
     result = evaluate(Undefended(base), x, y, base=base, eps=0.1, minutes=1e-9, on_progress=said.append)
@@ -252,7 +252,7 @@ def test_minutes_cut_the_plan_beforehand_and_the_cut_is_a_failed_check(problem):
     assert evaluate(Undefended(base), x[:30], y[:30], base=base, eps=0.1, minutes=60).verdict.n == 30
 
 
-def test_a_plan_that_is_cut_is_judged_on_the_images_that_are_left(problem, monkeypatch):
+def test_a_plan_that_is_cut_is_judged_on_the_images_that_are_left(problem, unchecked, monkeypatch):
     base, x, y = problem
     monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(LEAST, ablations=True))
     defence = RAILS(base, "input", maturation=Maturation(population=12, neighbours=2, generations=0))
@@ -263,14 +263,14 @@ def test_a_plan_that_is_cut_is_judged_on_the_images_that_are_left(problem, monke
     assert [one["label"] for one in result.record["per_example"]] == y[sorted(drawn(30)[:10].tolist())].tolist()
 
 
-def test_attacks_that_only_ask_take_as_many_images_as_told(problem):
+def test_attacks_that_only_ask_take_as_many_images_as_told(problem, unchecked):
     base, x, y = problem
     result = evaluate(Undefended(base), x[:30], y[:30], base=base, eps=0.1, black_box=7)
     assert {row.n for row in result.rows if row.attack in ("noise", "square", "hop-skip-jump")} == {7}
     assert {row.n for row in result.rows if row.attack not in ("noise", "square", "hop-skip-jump")} == {30}
 
 
-def test_answers_that_fail_for_some_inputs_are_wrong_and_flagged(problem):
+def test_answers_that_fail_for_some_inputs_are_wrong_and_flagged(problem, unchecked):
     base, x, y = problem
 
     def picky(z):
@@ -289,7 +289,7 @@ def test_answers_that_fail_for_some_inputs_are_wrong_and_flagged(problem):
     assert result.unreliable
 
 
-def test_answers_that_fail_in_the_worst_case_alone_are_flagged_too(problem, monkeypatch):
+def test_answers_that_fail_in_the_worst_case_alone_are_flagged_too(problem, unchecked, monkeypatch):
     base, x, y = problem
     monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(TINY, row_seeds=1))
 
@@ -311,7 +311,7 @@ def test_answers_that_fail_in_the_worst_case_alone_are_flagged_too(problem, monk
     assert "16 times RuntimeError: no answer in draw 1" in detail  # of two finalists
 
 
-def test_a_defence_is_called_as_it_is_and_its_bounds_may_be_missing(problem):
+def test_a_defence_is_called_as_it_is_and_its_bounds_may_be_missing(problem, unchecked):
     base, x, y = problem
 
     class Wrapped(nn.Module):
@@ -325,14 +325,14 @@ def test_a_defence_is_called_as_it_is_and_its_bounds_may_be_missing(problem):
     assert result.record["threat_model"]["bounds"] == [[0.0, 1.0]]
 
 
-def test_an_answer_that_depends_on_the_batch_is_flagged(problem):
+def test_an_answer_that_depends_on_the_batch_is_flagged(problem, unchecked):
     base, x, y = problem
     result = evaluate(lambda z: (base(z - z.mean(0) + 0.5)).log_softmax(1), x[:20], y[:20], base=base, eps=0.01)
     assert flags(result)["depends on the batch"].raised
     assert result.unreliable
 
 
-def test_probabilities_and_vanished_gradients_are_flagged(problem):
+def test_probabilities_and_vanished_gradients_are_flagged(problem, unchecked):
     _, x, y = problem
     flat = nn.Sequential(nn.Linear(2, 2), nn.Softmax(1))
     with torch.no_grad():
@@ -356,7 +356,7 @@ def test_an_image_that_is_wrong_already_counts_as_broken(problem):
     assert result.record["curves"] == {}
 
 
-def test_networks_in_training_mode_are_measured_in_eval_mode_and_left_as_found(problem):
+def test_networks_in_training_mode_are_measured_in_eval_mode_and_left_as_found(problem, unchecked):
     base, x, y = problem
     model = nn.Sequential(base, nn.Dropout(0.9), nn.LogSoftmax(1)).train()
     result = evaluate(model, x[:20], y[:20], base=model, eps=0.01)
@@ -365,6 +365,7 @@ def test_networks_in_training_mode_are_measured_in_eval_mode_and_left_as_found(p
 
 
 def test_the_page_gives_the_verdict_first_answers_the_checklist_and_escapes_names(tmp_path, images, conv, monkeypatch):
+    monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(LEAST, checks=3))
     x, y = images
     result = evaluate(Undefended(conv), x[:8], y[:8], base=conv, eps=0.3, dataset="<b>", name="cnn")
     failed = dataclasses.replace(result, checks=(dataclasses.replace(result.checks[0], passed=False),))
@@ -386,6 +387,7 @@ def test_the_page_gives_the_verdict_first_answers_the_checklist_and_escapes_name
 
 
 def test_the_page_of_several_threats_tells_each_of_them_and_draws_them_apart(tmp_path, problem, monkeypatch):
+    monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(LEAST, checks=3))
     monkeypatch.setattr(figures, "svg_uri", lambda figure: "data:image/svg")  # the page of one threat is drawn
     base, x, y = problem
     told = {"base": base, "name": "d", "threats": {"linf": 0.2, "l2": 0.25}}

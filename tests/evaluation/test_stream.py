@@ -128,8 +128,8 @@ def test_attacks_spend_about_what_they_may(norm):
         assert 1900 < method.calls() < 4200
 
 
-def test_the_protocol_tells_what_a_sentinel_stops(tmp_path, monkeypatch):
-    spent = {"steps": 3, "iterations": 2, "queries": 40, "decisions": 1, "evaluations": 4, "noise": 2, "checks": 4}
+def test_the_protocol_tells_what_a_sentinel_stops(tmp_path, unchecked, monkeypatch):
+    spent = {"steps": 2, "iterations": 1, "queries": 20, "decisions": 1, "evaluations": 4, "noise": 2, "checks": 4}
     monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(PROTOCOLS["quick"], **spent))
     x = torch.rand(60, 6, generator=torch.Generator().manual_seed(3))
     y = (x[:, 0] > 0.5).long()

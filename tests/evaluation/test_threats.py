@@ -16,12 +16,15 @@ from immunonet.evaluation import evaluate, protocol, sanity
 from immunonet.evaluation.bench import Here
 from immunonet.evaluation.campaign import WorstCase, union
 from immunonet.evaluation.suite import PROTOCOLS, Planned
-from immunonet.evaluation.threats import Threat, held
+from immunonet.evaluation.threats import Threat, claimed, held
 
 # PGD just crosses its ball and comes back a little.
 TINY = dataclasses.replace(
     PROTOCOLS["quick"], steps=5, iterations=3, black_box=5, queries=6, decisions=1, evaluations=4, noise=2, seeds=2,
     checks=10,
+)  # fmt: skip
+LEAST = dataclasses.replace(
+    TINY, steps=2, iterations=1, black_box=3, queries=3, evaluations=2, row_seeds=1, checks=3
 )  # fmt: skip
 THREE = {"linf": 0.2, "l2": 0.25, "l1": 0.3}
 
@@ -34,8 +37,7 @@ def tiny(monkeypatch):
 @pytest.fixture
 def least(monkeypatch):
     """Less still, where it does not matter what attacks find."""
-    few = dataclasses.replace(TINY, steps=2, iterations=1, black_box=3, checks=3)
-    monkeypatch.setitem(PROTOCOLS, "quick", few)
+    monkeypatch.setitem(PROTOCOLS, "quick", LEAST)
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +96,16 @@ def test_bad_threats_are_named_before_any_work(problem, change, error, match):
 def test_one_threat_is_that_of_eps_and_norm(problem, least):
     base, x, y = problem
     for norm in THREE:
-        told = {"base": base, "dataset": "bands"}
-        one = evaluate(Undefended(base), x[:30], y[:30], threats={norm: 0.2}, **told)
-        assert timeless(one) == timeless(evaluate(Undefended(base), x[:30], y[:30], eps=0.2, norm=norm, **told))
-        assert list(one.verdicts) == list(one.base_verdicts) == [norm]
-        assert {row.norm for row in one.rows} == {norm}
-        assert one.record["threat_model"]["norm"] == norm
+        assert claimed(None, "linf", {norm: 0.2}, lambda _: 1.0) == claimed(0.2, norm, None, lambda _: 1.0)
+    told = {"base": base, "dataset": "bands"}
+    one = evaluate(Undefended(base), x[:30], y[:30], threats={"l2": 0.2}, **told)
+    assert timeless(one) == timeless(evaluate(Undefended(base), x[:30], y[:30], eps=0.2, norm="l2", **told))
+    assert list(one.verdicts) == list(one.base_verdicts) == ["l2"]
+    assert {row.norm for row in one.rows} == {"l2"}
+    assert one.record["threat_model"]["norm"] == "l2"
 
 
-def test_attacks_of_ones_own_belong_to_the_threat_of_their_norm(problem, least):
+def test_attacks_of_ones_own_belong_to_the_threat_of_their_norm(problem, least, unchecked):
     base, x, y = problem
     told = {"base": base, "threats": {"linf": 0.1, "l2": 0.2}}
     own = [PGD(eps=0.15, norm="l2"), attacks.Noise(eps=0.1)]
@@ -325,7 +328,7 @@ def test_a_linear_classifier_keeps_what_its_margins_say():
     assert not result.unreliable, result.checks
 
 
-def test_images_that_one_threat_broke_are_attacked_under_another(problem):
+def test_images_that_one_threat_broke_are_attacked_under_another(problem, unchecked):
     base, x, y = problem
     result = evaluate(Undefended(base), x[:20], y[:20], base=base, threats={"linf": 0.5, "l2": 0.01}, name="d")
     rows = {(row.norm, row.attack): row for row in result.rows if row.defence == "d"}
@@ -339,14 +342,40 @@ def test_images_that_one_threat_broke_are_attacked_under_another(problem):
 # What is kept, and for how long it runs.
 
 
+def two_threats(base, noise):
+    """A defence, random or not, and the arguments of its evaluation under two threats."""
+    defence = Noisy(base) if noise else Undefended(base)
+    return defence, {"base": base, "threats": {"linf": 0.2, "l1": 0.3}, "name": "d"}
+
+
+def no_checks(campaign):
+    """In place of the sanity checks: those without randomness are enough to see what becomes of them."""
+    return [], {}
+
+
+@pytest.fixture(scope="module")
+def whole(problem):
+    """Evaluations that nothing interrupted, by whether the defence is random; of a random one without checks."""
+    base, x, y = problem
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PROTOCOLS, "quick", LEAST)
+        for noise in (False, True):
+            if noise:
+                patch.setattr(sanity, "checks", no_checks)
+            defence, told = two_threats(base, noise)
+            found[noise] = evaluate(defence, x[:12], y[:12], **told)
+    return found
+
+
 @pytest.mark.parametrize("noise", [False, True], ids=["deterministic", "randomised"])
 def test_an_interrupted_evaluation_of_two_threats_gives_what_the_whole_one_gives(
-    problem, least, noise, tmp_path, monkeypatch
+    problem, least, whole, noise, tmp_path, monkeypatch
 ):
     base, x, y = problem
-    defence = Noisy(base) if noise else Undefended(base)
-    told = {"base": base, "threats": {"linf": 0.2, "l1": 0.3}}
-    whole = evaluate(defence, x[:12], y[:12], **told, folder=tmp_path / "a")
+    defence, told = two_threats(base, noise)
+    if noise:
+        monkeypatch.setattr(sanity, "checks", no_checks)
     real, calls = Planned.__call__, []
 
     def counting(self, x, y):
@@ -364,15 +393,16 @@ def test_an_interrupted_evaluation_of_two_threats_gives_what_the_whole_one_gives
         resumed = evaluate(defence, x[:12], y[:12], **told, folder=tmp_path / "b")
     assert {name.split()[0] for name in done} == ({"linf"} if noise else {"linf", "l1"})
     assert calls[7] == stopped
-    assert timeless(resumed) == timeless(whole)
+    assert timeless(resumed) == timeless(whole[noise])
     with monkeypatch.context() as patch:
         patch.setattr(Planned, "__call__", None)
         again = evaluate(defence, x[:12], y[:12], **told, folder=tmp_path / "b")
     assert (again.rows, again.checks, again.verdicts) == (resumed.rows, resumed.checks, resumed.verdicts)
 
 
-def test_work_that_is_done_ahead_and_elsewhere_gives_the_same(problem, least):
+def test_work_that_is_done_ahead_and_elsewhere_gives_the_same(problem, least, whole, monkeypatch):
     base, x, y = problem
+    monkeypatch.setattr(sanity, "checks", no_checks)
     asked = []
 
     class Elsewhere:
@@ -382,16 +412,16 @@ def test_work_that_is_done_ahead_and_elsewhere_gives_the_same(problem, least):
             asked.append(len(parts))
             Here().run(scene, parts[::-1], kept, done)
 
-    told = {"base": base, "threats": {"linf": 0.2, "l1": 0.3}, "name": "d"}
-    here = evaluate(Noisy(base), x[:12], y[:12], **told)
-    assert timeless(evaluate(Noisy(base), x[:12], y[:12], **told, workers=Elsewhere())) == timeless(here)
+    defence, told = two_threats(base, True)
+    here = whole[True]
+    assert timeless(evaluate(defence, x[:12], y[:12], **told, workers=Elsewhere())) == timeless(here)
     gradient = [name for name, one in here.record["attacks"].items() if one["kind"] != "black box"]
     assert (
         2 * len([name for name in gradient if not name.endswith(" doubled")]) in asked
     )  # those of both threats at once
 
 
-def test_what_was_made_on_the_network_under_one_threat_serves_several(problem, least, tmp_path, monkeypatch):
+def test_what_was_made_on_the_network_under_one_threat_serves_several(problem, least, unchecked, tmp_path, monkeypatch):
     base, x, y = problem
     alone = evaluate(Undefended(base), x[:12], y[:12], base=base, eps=0.2, folder=tmp_path)
     real, made = Planned.__call__, []
@@ -409,7 +439,7 @@ def test_what_was_made_on_the_network_under_one_threat_serves_several(problem, l
     assert both.verdicts["linf"].accuracy == alone.verdict.accuracy
 
 
-def test_minutes_are_those_of_all_threats(problem, monkeypatch):
+def test_minutes_are_those_of_all_threats(problem, unchecked, monkeypatch):
     base, x, y = problem
 
     def timed(scene):
@@ -439,9 +469,12 @@ def test_minutes_are_those_of_all_threats(problem, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["rails", "dknn"])
-def test_surrogates_run_under_every_norm(problem, kind, monkeypatch):
+def test_surrogates_run_under_every_norm(problem, kind, unchecked, monkeypatch):
     base, x, y = problem
-    few = {"steps": 2, "iterations": 1, "black_box": 1, "checks": 2, "finalists": 1, "row_seeds": 1}
+    few = {
+        "steps": 1, "iterations": 1, "black_box": 1, "queries": 1, "evaluations": 1, "noise": 1, "checks": 2,
+        "seeds": 1, "row_seeds": 1, "finalists": 1,
+    }  # fmt: skip
     monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(TINY, **few))
     if kind == "rails":
         defence = RAILS(base, "input", maturation=Maturation(population=12, neighbours=2, generations=1), seed=0)

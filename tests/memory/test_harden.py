@@ -15,7 +15,7 @@ from immunonet.defences import neighbours
 from immunonet.features.grown import GrownIndex
 from immunonet.features.search import ExactIndex
 
-SMALL = Maturation(population=60, neighbours=3, generations=2, alignment=0)
+SMALL = Maturation(population=60, neighbours=3, generations=1, alignment=0)
 ANTIGENS = torch.rand(12, 1, 6, 6, generator=torch.Generator().manual_seed(5))
 OTHERS = torch.rand(8, 1, 6, 6, generator=torch.Generator().manual_seed(6))
 WAYS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import immunonet
@@ -30,8 +29,9 @@ def trees() -> dict[str, ast.Module]:
     return {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def calls(tree: ast.AST) -> Iterator[ast.Call]:
-    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+@functools.cache
+def calls(tree: ast.AST) -> tuple[ast.Call, ...]:
+    return tuple(node for node in ast.walk(tree) if isinstance(node, ast.Call))
 
 
 def last(node: ast.AST) -> str | None:
@@ -58,11 +58,14 @@ def bound(function: ast.AST) -> bool:
 
 def defined(tree: ast.AST, function: ast.AST) -> bool:
     """Return whether the module has a function or class of this name itself, or imports it."""
-    if not isinstance(function, ast.Name):
-        return False
+    return isinstance(function, ast.Name) and function.id in names(tree)
+
+
+@functools.cache
+def names(tree: ast.AST) -> set[str]:
+    """Return the names of a module's functions and classes, and of what it imports."""
     own = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    taken = {a.asname or a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
-    return function.id in own | taken
+    return own | {a.asname or a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
 
 
 def places(*attributes: str) -> dict[str, set[str]]:

@@ -56,9 +56,9 @@ def test_in_l1_it_breaks_as_much_of_a_robust_network_as_autoattack_does(robust_d
     from pyautoattack.autopgd_base import APGDAttack
 
     net, x, y = robust_digits
-    ours = APGD(eps=eps, norm="l1", loss=loss, iterations=50)(net, x, y)
+    ours = APGD(eps=eps, norm="l1", loss=loss, iterations=25)(net, x, y)
     state = torch.random.get_rng_state()
-    oracle = APGDAttack(net, n_iter=50, norm="L1", eps=eps, loss=loss, device="cpu", use_largereps=True)
+    oracle = APGDAttack(net, n_iter=25, norm="L1", eps=eps, loss=loss, device="cpu", use_largereps=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of gradients that are 0
         found = oracle.perturb(x, y)

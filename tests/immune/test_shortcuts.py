@@ -137,7 +137,7 @@ def test_a_population_larger_than_a_batch(deep, images, monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 7, 20, 23, 60, 10_000])
 def test_chunks_of_cells_do_not_matter(rows, deep, images, monkeypatch):
-    antigens = images[0][:25]
+    antigens = images[0][:10]
     (feature_map,) = deep.feature_maps
     expected, whole = deep.respond(antigens), deep.features(antigens)[0]
     calls = []

@@ -181,8 +181,9 @@ def test_bad_input() -> None:
 
 
 def test_write_leaves_one_whole_file(tmp_path: Path) -> None:
-    path = report.write(tmp_path / "new" / "report.html", **whole((1, 8, 8)))
-    assert path.read_text(encoding="utf-8") == rendered((1, 8, 8))
+    some = content((1, 8, 8))
+    path = report.write(tmp_path / "new" / "report.html", **some)
+    assert path.read_text(encoding="utf-8") == report.render(**some)
     with pytest.raises(ValueError, match="rows must"):
         report.write(path, title="t", rows=[])
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]

@@ -16,8 +16,11 @@ from PIL import Image
 
 from immunonet import data, zoo
 from immunonet.cli import main
+from immunonet.report.style import Shown
 
 HERE = Path(__file__).parent
+
+read_once = functools.cache(data.read)
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +37,18 @@ def tiny():
     net = zoo.build("digits")
     zoo.train(net, images[:200], images[200:240], epochs=4, batch_size=32, lr=3e-3)
     return parquet.getvalue(), net
+
+
+@pytest.fixture(autouse=True)
+def cheaply(monkeypatch):
+    """Images are decoded once for all runs, which read one file; figures are not laid out, and have few dots.
+
+    How figures look is for the tests of the report.
+    """
+    savefig = Shown.savefig
+    monkeypatch.setattr(data, "read", read_once)
+    monkeypatch.setattr(Shown, "set_layout_engine", lambda self, *engine, **settings: None)
+    monkeypatch.setattr(Shown, "savefig", lambda self, *to, **how: savefig(self, *to, **(how | {"dpi": 50})))
 
 
 def furnish(tiny) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from immunonet import studies
 from immunonet.evaluation import sanity
-from immunonet.evaluation.suite import PROTOCOLS
+from immunonet.evaluation.suite import PROTOCOLS, Suite
 
 HERE = Path(__file__).parent
 
@@ -30,8 +30,10 @@ def record(path):
 def test_a_study_of_paths_from_raw_data_to_tables_and_figures(run, tiny, monkeypatch):
     spent = {"steps": 1, "iterations": 1, "noise": 2, "queries": 3, "decisions": 1, "evaluations": 1, "checks": 2}
     monkeypatch.setitem(PROTOCOLS, "quick", dataclasses.replace(PROTOCOLS["quick"], **spent))
-    # They are those of any evaluation, and make as many attacks again; the contest of control has them.
+    # The others, and the checks, are those of any evaluation; the contest of control has them.
     monkeypatch.setattr(sanity, "checks", lambda campaign: ([], {}))
+    planned, few = Suite.attacks, ("pgd", "direct-pgd", "square")
+    monkeypatch.setattr(Suite, "attacks", lambda *of: [attack for attack in planned(*of) if attack.name in few])
     code, out, err = run("--study", "paths.toml", "--json", "results/paths.json", "--report", "--out", "work")
     assert code == 0, err
     found = record("results/paths.json")

@@ -264,7 +264,8 @@ class Templates(Defence):
 
 def test_a_kind_of_ones_own_goes_through_a_study_and_its_report(run, monkeypatch):
     monkeypatch.setitem(REGISTRY, "templates", Templates)
-    text = Path("small.toml").read_text().replace('"rails"]', '"rails", "templates", "soft"]')
+    text = Path("small.toml").read_text().split("[[learning]]")[0]
+    text = text.replace('"rails"]', '"rails", "templates", "soft"]')
     text = text.replace(
         "[defences]", '[defences]\nsoft = { spec = "templates sharpness=0.1", title = "Soft templates" }'
     )
@@ -318,9 +319,7 @@ least = -100
 
     # Drawn again from the JSON alone.
     files = [Path("r.html"), Path("README.md"), *Path("figures").iterdir()]
-    assert sorted(file.name for file in files[2:]) == [
-        f"small-{name}.png" for name in ("learning", "sensing", "sharpness")
-    ]
+    assert sorted(file.name for file in files[2:]) == ["small-sensing.png", "small-sharpness.png"]
     drawn = [file.read_bytes() for file in files]
     for file in files:
         file.unlink()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 
 def test_a_study_of_a_sentinel_from_raw_data_to_tables(run, tiny):
-    call = ("--study", "watching.toml", "--json", "results/watching.json", "--report", "--out", "work")
-    code, _, err = run(*call)
+    call = ("--study", "watching.toml", "--json", "results/watching.json", "--out", "work")
+    code, _, err = run(*call, "--report")
     assert code == 0, err
     found = json.loads(Path("results/watching.json").read_text())
     (watched,) = found["watching"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from immunonet import attacks, data, models, zoo
+from immunonet import Normalised, attacks, data, models, zoo
 from immunonet.attacks.norms import NORMS
 from immunonet.zoo.adversarial import COMBINED, Adversarial, Adversary
 
@@ -141,20 +141,32 @@ def test_eps_and_one_threat_in_linf_train_alike():
     assert all(torch.equal(a, b) for a, b in zip(*(model.state_dict().values() for model in nets), strict=True))
 
 
+def told_twice(n, seed):
+    """Return images of two classes that one value tells nine times in ten, and the others nearly always, but faintly."""
+    y, generator = torch.arange(n) % 2, seeded(seed)
+    way = 2.0 * y - 1
+    x = 0.5 + 0.04 * way[:, None] + 0.1 * torch.randn(n, 64, generator=generator)
+    x[:, 0] = 0.5 + 0.4 * way * torch.where(torch.rand(n, generator=generator) < 0.9, 1, -1)
+    return data.Images(x.clamp(0, 1).view(n, 1, 8, 8), y, ("a", "b"))
+
+
 def test_training_against_three_threats_withstands_more_of_all_together():
-    images, test = data.load("digits", "train"), data.load("digits", "test")[:100]
-    radii, union = {"linf": 0.1, "l2": 0.5, "l1": 2.0}, {}
+    """In linf all that is faint can be turned round, and the one value that is not remains: nine in ten are right."""
+    radii, union = {"linf": 0.1, "l2": 0.2, "l1": 0.2}, {}
     for name, settings in {
         "plain": None,
-        "msd": Adversarial(threats=radii, combine="msd", iterations=3),
+        "msd": Adversarial(threats=radii, combine="msd", iterations=2),
     }.items():
-        model = zoo.build("digits")
-        zoo.train(model, images[:400], images[400:450], epochs=5, batch_size=16, lr=5e-3, adversarial=settings)
-        found = zoo.robust_accuracies(model, test, threats=radii)
+        model = Normalised(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), 0.5, 1)
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+        zoo.train(model, told_twice(400, 0), told_twice(50, 1), epochs=5, batch_size=50, lr=5e-3, adversarial=settings)
+        found = zoo.robust_accuracies(model, told_twice(100, 2), threats=radii)
         each = [found[norm] for norm in radii]
         assert 1 - sum(1 - share for share in each) - 1e-9 <= found["union"] <= min(each)
         union[name] = found["union"]
-    assert union["msd"] > union["plain"]
+    assert union["plain"] < 0.2
+    assert union["msd"] > 0.7
 
 
 def test_robust_accuracies_of_a_linear_net_are_those_of_the_dual_norms():

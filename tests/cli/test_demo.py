@@ -195,7 +195,8 @@ def test_one_thread_is_used() -> None:
 def test_explore_opens_the_page_instead(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     explorer = pytest.importorskip("immunonet.explorer", exc_type=ImportError)
     built: dict[str, Any] = {}
-    # Put there before they are asked for, which would import gradio.
+    # Put there before they are asked for, which would import gradio, as `require` would.
+    monkeypatch.setattr(demo_module, "require", lambda module, extra: None)
     parts = vars(explorer)
     monkeypatch.setitem(parts, "build", lambda defence, **how: built.update(how, defence=defence) or "page")
     monkeypatch.setitem(parts, "launch", lambda page, port, ready: ready(f"http://{page}:{port}"))

@@ -10,7 +10,8 @@ import pytest
 
 from immunonet import zoo
 from immunonet.attacks import PGD
-from immunonet.evaluation import stream
+from immunonet.evaluation import sanity, stream
+from immunonet.evaluation.records import Check
 from immunonet.evaluation.suite import PROTOCOLS
 from immunonet.report import figures, robustness, tables
 
@@ -126,6 +127,9 @@ def test_three_defences_are_attacked_and_the_document_is_written(run, undrawn, u
 
 def test_several_threats_are_told_in_table_page_record_and_document(run, undrawn, monkeypatch):
     monkeypatch.setattr(robustness, "figures", lambda record: {})
+    # Here it matters only where the checks of a threat are told.
+    sound = Check("sound", True, "as can be")
+    monkeypatch.setattr(sanity, "_of_threat", lambda campaign, threat: ([sound], {}))
     command = [*COMMAND[:6], "--n", "5", "--threat", "linf=51/255", "--threat", "l1=2"]
     specs = ("--defence", "cnn", "--defence", "dknn input tuned metric=cosine neighbours=5")
     code, out, err = run(*command, *specs, "--json", "r.json")

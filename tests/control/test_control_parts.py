@@ -226,7 +226,7 @@ def solved(outer, inner=10, penalty=0.5, seed=0, x=None, graph=0, matrices=None)
 def test_steps_lead_to_the_closed_form():
     matrices, projections, x = orthogonal_problem()
     known, _ = closed(matrices, projections, x, 0.5)
-    found = solved(30)
+    found = solved(60)
     for mine, theirs in zip(found.controls, known, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-6)
     assert not found.lost.any()

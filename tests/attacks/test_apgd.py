@@ -24,10 +24,10 @@ def test_it_breaks_as_much_as_art_does(digits, norm, eps, order, loss, theirs):
     from art.estimators.classification import PyTorchClassifier
 
     net, x, y, _, _ = digits
-    ours = APGD(eps=eps, norm=norm, loss=loss, iterations=50, random_start=True)(net, x, y)
+    ours = APGD(eps=eps, norm=norm, loss=loss, iterations=25, random_start=True)(net, x, y)
     oracle = AutoProjectedGradientDescent(
         PyTorchClassifier(net, nn.CrossEntropyLoss(), (1, 8, 8), 10, clip_values=(0, 1)),
-        norm=order, eps=eps, eps_step=2 * eps, max_iter=50, nb_random_init=1, loss_type=theirs, verbose=False,
+        norm=order, eps=eps, eps_step=2 * eps, max_iter=25, nb_random_init=1, loss_type=theirs, verbose=False,
         batch_size=len(x),
     )  # fmt: skip
     found = torch.from_numpy(oracle.generate(x.numpy(), y.numpy()))
@@ -103,11 +103,11 @@ def test_in_l1_a_success_that_only_a_larger_ball_holds_does_not_count():
 @pytest.mark.parametrize(("norm", "eps", "order"), [*BUDGETS, ("l1", 1.5, 1)])
 def test_targets_break_at_least_as_much_as_one_ascent(digits, norm, eps, order):
     net, x, y, _, _ = digits
-    one = APGD(eps=eps, norm=norm, loss="dlr", iterations=20)(net, x[:40], y[:40])
-    all_targets = APGD(eps=eps, norm=norm, loss="targeted-dlr", iterations=20)(net, x[:40], y[:40])
+    one = APGD(eps=eps, norm=norm, loss="dlr", iterations=10)(net, x[:40], y[:40])
+    all_targets = APGD(eps=eps, norm=norm, loss="targeted-dlr", iterations=10)(net, x[:40], y[:40])
     assert all_targets.success.sum() >= one.success.sum()
     assert bool((all_targets.distance <= eps + 1e-5).all())
-    assert all_targets.losses.shape == (21, 40)
+    assert all_targets.losses.shape == (11, 40)
 
 
 @pytest.mark.parametrize("loss", ["ce", "dlr"])

@@ -17,11 +17,11 @@ def test_it_breaks_as_much_as_art_does(digits):
     from art.estimators.classification import PyTorchClassifier
 
     net, x, y, _, _ = digits
-    ours = Square(eps=0.1, queries=100)(net, x, y)
+    ours = Square(eps=0.1, queries=50)(net, x, y)
     classifier = PyTorchClassifier(net, nn.CrossEntropyLoss(), (1, 8, 8), 10, clip_values=(0, 1))
     state = np.random.get_state()  # noqa: NPY002
     np.random.seed(0)  # noqa: NPY002
-    oracle = SquareAttack(classifier, norm=np.inf, eps=0.1, max_iter=100, p_init=0.8, verbose=False, batch_size=len(x))
+    oracle = SquareAttack(classifier, norm=np.inf, eps=0.1, max_iter=50, p_init=0.8, verbose=False, batch_size=len(x))
     found = torch.from_numpy(oracle.generate(x.numpy(), y.numpy()))
     np.random.set_state(state)  # noqa: NPY002
     with torch.no_grad():
@@ -109,15 +109,15 @@ def test_early_stop_asks_no_more_and_without_it_the_margin_grows(digits):
 
 
 def test_draws_average_the_margin_of_a_random_model(linear_model):
-    """Noise of size 5 hides a margin that 800 draws show, to three of their deviations."""
+    """Noise of size 2.5 hides a margin that 200 draws show, to three of their deviations."""
     generator = torch.Generator().manual_seed(0)
     steady = linear_model(torch.ones(4))
 
     def model(x):
-        return steady(x) + 5 * torch.randn(len(x), 2, generator=generator)
+        return steady(x) + 2.5 * torch.randn(len(x), 2, generator=generator)
 
     x, y = torch.full((3, 4), 0.5), torch.zeros(3, dtype=torch.long)
-    result = Square(eps=0.1, queries=1, draws=800, early_stop=False)(model, x, y)
+    result = Square(eps=0.1, queries=1, draws=200, early_stop=False)(model, x, y)
     torch.testing.assert_close(result.losses[0], torch.full((3,), 2.0, dtype=torch.float64), atol=0.8, rtol=0)
 
 

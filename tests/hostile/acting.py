@@ -82,7 +82,7 @@ def evaluated(model: Any, layers: tuple[str, str]) -> Answers:
 def evaluated_rows(defence: Any, x: Any, y: Any, **settings: Any) -> Answers:
     """Return how many images each row of a tiny evaluation counts as right; no answer may have failed."""
     # The checks of an evaluation make as many attacks again.
-    with mock.patch.dict(PROTOCOLS, quick=TINY), mock.patch.object(sanity, "checks", lambda campaign: ([], {})):
+    with mock.patch.dict(PROTOCOLS, quick=TINY), mock.patch.object(sanity, "checks", return_value=([], {})):
         found = evaluate(defence, x, y, **settings)
     return {f"{row.defence} under {row.attack}": torch.tensor(row.correct, dtype=torch.float64) for row in found.rows}
 

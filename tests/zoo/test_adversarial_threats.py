@@ -142,7 +142,7 @@ def test_eps_and_one_threat_in_linf_train_alike():
 
 
 def told_twice(n, seed):
-    """Return images of two classes that one value tells nine times in ten, and the others nearly always, but faintly."""
+    """Return images of two classes that one value tells nine times in ten, and the others always, but faintly."""
     y, generator = torch.arange(n) % 2, seeded(seed)
     way = 2.0 * y - 1
     x = 0.5 + 0.04 * way[:, None] + 0.1 * torch.randn(n, 64, generator=generator)

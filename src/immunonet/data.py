@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -279,13 +281,21 @@ def _few(names: Sequence[str]) -> str:
 
 
 @functools.cache
-def _digits_file() -> Any:
-    return require("sklearn.datasets", "cli").load_digits()
+def _digits_table() -> np.ndarray:
+    """Return scikit-learn's digits: in each row 64 values from 0 to 16 and the label.
+
+    They are read from its file where that is found, since to import what else it has takes seconds.
+    """
+    found = importlib.util.find_spec("sklearn")
+    file = Path(found.origin).parent / "datasets/data/digits.csv.gz" if found and found.origin else Path()
+    if file.is_file():
+        return np.loadtxt(file, delimiter=",")
+    bunch = require("sklearn.datasets", "cli").load_digits()
+    return np.column_stack([bunch.data, bunch.target])
 
 
 def _digits(split: str) -> Images:
-    bunch = _digits_file()
-    order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
-    chosen = order[360:] if split == "train" else order[:360]
-    x = torch.from_numpy(bunch.images).float().div_(16)[:, None]
-    return Images(x[chosen], torch.from_numpy(bunch.target).long()[chosen], tuple(map(str, bunch.target_names)))
+    table = torch.from_numpy(_digits_table())
+    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(0))
+    own = table[order[360:] if split == "train" else order[:360]]
+    return Images(own[:, :-1].float().div_(16).reshape(-1, 1, 8, 8), own[:, -1].long(), tuple("0123456789"))

@@ -17,7 +17,7 @@ from .working import X, answers, fitted, together
 
 TESTS = Path(__file__).parent.parent
 # More of both were tried by hand.
-CALLS, THREADS = int(os.environ.get("IMMUNONET_TEST_CALLS", "1")), 8
+CALLS, THREADS = int(os.environ.get("IMMUNONET_TEST_CALLS", "2")), 8
 
 
 def test_threads_that_share_defences_and_their_network() -> None:

@@ -13,9 +13,11 @@ setup: .venv/.installed
 	test -e .venv/.installed || $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[cli]'
 	touch $@
 
+# The self-test compiles the loops of maturation, which each of the processes of the tests would do again.
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	PYTHONDONTWRITEBYTECODE= $(BIN)/immunonet doctor
 	touch $@
 
 # Compiled modules are kept, whatever the environment says: what starts later need not compile them again.

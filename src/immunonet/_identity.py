@@ -119,12 +119,12 @@ def _function(function: Any, inside: Any) -> list[bytes]:
     return [*_code(code), *inside(held)]
 
 
+_FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "builtins"}
+
+
 def _foreign(module: str | None) -> bool:
     """Return whether code is torch's, NumPy's or Python's own, and told by its name."""
     return (module or "builtins").partition(".")[0] in _FOREIGN
-
-
-_FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "builtins"}
 
 
 def _code(code: CodeType) -> list[bytes]:

@@ -30,6 +30,7 @@ NAMES = (
     "connectivity-cifar10",
     "connectivity-together",
     "connectivity-together-cifar10",
+    "connectivity-rails",
     "control",
     "control-cifar10",
     "memory",

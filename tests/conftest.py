@@ -14,6 +14,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,11 @@ from torch import Tensor, nn
 from immunonet import data, zoo
 from immunonet.cli import main
 from immunonet.evaluation import sanity
+
+
+# Half as many examples as by default: the properties are many.
+hypothesis.settings.register_profile("suite", hypothesis.settings.default, max_examples=50)
+hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_finish() -> None:

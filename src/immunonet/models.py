@@ -406,14 +406,14 @@ def _uncompiled(model: nn.Module) -> Callable[[Tensor], Any]:
 # --- What a model does that its user may not know
 
 
-def unsteady(function: Callable[[Tensor], Tensor], x: Tensor) -> str | None:
+def unsteady(function: Callable[[Tensor], Tensor], x: Tensor, first: Tensor | None = None) -> str | None:
     """Return `VARIES` or `DEPENDS` where answers to inputs `x` `(B, *S)` change that should not; None where none do.
 
-    The same rows are asked together, twice, and the first two of them alone.
+    The same rows are asked together, twice, or once more after their `first` answers, and two of them alone.
     """
     with torch.no_grad():
-        first, again = function(x), function(x)
-        if not _same(first, again):
+        first = function(x) if first is None else first
+        if not _same(first, function(x)):
             return VARIES
         try:
             alone = torch.cat([function(row) for row in x[:2].split(1)])

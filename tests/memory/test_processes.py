@@ -100,7 +100,7 @@ def told(out: Path) -> list[str]:
 
 def test_what_was_acknowledged_outlives_kills(tmp_path, nursery):
     folder = tmp_path / "store"
-    writers = {"killed": 10_000, "also killed": 10_000, "done": 20}
+    writers = {"killed": 10_000, "also killed": 10_000, "done": 15}
     outs = [tmp_path / source for source in writers]
     started = [
         nursery.start(WRITER.format(folder=str(folder), source=source, n=n), out)
@@ -108,7 +108,7 @@ def test_what_was_acknowledged_outlives_kills(tmp_path, nursery):
     ]
     try:
         end = time.monotonic() + 100
-        for least, pid, out in zip((10, 30), started, outs, strict=False):
+        for least, pid, out in zip((8, 20), started, outs, strict=False):
             while len(told(out)) < least:
                 assert time.monotonic() < end
                 time.sleep(0.05)
@@ -120,13 +120,13 @@ def test_what_was_acknowledged_outlives_kills(tmp_path, nursery):
         codes += [nursery.ended(pid) for pid in started[:2]]
     assert codes == [0, -signal.SIGKILL, -signal.SIGKILL]
     outs = [told(out) for out in outs]
-    assert len(outs[2]) == 40
+    assert len(outs[2]) == 30
     memory = Memory(folder)
     held = {name: counts["entries"] for name, counts in memory.stats()["sources"].items()}
     for source, ids in zip(("killed", "also killed"), outs, strict=False):
         # What was written but not told yet may be there as well.
         assert len(ids) <= held[source] <= len(ids) + 2
-    assert memory.stats()["sources"]["done"] == {"entries": 40, "confirmed": 4, "contradicted": 4}
+    assert memory.stats()["sources"]["done"] == {"entries": 30, "confirmed": 3, "contradicted": 3}
     memory.confirm([one for ids in outs for one in ids], [1] * sum(map(len, outs)))
     remember(memory)
     memory.compact(keep=3)

@@ -36,7 +36,7 @@ def test_no_request_that_can_be_made_from_the_document_is_a_fault_of_the_service
         made = operation.ok()
 
         @settings(
-            max_examples=20, deadline=None, database=None, phases=[Phase.generate],
+            max_examples=10, deadline=None, database=None, phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         @given(case=made.as_strategy())

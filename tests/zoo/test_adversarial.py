@@ -154,8 +154,8 @@ def test_the_best_epoch_is_the_most_robust(monkeypatch):
 
 
 def test_hardened_digits_withstand_more():
-    images, test = data.load("digits", "train"), data.load("digits", "test")[:60]
-    train, held = images[:200], images[300:320]
+    images, test = data.load("digits", "train"), data.load("digits", "test")[:120]
+    train, held = images[:600], images[1000:1020]
     robust = []
     for adversarial in (
         None,
@@ -163,7 +163,7 @@ def test_hardened_digits_withstand_more():
         zoo.Adversarial(loss="trades", eps=0.15, iterations=2),
     ):
         net = zoo.build("digits")
-        zoo.train(net, train, held, epochs=3, batch_size=16, lr=5e-3, adversarial=adversarial)
+        zoo.train(net, train, held, epochs=4, batch_size=32, lr=5e-3, adversarial=adversarial)
         robust.append(zoo.robust_accuracy(net, test, eps=0.15))
     assert min(robust[1:]) > robust[0]
 

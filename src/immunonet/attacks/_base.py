@@ -207,7 +207,7 @@ class Attack(abc.ABC):
             first = models.logits(problem.model, problem.x[:_LOOKED_AT])
             if self.needs != "labels":
                 models.warn_of_probabilities(first)
-            self._warn_of_unsteady(problem)
+            self._warn_of_unsteady(problem, first)
             classes = first.shape[1]
             incoming.labels("y", problem.y, n=len(problem.x), classes=classes)
             if classes < self._least_classes():
@@ -216,11 +216,11 @@ class Attack(abc.ABC):
                     f"loss={getattr(self, 'loss', None)!r}, got {classes}: use loss='ce'"
                 )
 
-    def _warn_of_unsteady(self, problem: Problem) -> None:
+    def _warn_of_unsteady(self, problem: Problem, first: Tensor) -> None:
         """Warn if a network's answers change from call to call, or with the batch: what fools it once may not again."""
         if isinstance(problem.model, models.Asking):  # what this package wraps is meant to be as it is
             return
-        wrong = models.unsteady(functools.partial(models.logits, problem.model), problem.x[:_LOOKED_AT])
+        wrong = models.unsteady(functools.partial(models.logits, problem.model), problem.x[:_LOOKED_AT], first)
         if wrong == models.DEPENDS or (wrong == models.VARIES and not self._averages()):
             advice = (
                 "look for normalisation over the batch, or a network in train mode inside the function"

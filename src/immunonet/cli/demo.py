@@ -36,9 +36,9 @@ WATCH: dict[str, Any] = {"window": 200, "neighbours": 5, "false_alarm": 0.01}
 CANDIDATES = {
     "dknn": [
         f"dknn {layers} metric={metric} neighbours={neighbours}"
-        for layers in ("input", "conv1", "pool", "fc1", "input+conv1", "conv1+pool+fc1")
+        for layers in ("input", "pool", "input+conv1", "conv1+pool+fc1")
         for metric in ("cosine", "euclidean")
-        for neighbours in (5, 10, 25, 75)
+        for neighbours in (5, 20, 75)
     ],
     "rails": [f"rails {layer} neighbours={neighbours}" for layer in ("input", "conv1") for neighbours in (5, 10, 20)],
 }

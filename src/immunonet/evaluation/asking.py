@@ -36,7 +36,7 @@ class Subject(models.Asking):
     def __init__(self, defence: Callable[..., Tensor], *, classes: int, fixed: int | None = None) -> None:
         super().__init__()
         self.defence, self.classes, self.fixed = defence, classes, fixed
-        self.seeded = is_randomised(defence)
+        self.seeded, self._takes_seed = is_randomised(defence), models.takes_seed(defence)
         self.faults: Counter[str] = Counter()
         self._calls, self._senses = 0, False
 
@@ -140,7 +140,7 @@ class Subject(models.Asking):
         return self._safely(x, seed, ask, lambda part: torch.full((len(part),), NO_ANSWER))
 
     def _log_probabilities(self, x: Tensor, seed: int) -> Tensor:
-        keywords: dict[str, Any] = {"seed": seed} if models.takes_seed(self.defence) else {}
+        keywords: dict[str, Any] = {"seed": seed} if self._takes_seed else {}
         return models.ask(self.defence, x, **keywords)
 
     def _predicted(self, x: Tensor, seed: int) -> Any:

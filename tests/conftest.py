@@ -23,7 +23,6 @@ from immunonet import data, zoo
 from immunonet.cli import main
 from immunonet.evaluation import sanity
 
-
 # Half as many examples as by default: the properties are many.
 hypothesis.settings.register_profile("suite", hypothesis.settings.default, max_examples=50)
 hypothesis.settings.load_profile("suite")

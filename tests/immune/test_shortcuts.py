@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from immunonet import RAILS, DkNN, Maturation, models
-from immunonet.defences import rails
+from immunonet.defences import maturing
 from immunonet.features.maps import FeatureMap
 from immunonet.immune.maturation import Naive, mature
 from immunonet.immune.noise import Noise
@@ -127,7 +127,7 @@ def alike(a, b):
 
 def test_a_population_larger_than_a_batch(deep, images, monkeypatch):
     expected = deep.respond(images[0][:6])
-    monkeypatch.setattr(rails, "BATCH_VALUES", 1)
+    monkeypatch.setattr(maturing, "BATCH_VALUES", 1)
     sizes = []
     answer = RAILS._mature
     monkeypatch.setattr(RAILS, "_mature", lambda self, a, *rest: sizes.append(len(a.cells)) or answer(self, a, *rest))

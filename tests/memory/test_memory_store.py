@@ -18,7 +18,7 @@ import torch
 from memories import antigens, bound, remember, response, space
 
 from immunonet import Memory
-from immunonet.memory import folder, store
+from immunonet.memory import folder, writing
 from immunonet.memory.entries import HOT
 
 
@@ -103,8 +103,8 @@ def test_named_versions_outlive_compaction(memory, monkeypatch):
 
 
 def test_many_versions_are_compacted_by_themselves(memory, monkeypatch):
-    monkeypatch.setattr(store, "COMPACTED", 8)
-    monkeypatch.setattr(store, "KEPT", 3)
+    monkeypatch.setattr(writing, "COMPACTED", 8)
+    monkeypatch.setattr(writing, "KEPT", 3)
     monkeypatch.setattr(folder, "MARGIN", datetime.timedelta(milliseconds=50))
     for i in range(20):
         remember(memory, at=float(i))
@@ -248,7 +248,7 @@ def test_threads_write_together(memory):
         workers = [threading.Thread(target=write, args=(i,)) for i in range(8)]
         for worker in workers:
             worker.start()
-        while len(memory._waiting) < 8 and all(worker.is_alive() for worker in workers):
+        while len(memory._writing.waiting) < 8 and all(worker.is_alive() for worker in workers):
             time.sleep(0.001)
     for worker in workers:
         worker.join()
@@ -291,7 +291,7 @@ def test_look_ups_follow_another_writer(tmp_path):
 def test_additions_are_read_once(tmp_path, monkeypatch):
     one, two = (bound(Memory(tmp_path / "s", refresh=0)) for _ in range(2))
     labels(one, 0.0)
-    monkeypatch.setattr(one, "_warm", None)
+    monkeypatch.setattr(one._following, "_anew", None)
     remember(one)
     remember(two, at=10.0)
     remember(one, at=20.0)
@@ -483,4 +483,3 @@ def test_hot_columns_are_columns():
     from immunonet.memory.entries import schema
 
     assert set(HOT) <= set(schema(space()).names)
-    assert Path(store.__file__).name == "store.py"

@@ -81,8 +81,8 @@ def nursery() -> Iterator[Nursery]:
 WRITER = """
 from memories import bound, remember
 from immunonet import Memory
-from immunonet.memory import store
-store.COMPACTED = 16
+from immunonet.memory import writing
+writing.COMPACTED = 16
 memory = bound(Memory({folder!r}))
 for i in range({n}):
     ids = remember(memory, 2, source={source!r})

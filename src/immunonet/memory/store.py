@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,20 +19,16 @@ from immunonet.memory import entries, record
 from immunonet.memory.backend import Backend, Version
 from immunonet.memory.entries import Which
 from immunonet.memory.folder import InFolder
-from immunonet.memory.index import Lookup
+from immunonet.memory.following import Following
 from immunonet.memory.ram import InRam
-from immunonet.memory.recall import Recalled, columns_of, recalled
+from immunonet.memory.recall import Recalled, recalled
 from immunonet.memory.space import Space
+from immunonet.memory.writing import KEPT, Writing
 from immunonet.response import ImmuneResponse
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from matplotlib.figure import Figure
-
-# Versions between two compactions, and how many without a name one leaves.
-COMPACTED, KEPT = 256, 100
-# Where a memory is full, so large a share of it goes at once.
-GOING = 20
 
 
 class Memory:
@@ -81,13 +75,9 @@ class Memory:
             self._open()
 
     def _begin(self) -> None:
-        self._pid, self._lock, self._queue = os.getpid(), threading.RLock(), threading.Lock()
-        self._waiting: list[_Write] = []
-        self._lookup: Lookup | None = None
-        self._seen, self._next, self._looked = 0, 0, 0.0
-        # Additions of our own since look-ups last followed; None: also other changes.
-        self._own: int | None = None
-        self._place = -1
+        self._pid, self._lock = os.getpid(), threading.RLock()
+        self._following = Following(credible=self.credible, refresh=self.refresh)
+        self._writing = Writing(self._lock, self._following, self.capacity)
 
     # What it is.
 
@@ -194,7 +184,7 @@ class Memory:
         ids: list[str] = rows["id"].to_pylist()
         new = [one is None for one in response.imprint.entries]
         if any(new):
-            self._write(rows.filter(new))
+            self._writing.add(self._required(), rows.filter(new))
         return [own if one is None else one for own, one in zip(ids, response.imprint.entries, strict=True)]
 
     def confirm(self, ids: str | Sequence[str], labels: Any) -> None:
@@ -210,7 +200,7 @@ class Memory:
             self._check_ids(backend, known)
             if known:
                 backend.confirm(dict(zip(known, given, strict=True)))
-                self._changed()
+                self._following.changed()
 
     def forget(
         self,
@@ -247,7 +237,7 @@ class Memory:
                 backend.delete(which)
             if erase:
                 backend.erase()
-            self._changed()
+            self._following.changed()
             return int(n)
 
     def rollback(self, version: int | str) -> None:
@@ -255,7 +245,7 @@ class Memory:
         with self._lock:
             backend = self._required()
             backend.rollback(self._number(version))
-            self._changed()
+            self._following.changed()
 
     def tag(self, name: str, version: int | str | None = None) -> None:
         """Name a version, the latest if none is given: it, and those after it, stay until `untag`."""
@@ -290,9 +280,8 @@ class Memory:
         if not bool(torch.isfinite(signatures).all()):
             raise ValueError("signatures must be finite, got NaN or infinity: the model gave such features")
         with self._lock:
-            lookup = self._followed(self._required())
-            assert self._space is not None
-            return recalled(lookup, signatures, self._space.radius)
+            space = self._known_space()
+            return recalled(self._following.lookup(self._required(), space), signatures, space.radius)
 
     def stats(self) -> dict[str, Any]:
         """Return what it holds in numbers: entries, confirmed ones and those that contradict the answer, per source."""
@@ -429,104 +418,6 @@ class Memory:
             raise ValueError(f"version {number} is not there: it never was, or was compacted away; there are {shown}")
         return number
 
-    def _changed(self) -> None:
-        """Note that something but an addition was changed here."""
-        self._own, self._looked = None, 0.0
-
-    def _write(self, rows: Any) -> None:
-        """Add rows, with those that other threads wait to add, in one version."""
-        own = _Write(rows)
-        with self._queue:
-            self._waiting.append(own)
-        with self._lock:
-            if not own.done:
-                with self._queue:
-                    group, self._waiting = self._waiting, []
-                try:
-                    self._append([one.rows for one in group])
-                except BaseException as error:
-                    for one in group:
-                        one.error = error
-                finally:
-                    for one in group:
-                        one.done = True
-        if own.error is not None:
-            raise own.error
-
-    def _append(self, tables: list[Any]) -> None:
-        import pyarrow as pa
-
-        backend, rows = self._required(), pa.concat_tables(tables)
-        if self._place < 0 and backend.count():
-            self._place = int(entries.column(backend.read(["place"]), "place").max())
-        # By the clock, but never backwards: entries stand in the order of their arrival.
-        first = max(self._place + 1, time.time_ns() // 1000)
-        self._place = first + rows.num_rows - 1
-        places = pa.array(np.arange(first, self._place + 1))
-        backend.append(rows.set_column(rows.schema.get_field_index("place"), "place", places))
-        self._own, self._looked = None if self._own is None else self._own + 1, 0.0
-        if self.capacity is not None and backend.count() > self.capacity:
-            self._make_room(backend)
-        self._tidy(backend)
-
-    def _make_room(self, backend: Backend) -> None:
-        """Remove what goes first until there is room again."""
-        assert self.capacity is not None
-        held = backend.read(["place", "confirmed"])
-        places, known = entries.column(held, "place"), entries.column(held, "confirmed") >= 0
-        over = len(places) - self.capacity
-        going = max(over, self.capacity // GOING)
-        free = np.sort(places[~known])
-        if len(free):
-            backend.delete(Which(arrived=int(free[min(going, len(free)) - 1]), confirmed=False))
-        if over > len(free):
-            backend.delete(Which(arrived=int(np.sort(places[known])[over - len(free) - 1])))
-        self._changed()
-
-    def _tidy(self, backend: Backend) -> None:
-        if backend.version() % COMPACTED == 0:
-            # What was written stands; another process may be at the same.
-            with contextlib.suppress(OSError):
-                backend.compact(KEPT)
-
-    def _followed(self, backend: Backend) -> Lookup:
-        """Return what look-ups search, as new as the store, or as `refresh` allows."""
-        moment = time.monotonic()
-        if self._lookup is not None and moment - self._looked < self.refresh and self._looked:
-            return self._lookup
-        version = backend.version()
-        if self._lookup is None or version != self._seen:
-            grown = self._lookup is not None and (
-                (self._own is not None and version == self._seen + self._own) or backend.grown(self._seen)
-            )
-            if not (grown and self._added(backend)):
-                self._warm(backend)
-        self._seen, self._own, self._looked = version, 0, moment
-        assert self._lookup is not None
-        return self._lookup
-
-    def _added(self, backend: Backend) -> bool:
-        """Take what was added; return whether that is all that is new."""
-        assert self._lookup is not None
-        new = backend.read([*entries.HOT, "_rowid"], first=self._next)
-        if len(self._lookup) + new.num_rows != backend.count():
-            return False
-        self._take(new)
-        return True
-
-    def _warm(self, backend: Backend) -> None:
-        assert self._space is not None
-        self._lookup = Lookup(self._space.spread.numpy())
-        self._next = 0
-        self._take(backend.read([*entries.HOT, "_rowid"]))
-
-    def _take(self, rows: Any) -> None:
-        assert self._lookup is not None
-        hot = {name: entries.column(rows, name) for name in entries.HOT}
-        self._lookup.add(columns_of(hot, self.credible))
-        if rows.num_rows:
-            self._next = max(self._next, int(entries.column(rows, "_rowid").max()) + 1)
-
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs: a folder's opens it again, one in RAM has the same entries."""
         with self._lock:
@@ -540,14 +431,6 @@ class Memory:
         if self.folder is not None:
             self._space = None
             self._open()
-
-
-class _Write:
-    """Rows that a thread waits to have written."""
-
-    def __init__(self, rows: Any) -> None:
-        self.rows, self.done = rows, False
-        self.error: BaseException | None = None
 
 
 def _bools(table: Any, name: str) -> Any:

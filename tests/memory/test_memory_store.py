@@ -9,7 +9,6 @@ import os
 import pickle
 import threading
 import time
-from pathlib import Path
 
 import memories
 import pyarrow.parquet as pq

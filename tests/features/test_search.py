@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from immunonet import RAILS, DkNN, Maturation
 from immunonet.attacks import SoftNeighbours
-from immunonet.defences.neighbours import _Rows
+from immunonet.defences.holding import _Rows
 from immunonet.features import file as feature_file
 from immunonet.features import search
 from immunonet.features.file import FeatureFile
@@ -449,7 +449,7 @@ def test_a_file_is_written_once(path, net, images):
 def test_a_saved_defence_opens_its_file_and_computes_nothing_in_it(defence, path, net, images, tmp_path, monkeypatch):
     fitted = defence(net, memory_budget=BUDGET).fit(*images, feature_file=path)
     fitted.save(tmp_path / "saved")
-    monkeypatch.setattr("immunonet.defences.neighbours.auto_budget", lambda: BUDGET)
+    monkeypatch.setattr("immunonet.defences.holding.auto_budget", lambda: BUDGET)
     rows, computed, told = _Rows.__call__, [], []
     monkeypatch.setattr(_Rows, "__call__", lambda self, some: (computed.append(len(some)), rows(self, some))[1])
     loaded = type(fitted).load(tmp_path / "saved", net, feature_file=path, on_progress=lambda *part: told.append(part))
@@ -468,7 +468,7 @@ def test_a_saved_defence_refuses_the_file_of_another(path, net, images, tmp_path
     fitted = rails(net, memory_budget=BUDGET).fit(*images)
     fitted.save(tmp_path / "saved")
     rails(net, memory_budget=BUDGET).fit(images[0].flip(0), images[1].flip(0), feature_file=path)
-    monkeypatch.setattr("immunonet.defences.neighbours.auto_budget", lambda: BUDGET)
+    monkeypatch.setattr("immunonet.defences.holding.auto_budget", lambda: BUDGET)
     with pytest.raises(ValueError, match="holds features of other examples"):
         RAILS.load(tmp_path / "saved", net, feature_file=path)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from immunonet import RAILS, Maturation, Memory, load
 from immunonet._identity import identity
-from immunonet.defences import neighbours
+from immunonet.defences import holding
 from immunonet.features.grown import GrownIndex
 from immunonet.features.search import ExactIndex
 
@@ -88,7 +88,7 @@ def test_a_point_that_was_wrong_is_right():
 
 @pytest.mark.parametrize("beside", [0.0, 100.0])
 def test_it_is_the_repertoire_that_would_have_been_fitted(functional_conv, examples, monkeypatch, beside):
-    monkeypatch.setattr(neighbours, "BESIDE", beside)
+    monkeypatch.setattr(holding, "BESIDE", beside)
     x, y = examples(120, (1, 6, 6))
     for how in ({"layers": "2"}, {"layers": "input"}, {"layers": ["2", "6"], "metric": "cosine"}):
         rails = RAILS(functional_conv, **how, maturation=SMALL, seed=0).fit(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -14,24 +13,20 @@ from torch import Tensor, nn
 
 from immunonet import _check, attacks, incoming, models
 from immunonet.control.autoencoders import Autoencoder
-from immunonet.control.linear import kept_off
-from immunonet.control.manifolds import Denoiser, Subspace, flat_norm, off, project
-from immunonet.control.passing import INPUT, Steer, Way, passed, unsteered
-from immunonet.control.solving import Objective, Solved, held, solve
+from immunonet.control.learning import Progress, chosen, directions, learned, rebuilt
+from immunonet.control.manifolds import flat_norm, project
+from immunonet.control.passing import INPUT, bare, check_way
+from immunonet.control.steering import Steering
 from immunonet.data import Images
 from immunonet.defences.answers import Answer, Healed, Sense
 from immunonet.defences.base import Defence, Made
 from immunonet.defences.repertoire import Familiarity, hold_out
 from immunonet.features.names import Layer, check_names
 from immunonet.features.witness import Witness
-from immunonet.learning import Epoch
-from immunonet.models import VARIES
 
 # Inputs that are controlled at once, examples that a fit passes at once, and those by which a model is told.
 BATCH, ROWS, PROBES = 256, 500, 8
 _GRADIENTS = ("whole", "last", "start", "frozen")
-
-Progress = Callable[[int, int, list[Epoch]], None]
 
 
 class ClosedLoop(Defence):
@@ -66,6 +61,8 @@ class ClosedLoop(Defence):
     Raises:
         ValueError or TypeError that names the argument.
     """
+
+    scales: Tensor
 
     kind, title = "control", "Closed-loop control"
     optimizes = True
@@ -105,9 +102,9 @@ class ClosedLoop(Defence):
             raise ValueError(f"layers must stand in running order, 'input' first, got {names}")
         check_names(model, [name for name in names if name != INPUT], None)
         self._layers: tuple[str, ...] = tuple(own_names)
-        self.manifold, own = _manifold(manifold, len(self._layers))
+        self.manifold, own = chosen(manifold, len(self._layers))
         self.manifolds = nn.ModuleList(own)
-        self.rank = _rank(rank)
+        self.rank = directions(rank)
         self.basis = _check.choice("basis", basis, ("states", "channels"))
         self.penalty = _check.number("penalty", penalty, least=0)
         self.look_ahead = _check.boolean("look_ahead", look_ahead)
@@ -121,6 +118,7 @@ class ClosedLoop(Defence):
         self.seed = _check.integer("seed", seed, least=0, most=2**63 - 1)
         self.shape: tuple[int, ...] = ()
         self.shares: dict[str, float] = {}
+        self.register_buffer("scales", torch.ones(len(self._layers)))
 
     # --- Fitting
 
@@ -152,7 +150,7 @@ class ClosedLoop(Defence):
         x = incoming.inputs("x", x, bounds=self.bounds, own=True).to(self.device)
         if not len(x):
             raise ValueError(f"x must hold at least one example, got shape {tuple(x.shape)}")
-        self._check_way(x[:: max(1, len(x) // PROBES)][:PROBES])
+        check_way(self.model, self._layers, x[:: max(1, len(x) // PROBES)][:PROBES])
         classes = int(models.logits(self.model, x[:2]).shape[1])
         y = incoming.labels("y", y, n=len(x), classes=classes, own=True).to(self.device)
         if not _check.is_number(calibration):
@@ -183,70 +181,27 @@ class ClosedLoop(Defence):
 
     def _learn(self, images: Images, clean: Images, checkpoint: Path | None, on_progress: Progress | None) -> None:
         """Fit the manifolds that are not given, and their scales."""
-        found: list[nn.Module] = list(self.manifolds) if self.manifold is None else []
-        for place, layer in enumerate(self._layers) if not found else ():
-            states = functools.partial(self._states, images.x, place)
-            if isinstance(self.manifold, Autoencoder):
-                file = None if checkpoint is None else checkpoint / f"{layer}.checkpoint.safetensors"
-                net = self.manifold.trained(
-                    self.model, layer, images, clean, bounds=self.bounds, states=states, checkpoint=file,
-                    on_progress=on_progress,
-                )  # fmt: skip
-                found.append(net)
-                continue
-            channels = self.basis == "channels"
-            try:
-                subspace, basis = Subspace.fitted(states, self.rank, channels=channels, seed=self.seed)
-            except ValueError as error:
-                raise ValueError(f"layer {layer!r}: {error}") from error
-            self.shares[layer] = basis.share
-            found.append(subspace.to(images.x.device))
-        self.manifolds = nn.ModuleList(found)
+        if self.manifold is not None:
+            found, self.shares = learned(
+                self.model, self._layers, self.manifold, images, clean, rank=self.rank, basis=self.basis,
+                bounds=self.bounds, seed=self.seed, checkpoint=checkpoint, on_progress=on_progress,
+            )  # fmt: skip
+            self.manifolds = nn.ModuleList(found)
         for place, layer in enumerate(self._layers):
-            state = next(iter(self._states(clean.x[:2], place)))
+            state = bare(self.model, [layer], clean.x[:2])[0]
             with models.blamed(state, f"the manifold of layer {layer!r}"):
                 project(self.manifolds[place], state)
-        lying = torch.cat([self._off(part) for part in clean.x.split(ROWS)])
+        lying = torch.cat([self._steering.lying_bare(part) for part in clean.x.split(ROWS)])
         self.scales = lying.square().mean(0).sqrt().clamp(min=1e-6)
-
-    def _states(self, x: Tensor, place: int) -> Iterator[Tensor]:
-        """Yield what one layer gives for inputs, in batches."""
-        for part in x.split(ROWS):
-            with torch.no_grad():
-                yield self._bare(part, self._layers[place : place + 1])[0]
 
     def _right(self, x: Tensor, y: Tensor) -> Tensor:
         labels = [models.logits(self.model, part).argmax(1) for part in x.split(ROWS)]
         return torch.cat(labels) == y
 
-    def _check_way(self, x: Tensor) -> None:
-        """Raise ValueError unless every layer, and the answer, is a function of the layer before it alone."""
-        for layer in self._layers:
-            if layer != INPUT and (count := models.calls(self.model, layer, x)) != 1:
-                raise ValueError(f"layer {layer!r} is called {count} times in one pass of the model; it must be once")
-        way = passed(self.model, self._layers, x, [unsteered] * len(self._layers))
-        again = passed(self.model, self._layers, x, [unsteered] * len(self._layers))
-        if not torch.allclose(way.logits, again.logits, rtol=1e-3, atol=1e-4):
-            raise ValueError(f"model {VARIES}: controls cannot be found for it")
-        # With the state put in place of what others inputs give there, nothing after it may change.
-        other = x.flip(0).roll(1, 0) * 0.5
-        for place, layer in enumerate(self._layers):
-            replaced: list[Steer] = [unsteered] * len(self._layers)
-            replaced[place] = functools.partial(_instead, way.states[place])
-            found = passed(self.model, self._layers, other, replaced)
-            following = [*zip(self._layers, found.states, way.states, strict=True)][place + 1 :]
-            for name, a, b in [*following[:1], ("the answer", found.logits, way.logits)]:
-                if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-2, atol=1e-3 * float(b.abs().max())):
-                    what = name if name == "the answer" else f"layer {name!r}"
-                    raise ValueError(
-                        f"{what} is not a function of layer {layer!r} alone: it comes before it, or a branch goes "
-                        "around it; give layers in running order, and none inside of a branch"
-                    )
-
     def calibrate(self, x: Tensor, y: Tensor) -> None:
         """Calibrate sensing on other examples `x` `(n, *S)`; the manifolds stay."""
         with torch.no_grad():
-            far = torch.cat([self._off(part.to(self.device)) for part in x.split(ROWS)])
+            far = torch.cat([self._steering.lying_bare(part.to(self.device)) for part in x.split(ROWS)])
         self.familiar = Familiarity.of(far)
 
     # --- Answers
@@ -264,22 +219,22 @@ class ClosedLoop(Defence):
     def logits(self, x: Tensor, *, gradient: str | None = None) -> Tensor:
         """Return logits `(B, C)` under control of checked inputs, differentiable as `gradient` (None: its own) says."""
         how = self.gradient if gradient is None else gradient
-        found = [self._controlled(part, how).logits for part in x.split(BATCH)]
+        found = [self._steering.controlled(part, how).logits for part in x.split(BATCH)]
         return torch.cat(found).float()
 
     def controlled(self, x: Any) -> Tensor:
         """Return inputs `(B, *S)` after control; themselves where the input is no controlled layer."""
         inputs = self._inputs(x)
-        return torch.cat([self._met(part) for part in inputs.split(BATCH)])
+        return torch.cat([self._steering.met(part, self.gradient) for part in inputs.split(BATCH)])
 
     def residuals(self, x: Any, *, controlled: bool = False) -> Tensor:
         """Return the distance of each layer's state to its manifold `(B, T)`: of the bare network, or under control."""
         inputs = self._inputs(x)
         with torch.no_grad():
             if not controlled:
-                return torch.cat([self._off(part) for part in inputs.split(BATCH)])
-            ways = [self._controlled(part, "frozen") for part in inputs.split(BATCH)]
-            return torch.cat([self._distances(way.steered) for way in ways])
+                return torch.cat([self._steering.lying_bare(part) for part in inputs.split(BATCH)])
+            ways = [self._steering.controlled(part, "frozen") for part in inputs.split(BATCH)]
+            return torch.cat([self._steering.lying(way.steered) for way in ways])
 
     def healed(self, x: Any) -> Healed:
         """Return inputs `(B, *S)` after control, and distances to the manifolds in units of clean ones."""
@@ -290,7 +245,7 @@ class ClosedLoop(Defence):
     def controls(self, x: Any) -> list[Tensor]:
         """Return the controls of inputs `(B, *S)`, one tensor `(B, *S_t)` per layer."""
         with torch.no_grad():
-            ways = [self._controlled(part, "frozen") for part in self._inputs(x).split(BATCH)]
+            ways = [self._steering.controlled(part, "frozen") for part in self._inputs(x).split(BATCH)]
         return [torch.cat([way.steered[t] - way.states[t] for way in ways]) for t in range(len(self._layers))]
 
     def sense(self, x: Any) -> Sense:
@@ -299,74 +254,23 @@ class ClosedLoop(Defence):
 
     def strangeness(self, x: Tensor) -> Tensor:
         """Return the distance `(B,)` that `sense` tells, differentiable in inputs `x` `(B, *S)`."""
-        return self.familiar.distance(self._off(x))
+        return self.familiar.distance(self._steering.lying_bare(x))
 
     @property
     def alarm(self) -> float:
         """The largest strangeness that is not flagged."""
         return self.familiar.threshold(self.false_alarm)
 
-    # --- One pass
-
-    def _controlled(self, x: Tensor, gradient: str) -> Way:
-        """Return the way of checked inputs under their controls."""
-        if self._closed:
-            steers = self._linear_steers()
-            if gradient != "frozen":
-                return passed(self.model, self._layers, x, steers)
-            with torch.no_grad(), models.unwatched():
-                way = passed(self.model, self._layers, x, steers)
-            return passed(self.model, self._layers, x, held(_difference(way)))
-        graph = {"whole": max(1, self.outer), "last": 1, "start": 0, "frozen": 0}[gradient]
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            graph = 0
-        if gradient == "start":
-            objective = self._objective()
-            return passed(self.model, self._layers, x, [objective.greedy(t) for t in range(len(self._layers))])
-        with torch.inference_mode(False), models.unwatched():
-            solved = self._solved(x if graph else x.detach().clone(), graph)
-        return passed(self.model, self._layers, x, held(solved.controls))
-
-    def _solved(self, x: Tensor, graph: int = 0) -> Solved:
-        run = functools.partial(passed, self.model, self._layers, x)
-        step = 0.5 / (1 + self.penalty) if isinstance(self.step, str) else self.step
-        solved = solve(run, self._objective(), outer=self.outer, inner=self.inner, step=step, graph=graph)
-        if bool(solved.lost.any()):
-            warnings.warn(
-                f"controls of {int(solved.lost.sum())} of {len(x)} inputs did not go down: their objective rose or "
-                "became NaN, and the best that was met is kept; a smaller step, or another manifold, may help",
-                UserWarning, stacklevel=2,
-            )  # fmt: skip
-        return solved
-
-    def _objective(self) -> Objective:
-        return Objective(manifolds=list(self.manifolds), scales=self.scales, penalty=self.penalty)
-
-    def _linear_steers(self) -> list[Steer]:
-        shares = kept_off(self.penalty, len(self._layers), look_ahead=self.look_ahead)
-        return [functools.partial(_towards, m, share) for m, share in zip(self.manifolds, shares, strict=True)]
-
     @property
-    def _closed(self) -> bool:
-        return all(getattr(manifold, "linear", False) for manifold in self.manifolds)
-
-    def _distances(self, states: Sequence[Tensor]) -> Tensor:
-        return torch.stack([flat_norm(off(m, z)) for m, z in zip(self.manifolds, states, strict=True)], 1)
-
-    def _bare(self, x: Tensor, layers: Sequence[str]) -> list[Tensor]:
-        """Return the states of the bare network at some layers, in a pass that ends with the last of them."""
-        named = [layer for layer in layers if layer != INPUT]
-        with models.unwatched():
-            found = models.outputs(self.model, named, x) if named else []
-        return [x] * (len(layers) - len(named)) + [state.float() for state in found]
-
-    def _off(self, x: Tensor) -> Tensor:
-        """Return the distances `(B, T)` of the bare network's states to the manifolds, differentiable."""
-        return self._distances(self._bare(x, self._layers))
+    def _steering(self) -> Steering:
+        return Steering(
+            model=self.model, layers=self._layers, manifolds=list(self.manifolds), scales=self.scales,
+            penalty=self.penalty, look_ahead=self.look_ahead, outer=self.outer, inner=self.inner, step=self.step,
+        )  # fmt: skip
 
     def _sense_of(self, x: Tensor) -> Sense:
         with torch.no_grad():
-            far = torch.cat([self._off(part) for part in x.split(BATCH)])
+            far = torch.cat([self._steering.lying_bare(part) for part in x.split(BATCH)])
         p_value = self.familiar.familiarity(far)
         return Sense(distance=self.familiar.distance(far), p_value=p_value, foreign=p_value.le(self.false_alarm))
 
@@ -379,22 +283,14 @@ class ClosedLoop(Defence):
 
     def met(self, x: Tensor) -> Tensor:
         """Return inputs after control, differentiable as `gradient` says."""
-        return torch.cat([self._met(part) for part in x.split(BATCH)])
-
-    def _met(self, x: Tensor) -> Tensor:
-        if self._layers[0] != INPUT:
-            return x
-        if self._closed:
-            return self._linear_steers()[0](x)
-        with models.unwatched():
-            return self._controlled(x, self.gradient).steered[0]
+        return torch.cat([self._steering.met(part, self.gradient) for part in x.split(BATCH)])
 
     # --- Attacks that know it
 
     def surrogates(self) -> Mapping[str, nn.Module]:
         """Return what an attacker may differentiate in place of it, beside its own gradient, which is exact."""
         # Where there is one projection and no step, its gradient is the whole one.
-        parts = ["last", "start"] if not self._closed and self.outer else []
+        parts = ["last", "start"] if not self._steering.closed and self.outer else []
         makers: dict[str, Callable[[], nn.Module]] = {
             how: functools.partial(attacks.Through, self, gradient=how) for how in [*parts, "frozen"]
         }
@@ -428,7 +324,7 @@ class ClosedLoop(Defence):
     @property
     def effort(self) -> float:
         """Roughly what an answer takes: passes of the network."""
-        return 2.0 if self._closed else 3.0 + 3 * self.outer
+        return 2.0 if self._steering.closed else 3.0 + 3 * self.outer
 
     def settings(self) -> dict[str, Any]:
         """Return all keyword arguments that the constructor took."""
@@ -530,23 +426,13 @@ class ClosedLoop(Defence):
             )
         if self.manifold is not None:
             self.manifolds = nn.ModuleList(
-                self._rebuilt(_part(tensors, f"manifolds.{place}."), probes, place)
-                for place in range(len(self._layers))
+                rebuilt(self.manifold, _part(tensors, f"manifolds.{place}."), state, self.basis)
+                for place, state in enumerate(bare(self.model, self._layers, probes[:1]))
             )
         self.scales, self.probes, self.shape = tensors["scales"], probes, tuple(probes.shape[1:])
         self.classes = int(tensors["answers"].shape[1])
         self.familiar = Familiarity(**_part(tensors, "familiar."))
         self._witness = Witness([self.model], self._testimony)
-
-    def _rebuilt(self, tensors: Mapping[str, Tensor], probes: Tensor, place: int) -> nn.Module:
-        """Return the manifold of a layer with what was saved of it."""
-        if not isinstance(self.manifold, Autoencoder):
-            channels = self.basis == "channels"
-            return Subspace(tensors["mean"], tensors["directions"], channels=channels)
-        state = next(iter(self._states(probes[:1], place)))
-        net: Denoiser = self.manifold.built(tuple(state.shape[1:]), tensors["mean"], tensors["scale"])
-        net.load_state_dict(dict(tensors))
-        return net.requires_grad_(False)
 
     def check_current(self) -> None:
         """Raise ValueError unless it is fitted, and its model still is the one it was fitted with."""
@@ -579,44 +465,6 @@ class ClosedLoop(Defence):
         if not len(checked):
             raise ValueError(f"x must hold at least one input, got shape {tuple(checked.shape)}")
         return x if isinstance(x, Tensor) and x.requires_grad else checked
-
-
-def _manifold(value: Any, layers: int) -> tuple[Autoencoder | str | None, list[nn.Module]]:
-    """Return how manifolds are learned, None where they are given, and those that are given."""
-    if isinstance(value, Autoencoder):
-        return value, []
-    if isinstance(value, str):
-        name = _check.choice("manifold", value, ("linear", "autoencoder"))
-        return (Autoencoder() if name == "autoencoder" else name), []
-    given = [value] if isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList) else value
-    if not isinstance(given, Sequence | nn.ModuleList) or not all(isinstance(m, nn.Module) for m in given):
-        raise TypeError(
-            f"manifold must be 'linear', 'autoencoder', an Autoencoder, or a module per layer, got {value!r}"
-        )
-    if len(given) != layers:
-        raise ValueError(f"manifold must be one module per layer ({layers}), got {len(given)}")
-    return None, list(given)
-
-
-def _rank(value: Any) -> float | int:
-    """Return a share of variance in (0, 1] as a float, or a number of directions as an int."""
-    found = value.item() if hasattr(value, "item") else value
-    if isinstance(found, int) and not isinstance(found, bool):
-        return _check.integer("rank", found)
-    return _check.number("rank", found, least=0, most=1, above=True)
-
-
-def _towards(manifold: nn.Module, share: float, state: Tensor) -> Tensor:
-    """Return a state of which a share of what lies off its manifold is left."""
-    return state + (1 - share) * off(manifold, state)
-
-
-def _instead(state: Tensor, _: Tensor) -> Tensor:
-    return state
-
-
-def _difference(way: Way) -> list[Tensor]:
-    return [(after - before).detach() for after, before in zip(way.steered, way.states, strict=True)]
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

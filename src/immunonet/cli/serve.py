@@ -47,7 +47,10 @@ def serve(
         int | None, typer.Option(min=1, help="Of each replica. Default: this machine's, shared evenly.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Inputs that are answered together, at most.")] = 32,
-    queue: Annotated[int, typer.Option(min=1, help="Inputs that may wait; more are told to come again.")] = 64,
+    queue: Annotated[
+        int | None,
+        typer.Option(min=1, help="Inputs that may wait; more are told to come again. Default: as many as a batch."),
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 30.0,
     explore: Annotated[
         bool, typer.Option(help="Show the explorer at /; not beside tokens, since it asks for none.")
@@ -73,7 +76,7 @@ def serve(
 
     tokens = Tokens() if token_file is None else Tokens.read(token_file)
     check_address(host, port, bool(tokens))
-    limits = Limits(batch=batch, queue=queue, seconds=timeout)
+    limits = Limits(batch=batch, queue=queue or batch, seconds=timeout)
     common.resolve_device(device)
     folder = folder.resolve()
     load = functools.partial(loaded, model=model, weights=weights and weights.resolve(), device=device)

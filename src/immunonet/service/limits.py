@@ -18,7 +18,7 @@ class Limits:
     body: int = 8 * 2**20
     pixels: int = 2**24
     batch: int = 32
-    queue: int = 64
+    queue: int = 32
     seconds: float = 30.0
 
     def __post_init__(self) -> None:

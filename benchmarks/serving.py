@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import httpx
 import torch
 
@@ -31,6 +32,7 @@ from immunonet.cli import main as command
 from immunonet.cli.serve import loaded
 from immunonet.client import AsyncClient, ServiceError
 
+JSON = {"Content-Type": "application/json"}
 PORT, PATIENCE = 8950, 300
 
 
@@ -83,24 +85,29 @@ def in_process(folder: Path, weights: Path, x: torch.Tensor, batch: int) -> floa
     return len(x) / (time.perf_counter() - began)
 
 
+def connected(url: str) -> aiohttp.ClientSession:
+    """Return a client that takes little of the cores which it shares with the service."""
+    everywhere = aiohttp.TCPConnector(limit=0)
+    return aiohttp.ClientSession(url, connector=everywhere, timeout=aiohttp.ClientTimeout(60), headers=JSON)
+
+
 async def closed_loop(url: str, x: torch.Tensor, clients: int, seconds: float) -> dict[str, Any]:
     """Return what clients that ask one image after the other get: images per second and latencies in ms."""
     bodies = [json.dumps({"inputs": x[i : i + 1].tolist()}) for i in range(len(x))]
     times: list[float] = []
     end = time.perf_counter() + seconds
 
-    async def one(client: httpx.AsyncClient, k: int) -> None:
+    async def one(client: aiohttp.ClientSession, k: int) -> None:
         while time.perf_counter() < end:
             began = time.perf_counter()
-            answer = await client.post(
-                "/v1/respond", content=bodies[k % len(bodies)], headers={"Content-Type": "application/json"}
-            )
-            assert answer.status_code == 200, answer.text
+            async with client.post("/v1/respond", data=bodies[k % len(bodies)]) as answer:
+                assert answer.status == 200, await answer.text()
+                await answer.read()
             times.append(time.perf_counter() - began)
             k += clients
 
     began = time.perf_counter()
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+    async with connected(url) as client:
         await asyncio.gather(*(one(client, k) for k in range(clients)))
     return {"clients": clients, "rate": len(times) / (time.perf_counter() - began)} | quantiles(times)
 
@@ -113,21 +120,19 @@ async def open_loop(url: str, x: torch.Tensor, rate: float, seconds: float) -> d
     refused: list[float] = []
     other: list[int] = []
 
-    async def one(client: httpx.AsyncClient, k: int) -> None:
+    async def one(client: aiohttp.ClientSession, k: int) -> None:
         began = time.perf_counter()
-        answer = await client.post(
-            "/v1/respond", content=bodies[k % len(bodies)], headers={"Content-Type": "application/json"}
-        )
+        async with client.post("/v1/respond", data=bodies[k % len(bodies)]) as answer:
+            await answer.read()
         took = time.perf_counter() - began
-        if answer.status_code == 200:
+        if answer.status == 200:
             taken.append(took)
-        elif answer.status_code in (429, 503):
+        elif answer.status in (429, 503):
             refused.append(took)
         else:
-            other.append(answer.status_code)
+            other.append(answer.status)
 
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+    async with connected(url) as client:
         tasks, k, end = [], 0, time.perf_counter() + seconds
         while time.perf_counter() < end:
             tasks.append(asyncio.create_task(one(client, k)))

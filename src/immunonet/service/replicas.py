@@ -14,7 +14,7 @@ import torch
 from immunonet._imports import require
 from immunonet.evaluation import cluster
 from immunonet.memory.store import Memory
-from immunonet.service.answering import Answering, Load
+from immunonet.service.answering import Answering, Load, settle
 from immunonet.service.batching import Inputs, Result
 
 # How often a batch is sent again whose replica died, and the seconds before that.
@@ -36,6 +36,7 @@ class Replica:
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Take the defence of a folder; batches that are under way end with the one before."""
         await asyncio.to_thread(self._answering.read, Path(config["folder"]))
+        settle()
 
     async def answer(self, x: Inputs, sources: Sequence[str]) -> list[Result]:
         """Return the results of a batch."""

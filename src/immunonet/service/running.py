@@ -11,7 +11,7 @@ from typing import Any
 
 from immunonet._imports import require
 from immunonet.memory.sentinel import Sentinel
-from immunonet.service.answering import Load, Loaded
+from immunonet.service.answering import Load, Loaded, settle
 from immunonet.service.app import Service, create
 from immunonet.service.replicas import Replicas
 from immunonet.service.telemetry import log
@@ -60,6 +60,7 @@ def run(
             await asyncio.to_thread(lambda: loaded.defence.remember_in(replicas.opened()))
         await asyncio.to_thread(replicas.read, folder)
         service.loaded, service.sentinel = loaded, watching
+        settle()
 
     async def begin() -> None:
         try:
@@ -72,6 +73,7 @@ def run(
             return
         service.reload = reload
         service.begin(replicas.send, at_once=replicas.most + 1, memory=memory)
+        settle()
         log.info('{"ready": true}')
 
     @contextlib.asynccontextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import struct
+import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from services import SHAPE, application, begun, examples, listening, plain, png, rails
 
 from immunonet import Memory, Sentinel
+from immunonet.service.answering import settle
 from immunonet.service.batching import Full
 from immunonet.service.limits import Limits
 from immunonet.service.replicas import Replicas
@@ -293,3 +296,25 @@ def test_what_happens_to_a_flagged_query_is_the_operators_choice(action: str, mo
         assert (found["votes"] is None) is (action == "label-only")
         assert found["label"] == answers[0].json()["results"][0]["label"]
     assert "immunonet_flags_total 1.0" in told
+
+
+def test_what_is_loaded_is_left_out_of_searches_for_garbage_and_what_is_garbage_goes() -> None:
+    class Node:
+        def __init__(self) -> None:
+            self.itself = self
+
+    gone, kept = weakref.ref(Node()), Node()
+    try:
+        settle()
+        assert gone() is None
+        assert not any(found is kept for found in gc.get_objects())
+        # Of a defence that is read again, nothing of the one before stays.
+        once = weakref.ref(kept)
+        del kept
+        gc.collect()
+        assert once() is not None
+        settle()
+        assert once() is None
+    finally:
+        gc.unfreeze()
+        gc.freeze()

@@ -80,7 +80,7 @@ def test_three_defences_are_attacked_and_the_document_is_written(run, undrawn, u
     assert merged["results"] == record["results"]
     (rails,) = (row for row in merged["choices"][0]["results"] if row["defence"] == "rails")
     document = Path("docs/robustness.md").read_text()
-    assert document.startswith("# How robust RAILS is")
+    assert document.startswith("# Under attacks that know the defence")
     for row in worst.values():
         assert f"**{row['accuracy']:.3f} (" in document
     assert "`immunonet evaluate --protocol quick --dataset digits" in document

@@ -43,14 +43,16 @@ def run(defence, right, *, paper=0.5, weights="w", eps=0.1, protocol="quick", la
 
 
 def section(title, *records):
-    """Return the lines of a section of the document about records."""
+    """Return the lines of a section of the document about records, folded away or not."""
     text = robustness.document(merge(records), "x")
-    return [line for line in text.split(f"## {title}\n")[1].split("\n## ")[0].split("\n") if line]
+    _, _, rest = text.partition(f"<summary>{title}</summary>\n")
+    own = rest.split("\n</details>")[0] or text.split(f"## {title}\n")[1].split("\n## ")[0]
+    return [line for line in own.split("\n") if line]
 
 
 def table(*records):
-    """Return the lines of the table of when to use RAILS, by its heads."""
-    lines = section("When to use it", *records)[1:-1]
+    """Return the lines of the table of RAILS in pairs, by its heads."""
+    lines = section("RAILS in pairs", *records)[1:]
     head, _, *lines = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines)
     return [dict(zip(head, line, strict=True)) for line in lines]
 
@@ -61,9 +63,9 @@ def test_a_bare_network_of_more_images_serves_a_defence_of_fewer():
     (line,) = table(cnn, rails)
     assert line["PGD on the network"] == "helps"
     assert line["worst case better than"] == "no defence by `standard` (p = 0.0078)"
-    (text,) = section("Result", cnn, rails)
-    assert "The undefended network keeps 0.000 of these 8 images in its own worst case by `standard`" in text
-    assert "RAILS is above it (RAILS alone right on 8 images, the other alone on 0;" in text
+    (text,) = section("Verdict", cnn, rails)
+    assert "more than what the undefended network keeps of these 8 images by `standard`: 0.000" in text
+    assert "(right alone on 8 images, the other on 0; McNemar p = 0.0078)" in text
 
 
 @pytest.mark.parametrize("other", [{"weights": "v"}, {"eps": 0.2}])
@@ -101,13 +103,27 @@ def test_every_rails_is_compared_with_all_that_share_its_images_and_protocol():
     assert "k 7" not in str([first, second])
 
 
+def test_the_verdict_is_the_highest_worst_case_and_which_to_take_the_first_of_each_situation():
+    cnn = run("cnn", [0.0] * 8, paper=0.0)
+    rails, dknn = run("rails", [1.0] * 4 + [0.0] * 4), run("dknn", [1.0] * 6 + [0.0] * 2, paper=1.0)
+    (said,) = section("Verdict", cnn, rails, dknn)
+    assert "of the defences, DkNN, input, k 5 keeps most in the worst case, 0.750" in said
+    assert "more than what the undefended network keeps: 0.000" in said
+    assert "not told apart from RAILS, input, T 1000: 0.500 (right alone on 2 images, the other on 0" in said
+    line = next(line for line in section("Which to take", cnn, rails, dknn) if line.startswith("| data"))
+    name, clean, transfer, worst = (cell.strip() for cell in line.split("|")[1:-1])
+    assert (name, clean) == ("data, net, linf 0.1, 8 images", "CNN, undefended: 1.000")
+    assert (transfer, worst) == ("DkNN, input, k 5: 1.000", "DkNN, input, k 5: 0.750")
+    assert section("Verdict", cnn) == []
+
+
 def test_only_the_same_images_are_compared():
     cnn, rails = run("cnn", [0.0] * 8), run("rails", [1.0] * 8, first=4)
     (line,) = table(cnn, rails)
     assert line["worst case not told apart from"] == "no defence (p = 0.12)"  # two-sided, 4 of 4
     apart = [run("cnn", [0.0] * 8), run("rails", [1.0] * 8, first=8)]
     assert "no defence" not in str([value for key, value in table(*apart)[0].items() if key.startswith("worst")])
-    assert "undefended" not in section("Result", *apart)[0]
+    assert "undefended" not in section("Verdict", *apart)[0]
     with pytest.raises(
         ValueError, match=r"RAILS, input, T 1000 and CNN, undefended .* the same images, got other labels"
     ):
@@ -179,7 +195,7 @@ def test_a_run_whose_rows_do_not_tell_its_evaluations_apart_is_refused():
 def test_the_document_leaves_no_rails_out():
     records = [run("cnn", [0.0] * 8, paper=0.0, protocol="standard"), run("rails", [1.0] * 6, paper=1.0)]
     without = run("rails", [1.0] * 7, paper=1.0, maturation=[MATURATION | {"generations": 0}])
-    lines = section("When to use it", *records, without)
+    lines = section("RAILS in pairs", *records, without)
     for where, name, p in (("6 images", "T 1000", 0.031), ("7 images", "T 1000, G 0", 0.016)):
         helps = f"helps | no defence by `standard` (p = {p}) |  |  |"
         assert f"| data, net, linf 0.1, {where} | RAILS, input, {name} | {helps}" in lines
@@ -190,12 +206,12 @@ def test_a_defence_of_another_kind_stands_in_every_table_by_its_own_name():
     smooth = run("wall|paper", [1.0] * 8)
     text = robustness.document(merge([run("cnn", [0.0] * 8), run("rails", [1.0] * 8), smooth]), "x")
     own = [line for line in text.split("\n") if line.startswith("|") and "wall\\|paper, input" in line]
-    assert len(own) == 4  # figures, what broke it, its costs, and when to use RAILS
+    assert len(own) == 4  # the whole, what broke it, its costs, and RAILS in pairs
     assert len(table(run("rails", [1.0] * 8), smooth)) == 1
     for line in own:
         assert not re.search(r"paper, input, k \d", line)
-    result = section("Result", run("rails", [1.0] * 8), smooth)[0]
-    assert "wall|paper, input keeps 1.000" in result
+    result = section("Verdict", run("rails", [1.0] * 8), smooth)[0]
+    assert "not told apart from wall|paper, input: 1.000" in result
 
 
 @pytest.mark.parametrize("roles", [None, ["targeted"], ["eot"], []])

@@ -267,6 +267,31 @@ def _compared(case: Case, group: Sequence[Case], every: Sequence[Case]) -> Case:
     return case | {"net": net, "pairs": pairs}
 
 
+class Verdict(NamedTuple):
+    """What a group of cases comes to: the `best` defence in the worst case; its `pairs`, with the bare network and with
+    the best of another kind; and the `first` of all, named, on clean images, under transfer and in the worst case.
+    """
+
+    best: Case
+    pairs: list[Pair]
+    first: list[str]
+
+
+def verdict(group: Sequence[Case], every: Sequence[Case]) -> Verdict | None:
+    """Return what cases that compare come to; None without a defence among them."""
+    defended = sorted((case for case in group if not case["bare"]), key=lambda case: -case["worst"]["accuracy"])
+    if not defended:
+        return None
+    best = defended[0]
+    other = next((case for case in defended if case["kind"] != best["kind"]), None)
+    pairs = [pair for peer in (bare(best, every), other) if peer is not None and (pair := compare(best, peer))]
+    first = []
+    for key in ("clean", "transfer", "worst"):
+        most = max((case for case in group if case[key]), key=lambda case: float(case[key]["accuracy"]), default=None)
+        first.append("" if most is None else f"{most['title']}: {most[key]['accuracy']:.3f}")
+    return Verdict(best, pairs, first)
+
+
 def document(record: Record, source: str) -> str:
     """Return `docs/robustness.md` as text, from a merged record that stands in the file `source`."""
     every = cases(record)
@@ -277,6 +302,7 @@ def document(record: Record, source: str) -> str:
         figures=FIGURES,
         cases=every,
         groups=grouped,
+        verdicts=[found for group in grouped if (found := verdict(group, every))],
         rails=[_compared(case, group, every) for group in grouped for case in group if case["evolves"]],
         choices=choices,
         tried=dict.fromkeys(cells for choice in choices for cells in _tried(choice)),

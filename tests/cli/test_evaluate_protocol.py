@@ -75,7 +75,9 @@ def test_three_defences_are_attacked_and_the_document_is_written(run, undrawn, u
 
     tried = ["--dataset", "digits", "--weights", "digits.safetensors", "--split", "validation", "--n", "10"]
     assert run(*tried, "--defence", RAILS_20, "--attack", "none", "--json", "v.json", "--out", "v")[0] == 0
-    robustness.main(["r.json", "--choices", "v.json", "--json", "all.json", "--doc", "docs/robustness.md"])
+    robustness.main(
+        ["r.json", "--choices", "v.json", "--note", "Small ones.", "--json", "all.json", "--doc", "docs/robustness.md"]
+    )
     merged = json.loads(Path("all.json").read_text())
     assert merged["results"] == record["results"]
     (rails,) = (row for row in merged["choices"][0]["results"] if row["defence"] == "rails")
@@ -84,8 +86,9 @@ def test_three_defences_are_attacked_and_the_document_is_written(run, undrawn, u
     for row in worst.values():
         assert f"**{row['accuracy']:.3f} (" in document
     assert "`immunonet evaluate --protocol quick --dataset digits" in document
-    assert "digits, linf eps 0.2, 6 images" in document
+    assert "digits, linf 0.2, 6 images" in document
     assert f"| RAILS, T 20, G 1 | input | 0.25 | none | base | 10 | {rails['accuracy']:.3f} (" in document
+    assert "\nSmall ones.\n" in document
     for name in ("accuracy", "abstention"):
         assert f"(figures/robustness-{name}.png)" in document
         assert Path(f"docs/figures/robustness-{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -175,7 +178,7 @@ def test_several_threats_are_told_in_table_page_record_and_document(run, undrawn
     assert both["paper"]["attack"] == f"{both['paper']['norm']} pgd"
     names = {check["name"] for case in cases for check in case["evaluation"]["checks"]}
     assert {check["name"] for one in record["evaluations"] for check in one["checks"]} == names
-    assert "### digits, digits, linf eps 0.2 or l1 eps 2, 5 images" in Path("doc.md").read_text()
+    assert "| digits, digits, linf 0.2 or l1 2, 5 images |" in Path("doc.md").read_text()
 
 
 def test_a_sentinel_watches_and_its_section_is_told(run, undrawn, unchecked, monkeypatch):

@@ -305,6 +305,7 @@ def document(record: Record, source: str) -> str:
         verdicts=[found for group in grouped if (found := verdict(group, every))],
         rails=[_compared(case, group, every) for group in grouped for case in group if case["evolves"]],
         choices=choices,
+        notes=record.get("notes", ()),
         tried=dict.fromkeys(cells for choice in choices for cells in _tried(choice)),
         protocols=[_limits(name, every) for name in dict.fromkeys(case["protocol"] for case in every)],
         runs=record["runs"],
@@ -370,12 +371,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="*", type=Path, help=told)
     told = "files of immunonet evaluate --split validation: what settings were chosen by"
     parser.add_argument("--choices", nargs="*", type=Path, default=[], help=told)
+    parser.add_argument("--note", action="append", default=[], help="what a reader of the table must know of its data")
     parser.add_argument("--json", type=Path, default=Path("results/robustness.json"))
     parser.add_argument("--doc", type=Path, default=Path("docs/robustness.md"))
     given = parser.parse_args(arguments)
     if given.runs:
         choices = [_store.read_json(path) for path in given.choices]
-        _store.write_json(given.json, merge([_store.read_json(path) for path in given.runs]) | {"choices": choices})
+        merged = merge([_store.read_json(path) for path in given.runs])
+        _store.write_json(given.json, merged | {"choices": choices, "notes": given.note})
     record = _store.read_json(given.json)
     _store.write_text(given.doc, document(record, given.json.as_posix()))
     save(figures(record), (given.doc.parent / FIGURES).parent, Path(FIGURES).name)

@@ -14,6 +14,7 @@ PAGES = {
     "README.md": "index.md", "ARCHITECTURE.md": "architecture.md", "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md", "results/README.md": "results.md",
 }  # fmt: skip
+PATH = re.compile(r"[\w./-]+\.md|README|results/")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#:]+)(#[^)]*)?\)")
 
 
@@ -26,8 +27,21 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, *, page: Any, files: Files, **_: Any) -> str:
-    """Return a page whose links lead to where things are on the site; what is not on it is told by its name alone."""
+def titles(nav: list[Any]) -> dict[str, str]:
+    """Return what the pages of a navigation are called there."""
+    found: dict[str, str] = {}
+    for entry in nav:
+        for title, below in entry.items():
+            found |= titles(below) if isinstance(below, list) else {below: title}
+    return found
+
+
+def on_page_markdown(markdown: str, *, page: Any, files: Files, config: Any, **_: Any) -> str:
+    """Return a page whose links lead to where things are on the site, by what they are called there.
+
+    What is not on it is told by its name alone.
+    """
+    called = titles(config["nav"])
     source = {there: here for here, there in PAGES.items()}.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
     def moved(found: re.Match[str]) -> str:
@@ -37,6 +51,8 @@ def on_page_markdown(markdown: str, *, page: Any, files: Files, **_: Any) -> str
         if files.get_file_from_path(there) is None:
             return text
         here = posixpath.dirname(page.file.src_uri) or "."
+        if PATH.fullmatch(text):
+            text = called.get(there, text)
         return f"{picture}[{text}]({posixpath.relpath(there, here)}{part or ''})"
 
     return LINK.sub(moved, markdown)

@@ -68,6 +68,10 @@ class _Asking:
         self._settings: dict[str, Any] = {
             "base_url": url, "headers": headers, "timeout": _check.number("timeout", timeout, least=0, above=True),
         }  # fmt: skip
+        self._client = self._connected()
+
+    def _connected(self) -> Any:
+        raise NotImplementedError
 
     def _pauses(self) -> Iterator[float | None]:
         """Yield how long to wait after each try that failed, twice as long each time and at random; None: no more."""
@@ -120,9 +124,8 @@ class Client(_Asking):
         timeout: seconds that an answer may take.
     """
 
-    def __init__(self, url: str, **settings: Any) -> None:
-        super().__init__(url, **settings)
-        self._client = self._httpx.Client(**self._settings)
+    def _connected(self) -> Any:
+        return self._httpx.Client(**self._settings)
 
     def __enter__(self) -> Self:
         return self
@@ -170,9 +173,8 @@ class Client(_Asking):
 class AsyncClient(_Asking):
     """The same for asyncio: any number of requests at a time, in an `async with` block."""
 
-    def __init__(self, url: str, **settings: Any) -> None:
-        super().__init__(url, **settings)
-        self._client = self._httpx.AsyncClient(**self._settings, limits=self._httpx.Limits(max_connections=None))
+    def _connected(self) -> Any:
+        return self._httpx.AsyncClient(**self._settings, limits=self._httpx.Limits(max_connections=None))
 
     async def __aenter__(self) -> Self:
         return self

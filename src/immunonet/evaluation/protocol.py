@@ -73,17 +73,22 @@ def evaluate(
         defence: maps inputs `(B, *S)` to log-probabilities `(B, C)`, a module or any callable; its `predict`, if any,
             gives the labels, a `seed` argument of `predict` or of itself its randomness, and its `bounds`, if any, the
             valid range of inputs, [0, 1] otherwise.
-        x: inputs `(n, *S)` within the bounds. y: labels `(n,)`.
+        x: inputs `(n, *S)` within the bounds.
+        y: labels `(n,)`.
         base: the undefended network, inputs to logits `(B, C)`.
         eps: size of the perturbation, >= 0 and at most what the bounds have room for, in units of the input.
-        norm: "linf", "l2" or "l1". threats: instead of both, sizes by norm, such as `{"linf": .3, "l2": 2.}`: the
-            attacks are made under each, and the verdict is their union, where an image is right if it is so under all.
+        norm: "linf", "l2" or "l1".
+        threats: instead of both, sizes by norm, such as `{"linf": .3, "l2": 2.}`: the attacks are made under each, and
+            the verdict is their union, where an image is right if it is so under all.
         protocol: "quick", "standard" or "full".
         minutes: what the evaluation may take, under all threats together. A few answers are timed, and the plan is cut
             beforehand to fit; None: all images.
         black_box: so many images, a random sample, are those of attacks that only ask; None: the protocol's number.
-        seed: same seed, same result. transfer: further networks like `base`, trained independently.
-        dataset, name, base_name: names for the rows; None: the defence's own.
+        seed: same seed, same result.
+        transfer: further networks like `base`, trained independently.
+        dataset: name of the data in the rows.
+        name: name of the defence in the rows; None: its own.
+        base_name: name of the network in the rows.
         settings: more of them for the rows (JSON), among them what results depend on and no other argument tells.
         folder: finished attacks are kept there, and the same call continues from them; None: nothing is kept. What is
             kept is keyed by the images, the attacks, and all that can be read of networks and defence (weights,

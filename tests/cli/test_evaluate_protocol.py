@@ -161,7 +161,7 @@ def test_several_threats_are_told_in_table_page_record_and_document(run, undrawn
     robustness.main(["r.json", "--json", "all.json", "--doc", "doc.md"])
     cases = robustness.cases(robustness.merge([record]))
     ends = ["linf 0.2", "l1 2", "linf 0.2 or l1 2"]
-    assert [case["where"] for case in cases] == 2 * [f"digits, digits, {end}, 5 images" for end in ends]
+    assert [case["where"] for case in cases] == 2 * [f"digits, {end}, 5 images" for end in ends]
     by = {(case["kind"], case["where"]): case for case in cases}
     assert len(by) == 6
     for case in cases:

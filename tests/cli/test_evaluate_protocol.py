@@ -172,7 +172,7 @@ def test_several_threats_are_told_in_table_page_record_and_document(run, undrawn
         assert case["worst"] == row
         left = [image["worst"] for image in case["evaluation"]["per_example"]]
         assert sum(left) / 5 == pytest.approx(row["accuracy"])
-    both = by["cnn", "digits, digits, linf 0.2 or l1 2, 5 images"]
+    both = by["cnn", "digits, linf 0.2 or l1 2, 5 images"]
     pgds = [row for row in record["results"] if (row["defence"], row["attack"]) == ("cnn", "pgd")]
     assert both["paper"]["accuracy"] == min(row["accuracy"] for row in pgds)
     assert both["paper"]["attack"] == f"{both['paper']['norm']} pgd"

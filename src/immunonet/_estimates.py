@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from torch import Tensor
+
+from immunonet._progress import watched
 
 # Seconds from which work is worth a word.
 LONG = 30.0
@@ -33,6 +36,8 @@ def tell(seconds: float, what: str, why: str) -> None:
     """Say how long `what` takes, and why, if that is long."""
     if seconds >= LONG:
         LOG.info("%s takes about %s: %s", what, in_words(seconds), why)
+        if watched() and not LOG.isEnabledFor(logging.INFO):
+            print(f"{what} takes about {in_words(seconds)}: {why}", file=sys.stderr)
 
 
 def timed(work: Callable[[], Tensor]) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from immunonet import _check, _store
+from immunonet import _check, _progress, _store
 from immunonet._seeds import seeded
 from immunonet.data import Images
 
@@ -97,12 +97,13 @@ def train_task(
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         work.restore(path)
-    while len(work.history) < schedule.epochs and not work.stalled():
-        work.epoch(on_progress)
-        if path is not None:
-            work.save(path)
-        if on_progress is not None:
-            on_progress(work.step, work.steps, work.history)
+    with _progress.shown(on_progress, "training") as show:
+        while len(work.history) < schedule.epochs and not work.stalled():
+            work.epoch(show)
+            if path is not None:
+                work.save(path)
+            if show is not None:
+                show(work.step, work.steps, work.history)
     task.module.load_state_dict(work.best)
     task.module.eval()
     return work.history

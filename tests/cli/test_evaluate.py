@@ -78,7 +78,9 @@ def test_every_defence_meets_every_attack(run, digits_net):
     assert rows["dknn", "conv1", "pgd"]["foreign"] == pytest.approx(float(dknn.foreign(moved).float().mean()))
 
     table = Path("evaluation/table.md").read_text()
-    assert table.startswith("| layer | defence | attack | knows | accuracy | 95 % interval | ms/image | foreign |\n")
+    assert table.startswith(
+        "| layer | defence | attack | eps | knows | accuracy | 95 % interval | ms/image | foreign |\n"
+    )
     assert len(re.findall(r"^\| (input|conv1) \|", table, re.M)) == 18
     assert "conv1" in out
     assert f"{rows['rails', 'input', 'pgd']['accuracy']:.4f}" in out

@@ -280,13 +280,13 @@ def prepare(out: Path | None, json: Path | None) -> None:
 
 def table(rows: Sequence[Row]) -> list[Sequence[str]]:
     """Return result rows as a table, its head first."""
-    head = ("layer", "defence", "attack", "knows", "accuracy", "95 % interval", "ms/image", "foreign")
+    head = ("layer", "defence", "attack", "eps", "knows", "accuracy", "95 % interval", "ms/image", "foreign")
     lines: list[Sequence[str]] = [head]
     for row in rows:
         figures = f"{row.accuracy:.4f}", "{:.3f} to {:.3f}".format(*row.ci95), f"{1000 * row.seconds_per_image:.2f}"
-        knows = "" if row.attack == "none" else row.knows
+        eps, knows = ("", "") if row.attack == "none" else (f"{row.norm} {row.eps:.3g}", row.knows)
         foreign = "" if row.foreign is None else f"{row.foreign:.3f}"
-        lines.append((", ".join(row.settings["layers"]), row.defence, row.attack, knows, *figures, foreign))
+        lines.append((", ".join(row.settings["layers"]), row.defence, row.attack, eps, knows, *figures, foreign))
     return lines
 
 

@@ -326,7 +326,8 @@ def _tell(evaluations: list[Evaluation], specs: list[Spec], out: Path, json: Pat
         told = {key: verdict.settings[key] for key in ("layers", "weights")} | {"defence": verdict.defence}
         records.append({k: v for k, v in one.to_dict().items() if k not in OUTER} | told)
     threats = [f"{row.norm} {row.eps:.4g}" for row in verdicts[:-1]]
-    head = ("layer", "defence", "clean", "transfer", *threats, "union" if threats else "worst case", "95 % interval")
+    worst = "union" if threats else f"worst case, {verdict.norm} {verdict.eps:.3g}"
+    head = ("layer", "defence", "clean", "transfer", *threats, worst, "95 % interval")
     tables.console(tables.Section("", table=[(*head, "reliable"), *table]))
     watched = [
         (one.record["sentinel"], spec) for one, spec in zip(evaluations, specs, strict=True) if "sentinel" in one.record

@@ -64,6 +64,9 @@ class Defence(models.Asking, abc.ABC):
         self.bounds = incoming.bounds("bounds", bounds)
         self._layers: tuple[Layer, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(filter(None, (type(self.model).__name__, self.extra_repr())))})"
+
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers that it looks at; a callable goes by its own."""
@@ -315,6 +318,10 @@ class Defence(models.Asking, abc.ABC):
         FileNotFoundError or ValueError for missing, truncated, edited or foreign files, another format version or kind.
         """
         path = Path(folder) / DEFENCE_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no {path}: give the folder that save or `immunonet fit` wrote"
+            )
         record = _store.read_json(path)
         found = _kind_of(path, record)
         if not issubclass(found, cls):

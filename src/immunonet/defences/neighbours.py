@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, incoming
+from immunonet import _check, _progress, incoming
 from immunonet._estimates import told
 from immunonet.defences.answers import Sense
 from immunonet.defences.holding import PROBES, HoldingDefence
@@ -91,7 +91,8 @@ class NeighbourDefence(HoldingDefence):
                 given takes in memory, if that has an index; else "memory".
             feature_file: where features beyond `memory_budget` are kept as float16 (2 N D bytes, logged before they
                 are written; ".0", ".1" and so on are added for several layers); None: computed again when needed.
-            on_progress: called with how many examples are done, and how many there are, layer by layer.
+            on_progress: called with how many examples are done, and how many there are, layer by layer; None: a bar
+                after two seconds, in terminals and notebooks.
 
         Raises:
             ValueError or TypeError, before any work is lost, for inputs out of bounds, NaN, wrong shapes or
@@ -111,7 +112,8 @@ class NeighbourDefence(HoldingDefence):
             given, held = (given.part(which) for which in hold_out(given.y, fraction, seed=0))
         self.check_examples(given.y, classes)
         try:
-            self._remember(self._vaccinated(given), classes, feature_file, on_progress)
+            with _progress.shown(on_progress, "fitting") as show:
+                self._remember(self._vaccinated(given), classes, feature_file, show)
             self._measure(held)
         except BaseException:
             self.feature_maps = []

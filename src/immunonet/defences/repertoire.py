@@ -202,7 +202,8 @@ def hold_out(y: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     n = round(fraction * len(y))
     if not 0 < n < len(y):
         raise ValueError(
-            f"calibration={fraction:g} holds out {n} of {len(y)} examples; at least 1 must be held out, and 1 kept"
+            f"calibration={fraction:g} holds out {n} of {len(y)} examples; at least 1 must be held out, and 1 kept: "
+            f"give a fraction between {1 / len(y):.2g} and {1 - 1 / len(y):.2g}, or more examples"
         )
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
     return order[n:].sort().values, order[:n].sort().values

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, _store, incoming, models
+from immunonet import _check, _progress, _store, incoming, models
 from immunonet._identity import identity
 from immunonet.attacks._base import Attack
 from immunonet.defences.base import Defence
@@ -41,7 +41,7 @@ def evaluate(
     x: Any,
     y: Any,
     *,
-    base: nn.Module,
+    base: nn.Module | None = None,
     eps: float | None = None,
     norm: str = "linf",
     threats: Mapping[str, float] | None = None,
@@ -58,7 +58,7 @@ def evaluate(
     attacks: Sequence[Attack] = (),
     sentinel: Sentinel | None = None,
     workers: Workers | None = None,
-    on_progress: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Attack a defence by all that is known to work, and return its worst case and whether the attacks were sound.
 
@@ -75,7 +75,7 @@ def evaluate(
             valid range of inputs, [0, 1] otherwise.
         x: inputs `(n, *S)` within the bounds.
         y: labels `(n,)`.
-        base: the undefended network, inputs to logits `(B, C)`.
+        base: the undefended network, inputs to logits `(B, C)`; None: the defence's own `model`.
         eps: size of the perturbation, >= 0 and at most what the bounds have room for, in units of the input.
         norm: "linf", "l2" or "l1".
         threats: instead of both, sizes by norm, such as `{"linf": .3, "l2": 2.}`: the attacks are made under each, and
@@ -100,12 +100,16 @@ def evaluate(
             stops, by which ways they pass it, and how often it takes honest queries for an attack. All other rows are
             those of the defence without it.
         workers: who does the parts of the work (see `evaluation.cluster`); None: this process.
-        on_progress: hears of the plan and of every attack.
+        on_progress: hears of the plan and of every attack; None: these lines are printed in terminals and notebooks.
 
     Raises:
         ValueError or TypeError that names the argument; also for a defence whose answers are not log-probabilities, or
         that answers none of the first images. OSError where the folder cannot be written to; what is there is kept.
     """
+    if base is None:
+        if not isinstance(own := getattr(defence, "model", None), nn.Module):
+            raise TypeError("base must be the undefended network, inputs to logits: the defence has no `model`")
+        base = models.inside(own)
     networks, budget = (base, *transfer), PROTOCOLS[_check.choice("protocol", protocol, tuple(PROTOCOLS))]
     if minutes is not None:
         minutes = _check.number("minutes", minutes, least=0, above=True)
@@ -159,7 +163,7 @@ def evaluate(
     undefended = Subject(Undefended(base), classes=classes)
     scene = Scene(subject=subject, base=undefended, x=x, y=y, plan=plan, seeds=draws.seeds, sentinel=sentinel)
     bench = Bench(scene, None if folder is None else Path(folder), workers=workers)
-    campaign = Campaign(claim, bench, known, budget, draws, on_progress)
+    campaign = Campaign(claim, bench, known, budget, draws, on_progress or _progress.lines())
     _same_answers(campaign)
     cut = _afford(campaign, minutes)
     campaign.run(_PAIRED)

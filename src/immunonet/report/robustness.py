@@ -154,7 +154,7 @@ def _case(evaluation: Record, by: dict[str, Record]) -> Case:
     return {
         "kind": kind,
         "title": ", ".join(filter(None, name)),
-        "where": ", ".join((*dict.fromkeys((worst['dataset'], net)), within, f"{worst['n']} images")),
+        "where": ", ".join((*dict.fromkeys((worst["dataset"], net)), within, f"{worst['n']} images")),
         "layers": layers,
         "bare": tables.bare(kind),
         "evolves": "maturation" in settings,

@@ -319,9 +319,7 @@ class Defence(models.Asking, abc.ABC):
         """
         path = Path(folder) / DEFENCE_FILE
         if not path.is_file():
-            raise FileNotFoundError(
-                f"there is no {path}: give the folder that save or `immunonet fit` wrote"
-            )
+            raise FileNotFoundError(f"there is no {path}: give the folder that save or `immunonet fit` wrote")
         record = _store.read_json(path)
         found = _kind_of(path, record)
         if not issubclass(found, cls):

@@ -144,8 +144,10 @@ def _case(evaluation: Record, by: dict[str, Record]) -> Case:
     for row in evaluation["ablations"]:
         parts.setdefault(row["defence"].removeprefix(f"{kind} "), {})[row["attack"]] = row
     neighbours, voice = settings.get("neighbours"), settings.get("voice", 0)
-    name = [tables.title(kind), " and ".join(layers)]
-    name += [f"k {neighbours}" if neighbours else cells(settings.get("maturation", ()))]
+    own = cells(settings.get("maturation", ()))
+    # What is told of its cells need not be told by the words that set them.
+    called = " ".join(word for word in kind.split() if "=" not in word) if own else kind
+    name = [tables.title(called), " and ".join(layers), f"k {neighbours}" if neighbours else own]
     name += ["cells there" if settings.get("space") else "", f"voice {voice:g}" if voice else ""]
     name += [f"innate {settings['innate']:g}" if settings.get("innate") else "", tables.vaccine(settings)]
     net, aims = settings["net"], tuple(settings.get("threats", {worst["norm"]: worst["eps"]}).items())
@@ -268,8 +270,10 @@ def _compared(case: Case, group: Sequence[Case], every: Sequence[Case]) -> Case:
 
 
 class Verdict(NamedTuple):
-    """What a group of cases comes to: the `best` defence in the worst case; its `pairs`, with the bare network and with
-    the best of another kind; and the `first` of all, named, on clean images, under transfer and in the worst case.
+    """What a group of cases comes to.
+
+    The `best` defence in the worst case; its `pairs`, with the bare network and, of a RAILS, with the best that is none,
+    else with the best RAILS; and the `first` of all, named, on clean images, under transfer and in the worst case.
     """
 
     best: Case
@@ -283,7 +287,7 @@ def verdict(group: Sequence[Case], every: Sequence[Case]) -> Verdict | None:
     if not defended:
         return None
     best = defended[0]
-    other = next((case for case in defended if case["kind"] != best["kind"]), None)
+    other = next((case for case in defended if case["evolves"] != best["evolves"]), None)
     pairs = [pair for peer in (bare(best, every), other) if peer is not None and (pair := compare(best, peer))]
     first = []
     for key in ("clean", "transfer", "worst"):

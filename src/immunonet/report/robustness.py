@@ -272,8 +272,8 @@ def _compared(case: Case, group: Sequence[Case], every: Sequence[Case]) -> Case:
 class Verdict(NamedTuple):
     """What a group of cases comes to.
 
-    The `best` defence in the worst case; its `pairs`, with the bare network and, of a RAILS, with the best that is none,
-    else with the best RAILS; and the `first` of all, named, on clean images, under transfer and in the worst case.
+    The `best` defence in the worst case; its `pairs`, with the bare network and, of a RAILS, with the best that is
+    none, else with the best RAILS; the `first` of all, named, on clean images, under transfer and in the worst case.
     """
 
     best: Case

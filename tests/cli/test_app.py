@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -105,3 +106,11 @@ def test_the_help_of_a_command_ends_with_an_example_that_can_be_read(command, na
 
 def test_shells_can_be_taught_to_complete(command) -> None:
     assert "--install-completion" in command("--help")[1]
+
+
+def test_the_package_is_run_as_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["immunonet", "fit", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("immunonet", run_name="__main__")
+    assert ended.value.code == 0
+    assert "--defence" in capsys.readouterr().out

@@ -114,6 +114,13 @@ def test_predict_is_the_argmax_of_what_the_module_returns(kind, levels, function
 # The registry.
 
 
+@pytest.mark.parametrize("kind", list(REGISTRY))
+def test_a_defence_is_told_in_a_line_that_names_its_network(kind, functional_conv):
+    told = repr(small(REGISTRY[kind], functional_conv))
+    assert "\n" not in told
+    assert "Sequential" in told
+
+
 def test_a_kind_is_registered_once_and_must_have_a_name_and_a_title(registry):
     assert register(Says) is Says
     assert registry["says"] is register(Says)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from immunonet import DkNN, _progress, evaluate
+from immunonet import DkNN, _progress, evaluate, zoo
+from immunonet.cli import main
 
 
 class Terminal(io.StringIO):
@@ -45,6 +47,20 @@ def test_what_takes_a_moment_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     work()
     _progress.lines()("a line")
     assert terminal.getvalue().strip() == ""
+
+
+def test_where_the_command_line_shows_it_nothing_is_shown_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    terminal = looked_at(monkeypatch, Terminal())
+    zoo.save_weights(zoo.build("digits"), "net.safetensors")
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--dataset", "digits", "--weights", "net.safetensors", "--defence", "dknn input neighbours=5"])
+    assert ended.value.code == 0
+    assert "fitting:" not in terminal.getvalue()
+    work()
+    assert "fitting:" in terminal.getvalue()
 
 
 def test_who_asked_to_hear_is_told_in_place_of_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

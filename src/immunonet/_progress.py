@@ -6,16 +6,21 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from tqdm import tqdm
 
 # Seconds after which it is shown.
 PATIENCE = 2.0
+TAKEN = ContextVar("taken", default=False)
+"""Whether somebody else shows how far work is, as the command line does."""
 
 
 def watched() -> bool:
-    """Return whether somebody looks at what this process prints: in a terminal, or in a notebook."""
+    """Return whether somebody looks, in a terminal or a notebook, and nothing else shows them how far work is."""
+    if TAKEN.get():
+        return False
     if sys.stderr.isatty():
         return True
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()

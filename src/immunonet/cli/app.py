@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
+from immunonet._progress import TAKEN
 from immunonet.cli.common import listen, note
 
 # An example of each command, for its help.
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     With $IMMUNONET_DEBUG set, errors keep their traceback.
     """
     listen()
+    shown = TAKEN.set(True)
     try:
         _command(app)(arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -59,3 +61,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         message = " ".join(str(error).split()) or type(error).__name__
         note(f"immunonet: {message}", style="red")
         sys.exit(2)
+    finally:
+        TAKEN.reset(shown)

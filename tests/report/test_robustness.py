@@ -28,7 +28,7 @@ def run(defence, right, *, paper=0.5, weights="w", eps=0.1, protocol="quick", la
         for attack, share in (("none", 1.0), ("pgd", paper), ("worst-case", worst))
     ]  # fmt: skip
     examples = [
-        {"label": 0 if labels is None else labels[i], "clean": 1.0, "worst": share, "attack": "pgd"}
+        {"image": i, "label": 0 if labels is None else labels[i], "clean": 1.0, "worst": share, "attack": "pgd"}
         for i, share in enumerate(right)
     ]
     asks = {"kind": "black box", "n": n, "calls": 1, "attack": {"method": "Square"}}
@@ -115,6 +115,7 @@ def test_the_verdict_is_the_highest_worst_case_and_which_to_take_the_first_of_ea
     assert (name, clean) == ("data, net, linf 0.1, 8 images", "CNN, undefended: 1.000")
     assert (transfer, worst) == ("DkNN, input, k 5: 1.000", "DkNN, input, k 5: 0.750")
     assert section("Verdict", cnn) == []
+    assert not [line for line in section("Which to take", rails)[:4] if line.startswith("| data")]
 
 
 def test_only_the_same_images_are_compared():
@@ -128,6 +129,14 @@ def test_only_the_same_images_are_compared():
         ValueError, match=r"RAILS, input, T 1000 and CNN, undefended .* the same images, got other labels"
     ):
         table(run("cnn", [0.0] * 4, labels=[0, 1, 2, 3]), run("rails", [1.0] * 4, labels=[0, 1, 3, 2]))
+
+
+def test_of_a_plan_that_was_cut_the_images_that_were_attacked_are_compared():
+    cut = run("rails", [1.0] * 6, slice={"sample": [8, 100], "seed": 0})
+    for place, one in zip((7, 2, 3, 4, 5, 6), cut["evaluations"][0]["per_example"], strict=True):
+        one["image"] = place
+    (line,) = table(run("cnn", [1.0] * 2 + [0.0] * 6, slice={"sample": [8, 100], "seed": 0}), cut)
+    assert line["worst case better than"] == "no defence (p = 0.031)"
 
 
 def test_a_sample_is_the_beginning_of_a_larger_one_and_of_no_other():

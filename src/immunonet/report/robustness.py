@@ -163,7 +163,8 @@ def _case(evaluation: Record, by: dict[str, Record]) -> Case:
         "settings": {key: value for key, value in settings.items() if key not in _REACHED},
         "network": (worst["dataset"], net, weights, aims),
         "n": worst["n"],
-        "images": _images(settings["slice"]),
+        # Of those that were asked for, the ones that were attacked: a plan in so many minutes may leave some out.
+        "images": tuple(_images(settings["slice"])[one["image"]] for one in evaluation["per_example"]),
         "protocol": settings["protocol"],
         "clean": by["none"],
         "paper": by["pgd"],
@@ -273,7 +274,7 @@ class Verdict(NamedTuple):
     """What a group of cases comes to.
 
     The `best` defence in the worst case; its `pairs`, with the bare network and, of a RAILS, with the best that is
-    none, else with the best RAILS; the `first` of all, named, on clean images, under transfer and in the worst case.
+    none, else with the best RAILS; the `first` of several, named, on clean images, under transfer and in the worst case.
     """
 
     best: Case
@@ -290,7 +291,7 @@ def verdict(group: Sequence[Case], every: Sequence[Case]) -> Verdict | None:
     other = next((case for case in defended if case["evolves"] != best["evolves"]), None)
     pairs = [pair for peer in (bare(best, every), other) if peer is not None and (pair := compare(best, peer))]
     first = []
-    for key in ("clean", "transfer", "worst"):
+    for key in ("clean", "transfer", "worst") if len(group) > 1 else ():
         most = max((case for case in group if case[key]), key=lambda case: float(case[key]["accuracy"]), default=None)
         first.append("" if most is None else f"{most['title']}: {most[key]['accuracy']:.3f}")
     return Verdict(best, pairs, first)

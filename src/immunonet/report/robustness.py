@@ -274,7 +274,7 @@ class Verdict(NamedTuple):
     """What a group of cases comes to.
 
     The `best` defence in the worst case; its `pairs`, with the bare network and, of a RAILS, with the best that is
-    none, else with the best RAILS; the `first` of several, named, on clean images, under transfer and in the worst case.
+    none, else with the best RAILS; the `first` of several, named, on clean images, by transfer and in the worst case.
     """
 
     best: Case

@@ -61,6 +61,11 @@ def test_limits_are_checked(settings: dict[str, int], told: str) -> None:
         Limits(**settings)  # type: ignore[arg-type]
 
 
+def test_as_many_wait_as_a_batch_holds_unless_told() -> None:
+    assert Limits(batch=64).room == 64
+    assert Limits(batch=8, queue=20).room == 20
+
+
 def test_others_reach_a_service_with_tokens_alone() -> None:
     for inside in ("127.0.0.1", "::1", "127.3.2.1"):
         check_address(inside, 0, tokens=False)

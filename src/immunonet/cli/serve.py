@@ -76,7 +76,7 @@ def serve(
 
     tokens = Tokens() if token_file is None else Tokens.read(token_file)
     check_address(host, port, bool(tokens))
-    limits = Limits(batch=batch, queue=queue or batch, seconds=timeout)
+    limits = Limits(batch=batch, queue=queue, seconds=timeout)
     common.resolve_device(device)
     folder = folder.resolve()
     load = functools.partial(loaded, model=model, weights=weights and weights.resolve(), device=device)

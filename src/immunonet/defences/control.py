@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from immunonet import _check, attacks, incoming, models
+from immunonet import _check, incoming, models
 from immunonet.control.autoencoders import Autoencoder
 from immunonet.control.learning import Progress, chosen, directions, learned, rebuilt
-from immunonet.control.manifolds import flat_norm, project
+from immunonet.control.manifolds import project
 from immunonet.control.passing import INPUT, bare, check_way
-from immunonet.control.steering import Steering
 from immunonet.data import Images
-from immunonet.defences.answers import Answer, Healed, Sense
-from immunonet.defences.base import Defence, Made
+from immunonet.defences.healing import HealingDefence
 from immunonet.defences.repertoire import Familiarity, hold_out
 from immunonet.features.names import Layer, check_names
 from immunonet.features.witness import Witness
 
-# Inputs that are controlled at once, examples that a fit passes at once, and those by which a model is told.
-BATCH, ROWS, PROBES = 256, 500, 8
+# Examples that a fit passes at once, and those by which a model is told.
+ROWS, PROBES = 500, 8
 _GRADIENTS = ("whole", "last", "start", "frozen")
 
 
-class ClosedLoop(Defence):
+class ClosedLoop(HealingDefence):
     """Closed-loop control of a classifier (Chen, Li, Zhang: ICLR 2021, JMLR 2022). It is fitted before it is asked.
 
     Every layer has a manifold of clean states, learned from examples that the network gets right. Per input controls u
@@ -61,8 +58,6 @@ class ClosedLoop(Defence):
     Raises:
         ValueError or TypeError that names the argument.
     """
-
-    scales: Tensor
 
     kind, title = "control", "Closed-loop control"
     optimizes = True
@@ -204,127 +199,12 @@ class ClosedLoop(Defence):
             far = torch.cat([self._steering.lying_bare(part.to(self.device)) for part in x.split(ROWS)])
         self.familiar = Familiarity.of(far)
 
-    # --- Answers
-
-    def answer(self, x: Any, seed: int | None = None) -> Answer:
-        """Return the answer to inputs `x` `(B, *S)`, differentiable in them as `gradient` says."""
-        inputs = self._inputs(x)
-        logs = self.logits(inputs).log_softmax(1)
-        return Answer(logs.argmax(1), logs, self._sense_of(inputs))
-
-    def forward(self, x: Any, seed: int | None = None) -> Tensor:
-        """Return log-probabilities `(B, C)` whose argmax is what `predict` says."""
-        return self.logits(self._inputs(x)).log_softmax(1)
-
-    def logits(self, x: Tensor, *, gradient: str | None = None) -> Tensor:
-        """Return logits `(B, C)` under control of checked inputs, differentiable as `gradient` (None: its own) says."""
-        how = self.gradient if gradient is None else gradient
-        found = [self._steering.controlled(part, how).logits for part in x.split(BATCH)]
-        return torch.cat(found).float()
-
-    def controlled(self, x: Any) -> Tensor:
-        """Return inputs `(B, *S)` after control; themselves where the input is no controlled layer."""
-        inputs = self._inputs(x)
-        return torch.cat([self._steering.met(part, self.gradient) for part in inputs.split(BATCH)])
-
-    def residuals(self, x: Any, *, controlled: bool = False) -> Tensor:
-        """Return the distance of each layer's state to its manifold `(B, T)`: of the bare network, or under control."""
-        inputs = self._inputs(x)
-        with torch.no_grad():
-            if not controlled:
-                return torch.cat([self._steering.lying_bare(part) for part in inputs.split(BATCH)])
-            ways = [self._steering.controlled(part, "frozen") for part in inputs.split(BATCH)]
-            return torch.cat([self._steering.lying(way.steered) for way in ways])
-
-    def healed(self, x: Any) -> Healed:
-        """Return inputs `(B, *S)` after control, and distances to the manifolds in units of clean ones."""
-        with torch.no_grad():
-            before, after = (self.residuals(x, controlled=way) / self.scales for way in (False, True))
-            return Healed(x=self.controlled(x), before=before, after=after)
-
-    def controls(self, x: Any) -> list[Tensor]:
-        """Return the controls of inputs `(B, *S)`, one tensor `(B, *S_t)` per layer."""
-        with torch.no_grad():
-            ways = [self._steering.controlled(part, "frozen") for part in self._inputs(x).split(BATCH)]
-        return [torch.cat([way.steered[t] - way.states[t] for way in ways]) for t in range(len(self._layers))]
-
-    def sense(self, x: Any) -> Sense:
-        """Return how foreign inputs `(B, *S)` look: their distances to the manifolds, each in units of its mean."""
-        return self._sense_of(self._inputs(x))
-
-    def strangeness(self, x: Tensor) -> Tensor:
-        """Return the distance `(B,)` that `sense` tells, differentiable in inputs `x` `(B, *S)`."""
-        return self.familiar.distance(self._steering.lying_bare(x))
-
-    @property
-    def alarm(self) -> float:
-        """The largest strangeness that is not flagged."""
-        return self.familiar.threshold(self.false_alarm)
-
-    @property
-    def _steering(self) -> Steering:
-        return Steering(
-            model=self.model, layers=self._layers, manifolds=list(self.manifolds), scales=self.scales,
-            penalty=self.penalty, look_ahead=self.look_ahead, outer=self.outer, inner=self.inner, step=self.step,
-        )  # fmt: skip
-
-    def _sense_of(self, x: Tensor) -> Sense:
-        with torch.no_grad():
-            far = torch.cat([self._steering.lying_bare(part) for part in x.split(BATCH)])
-        p_value = self.familiar.familiarity(far)
-        return Sense(distance=self.familiar.distance(far), p_value=p_value, foreign=p_value.le(self.false_alarm))
-
-    # --- Under another defence
-
-    @property
-    def inside(self) -> nn.Module:
-        """The network without control: names of layers are its own, and examples pass through it as it is."""
-        return self.model
-
-    def met(self, x: Tensor) -> Tensor:
-        """Return inputs after control, differentiable as `gradient` says."""
-        return torch.cat([self._steering.met(part, self.gradient) for part in x.split(BATCH)])
-
-    # --- Attacks that know it
-
-    def surrogates(self) -> Mapping[str, nn.Module]:
-        """Return what an attacker may differentiate in place of it, beside its own gradient, which is exact."""
-        # Where there is one projection and no step, its gradient is the whole one.
-        parts = ["last", "start"] if not self._steering.closed and self.outer else []
-        makers: dict[str, Callable[[], nn.Module]] = {
-            how: functools.partial(attacks.Through, self, gradient=how) for how in [*parts, "frozen"]
-        }
-        if self._layers[0] == INPUT and hasattr(self.manifolds[0], "within"):
-            makers["inside"] = lambda: attacks.Inside(self.model, self.manifolds[0])
-        return Made(makers)
-
-    def stealthy(self, surrogate: nn.Module) -> nn.Module:
-        """Return itself under the condition that inputs do not look foreign: that controls stay small."""
-        return attacks.Stealthy(self, self)
-
-    def explained(self, x: Tensor, adversarials: Tensor) -> dict[str, float]:
-        """Return the share of perturbations' energy that lies inside the clean subspace of the input, if it has one."""
-        if self._layers[0] != INPUT or not hasattr(self.manifolds[0], "within"):
-            return {}
-        delta = (adversarials - x).to(self.device)
-        moved = flat_norm(delta)
-        if not bool((moved > 0).any()):
-            return {}
-        within: Any = self.manifolds[0]
-        inside = flat_norm(within.within(delta))
-        return {"inside": float((inside[moved > 0] / moved[moved > 0]).square().mean())}
-
     # --- The contract
 
     @property
     def costly(self) -> bool:  # type: ignore[override]
         """Whether autoencoders are trained."""
         return isinstance(self.manifold, Autoencoder)
-
-    @property
-    def effort(self) -> float:
-        """Roughly what an answer takes: passes of the network."""
-        return 2.0 if self._steering.closed else 3.0 + 3 * self.outer
 
     def settings(self) -> dict[str, Any]:
         """Return all keyword arguments that the constructor took."""
@@ -434,16 +314,6 @@ class ClosedLoop(Defence):
         self.familiar = Familiarity(**_part(tensors, "familiar."))
         self._witness = Witness([self.model], self._testimony)
 
-    def check_current(self) -> None:
-        """Raise ValueError unless it is fitted, and its model still is the one it was fitted with."""
-        if not self.shape:
-            raise ValueError("this ClosedLoop is not fitted: call control.fit(x, y) with the training set first")
-        if not self._witness.still([self.model], self._testimony):
-            raise ValueError(
-                "model's weights have changed since this defence was fitted (training went on, or others were loaded): "
-                "its manifolds are those of the old ones. Call fit again, or load the old weights"
-            )
-
     def identity(self) -> list[Any]:
         """Return all that answers depend on: kind, settings, layers, the model, and the manifolds if it is fitted."""
         fitted = [self.manifolds, self.scales, *self.familiar.buffers()] if self.shape else None
@@ -453,18 +323,6 @@ class ClosedLoop(Defence):
         """Return layers, manifold, and what it is fitted on, in words."""
         kind = "own" if self.manifold is None else "linear" if self.manifold == "linear" else "autoencoder"
         return f"layers={list(self.layers)}, manifold={kind}, penalty={self.penalty:g}"
-
-    def _testimony(self) -> list[Tensor]:
-        with torch.no_grad(), models.unwatched():
-            return [models.logits(self.model, self.probes)]
-
-    def _inputs(self, x: Any) -> Tensor:
-        """Return checked inputs on the defence's device; those that an attack differentiates stay its own."""
-        self.check_current()
-        checked = incoming.inputs("x", x, bounds=self.bounds, shape=self.shape).to(self.device)
-        if not len(checked):
-            raise ValueError(f"x must hold at least one input, got shape {tuple(checked.shape)}")
-        return x if isinstance(x, Tensor) and x.requires_grad else checked
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

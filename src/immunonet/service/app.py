@@ -59,9 +59,7 @@ class Service:
     def begin(self, send: Send, *, at_once: int, memory: Memory | None = None) -> None:
         """Answer from now on, so many batches at once; `memory`: where what is answered is kept."""
         self.memory, limits = memory, self.limits
-        self._batcher = Batcher(
-            send, batch=limits.batch, queue=limits.queue, at_once=at_once, seen=self.telemetry.batch
-        )
+        self._batcher = Batcher(send, batch=limits.batch, queue=limits.room, at_once=at_once, seen=self.telemetry.batch)
 
     async def end(self) -> None:
         """Take nothing more, and return when all that was taken is answered."""

@@ -46,7 +46,8 @@ def train(
     The best epoch has the highest validation accuracy (of adversarial training: under attack), then the lowest
     loss; `patience` epochs in a row without a better one end the training. `checkpoint` is a file written after
     every epoch, from which the same call continues: on a CPU it ends with the weights of an uninterrupted run.
-    `on_progress(step, steps, epochs so far)` is called after every step and every epoch.
+    `on_progress(step, steps, epochs so far)` is called after every step and every epoch; None: a bar in terminals and
+    notebooks.
 
     Returns one row per epoch: `epoch` (from 1), `loss` (training mean), `validation_loss`,
     `validation_accuracy`, and of adversarial training `validation_robust_accuracy` (`robust_accuracies`, under all

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from trials import bands
 
-from immunonet import RAILS, DkNN, Maturation, _store
+from immunonet import RAILS, ClosedLoop, DkNN, Maturation, _store
 from immunonet.defences.undefended import Undefended
-from immunonet.evaluation import evaluate
+from immunonet.evaluation import evaluate, protocol
 from immunonet.evaluation.suite import PROTOCOLS, Planned
 from immunonet.report import figures
 
@@ -448,3 +448,27 @@ def test_bad_input_is_named_before_any_work(problem, change, error, match):
     arguments = {"defence": Undefended(base), "x": x[:4], "y": y[:4], "base": base, "eps": 0.1} | change
     with pytest.raises(error, match=match):
         evaluate(arguments.pop("defence"), arguments.pop("x"), arguments.pop("y"), **arguments)
+
+
+class Reached(Exception):
+    """What is taken for the undefended network."""
+
+
+@pytest.mark.parametrize("healed", [False, True])
+def test_the_network_inside_of_a_defence_is_the_base_where_none_is_given(healed, problem, monkeypatch):
+    def reached(network):
+        raise Reached(network)
+
+    base, x, y = problem
+    model = ClosedLoop(base, ["input"], rank=1).fit(x, y) if healed else base
+    defence = DkNN(model, "input", neighbours=5).fit(x, y)
+    monkeypatch.setattr(protocol, "Undefended", reached)
+    with pytest.raises(Reached) as found:
+        evaluate(defence, x[:4], y[:4], eps=0.3)
+    assert found.value.args[0] is base
+
+
+def test_what_has_no_network_inside_needs_a_base(problem):
+    base, x, y = problem
+    with pytest.raises(TypeError, match="base must be the undefended network"):
+        evaluate(lambda inputs: base(inputs).log_softmax(1), x[:4], y[:4], eps=0.3)

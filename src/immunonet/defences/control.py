@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from immunonet import _check, incoming, models
 from immunonet.control.autoencoders import Autoencoder
-from immunonet.control.learning import Progress, chosen, directions, learned, rebuilt
+from immunonet.control.learning import ROWS, Progress, chosen, directions, learned, rebuilt
 from immunonet.control.manifolds import project
 from immunonet.control.passing import INPUT, bare, check_way
 from immunonet.data import Images
@@ -21,8 +21,8 @@ from immunonet.defences.repertoire import Familiarity, hold_out
 from immunonet.features.names import Layer, check_names
 from immunonet.features.witness import Witness
 
-# Examples that a fit passes at once, and those by which a model is told.
-ROWS, PROBES = 500, 8
+# Examples by which a model is told.
+PROBES = 8
 _GRADIENTS = ("whole", "last", "start", "frozen")
 
 

@@ -46,7 +46,7 @@ def attack(eps: float, iterations: int) -> attacks.PGD:
     return attacks.PGD(eps=eps, step=eps / 4, iterations=iterations, random_start=False)
 
 
-HIDDEN = Maturation(neighbours=50, recombination=0.5, alignment=0, generations=3)
+HIDDEN = Maturation(neighbours=50, recombination=0.5, alignment=0)
 MNIST = ("mnist", "mnist", "weights/mnist.safetensors")
 PLACES = {
     "MNIST, input": Place(*MNIST, "input", {}, attack(60 / 255, 20), 0.005),

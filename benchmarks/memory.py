@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from common import Row, Setting, mnist, parser, run, seconds, use_threads
-from immunonet import RAILS, Cells, DkNN, ImmuneResponse, Memory, data, statistics
+from immunonet import RAILS, Cells, DkNN, ImmuneResponse, Maturation, Memory, data, statistics
 from immunonet.attacks import FGSM, PGD
 from immunonet.memory.index import Lookup
 from immunonet.memory.space import Space
@@ -56,7 +56,8 @@ def main() -> None:
 
 def defended(options: argparse.Namespace, n: int) -> tuple[RAILS, Any]:
     found = mnist(options, options.examples, n)
-    rails = RAILS(found.net, "input", seed=0, memory=Memory(None)).fit(found.x, found.y)
+    evolving = Maturation(generations=10)
+    rails = RAILS(found.net, "input", maturation=evolving, seed=0, memory=Memory(None)).fit(found.x, found.y)
     return rails, found
 
 
@@ -289,7 +290,8 @@ def joining(options: argparse.Namespace) -> list[Row]:
 
     def fitted(more: torch.Tensor, labels: torch.Tensor) -> RAILS:
         known = torch.cat([x, more]), torch.cat([y, labels])
-        return RAILS(net, "input", seed=0).light().fit(*known, calibration=calibration)
+        light = RAILS(net, "input", maturation=Maturation(generations=3), seed=0).light()
+        return light.fit(*known, calibration=calibration)
 
     plain = fitted(x[:0], none)
     met = {"attacked": plain.respond(attacked[:half]), "clean": plain.respond(clean[:half])}

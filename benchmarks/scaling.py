@@ -75,7 +75,7 @@ def answers(options: argparse.Namespace) -> list[Row]:
         net = nn.Sequential(
             nn.Linear(options.width, options.width), nn.ReLU(), nn.Linear(options.width, classes)
         ).eval()
-        settings = Maturation(early_stop=None, prune=None)
+        settings = Maturation(generations=10, early_stop=None, prune=None)
         held = (x[:20], y[:20])
         rails = RAILS(net, "1", maturation=settings, seed=0).fit(x, y, calibration=held)
         asked = x[torch.linspace(0, n - 1, 4).long()]

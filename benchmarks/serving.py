@@ -255,7 +255,7 @@ def resident(pid: int) -> int:
 def main() -> None:
     p = common.parser(__doc__)
     p.set_defaults(weights=Path("weights/mnist.safetensors"))
-    p.add_argument("--defence", default="rails input")
+    p.add_argument("--defence", default="rails input generations=10")
     p.add_argument("--images", type=int, default=512)
     p.add_argument("--seconds", type=float, default=30, help="of each load")
     p.add_argument("--requests", type=int, default=20_000, help="while replicas are killed")

@@ -43,7 +43,7 @@ def test_the_first_part_tells_of_all(said, monkeypatch):
 
 
 def test_nothing_is_said_of_short_work(said, net):
-    RAILS(net, "1", maturation=Maturation(population=60), seed=0).fit(X, Y).predict(X[:3])
+    RAILS(net, "1", maturation=Maturation(generations=10, population=60), seed=0).fit(X, Y).predict(X[:3])
     assert said() == []
 
 
@@ -75,14 +75,14 @@ def test_features_that_are_computed_again_say_so(said, net, monkeypatch):
 
 
 def test_what_a_call_takes_is_not_taken_for_what_its_cells_take(net, monkeypatch):
-    rails = RAILS(net, "1", maturation=Maturation(population=120, neighbours=5), seed=0).fit(X, Y)
+    rails = RAILS(net, "1", maturation=Maturation(generations=10, population=120, neighbours=5), seed=0).fit(X, Y)
     monkeypatch.setattr(_estimates, "timed", lambda work: 0.05 + len(work()[0]) * 1e-6)
     # 64 cells would make it 391 seconds.
     assert rails._timed(X[:1], 0, 500_000) == pytest.approx(0.5 + 500_000 * 0.05 / 4096)
 
 
 def test_an_estimate_is_the_time_of_a_cell_times_all_cells(net, monkeypatch):
-    rails = RAILS(net, "1", maturation=Maturation(population=120, neighbours=5), seed=0).fit(X, Y)
+    rails = RAILS(net, "1", maturation=Maturation(generations=10, population=120, neighbours=5), seed=0).fit(X, Y)
     monkeypatch.setattr(_estimates, "timed", lambda work: len(work()[0]) * 1e-3)
     assert rails._timed(X[:1], 0, 50_000) == pytest.approx(50)
     assert rails._timed(X[:1], 0, 99) == 0

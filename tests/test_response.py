@@ -11,7 +11,12 @@ X, Y = torch.rand(60, 4, generator=torch.Generator().manual_seed(0)), torch.aran
 
 
 def test_a_response_is_short_in_print():
-    rails = RAILS(nn.Linear(4, 3), ["input", torch.square], maturation=Maturation(population=90, neighbours=3), seed=0)
+    rails = RAILS(
+        nn.Linear(4, 3),
+        ["input", torch.square],
+        maturation=Maturation(generations=10, population=90, neighbours=3),
+        seed=0,
+    )
     r = rails.fit(X, Y).respond(X[:20], trace=True)
     r.foreign[:] = torch.arange(20) < 2
     labels = ", ".join(map(str, r.labels[:8].tolist()))
@@ -27,7 +32,7 @@ def test_a_response_is_short_in_print():
 
 @pytest.fixture(scope="module")
 def rails():
-    maturation = Maturation(population=90, neighbours=3)
+    maturation = Maturation(generations=10, population=90, neighbours=3)
     return RAILS(nn.Linear(4, 3), ["input", torch.square], maturation=maturation, seed=0).fit(X, Y)
 
 
@@ -95,7 +100,9 @@ def test_a_defence_explains_antigens(rails):
 
 
 def test_who_asks_is_kept_and_remembered():
-    rails = RAILS(nn.Linear(4, 3), "input", maturation=Maturation(population=90), memory=Memory(None), seed=0).fit(X, Y)
+    rails = RAILS(
+        nn.Linear(4, 3), "input", maturation=Maturation(generations=10, population=90), memory=Memory(None), seed=0
+    ).fit(X, Y)
     one, two = rails.respond(X[:2], source="you"), rails.respond(X[2:4], source=["me", "them"])
     assert (one.source, rails.respond(X[:1]).source) == (("you", "you"), None)
     rails.memory.remember(ImmuneResponse.cat([one, two]), X[:4])

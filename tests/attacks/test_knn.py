@@ -70,7 +70,7 @@ def test_vote_and_gradient_follow_the_formula(problem, kind, layers):
 
 def test_cells_of_another_space_are_reached_through_the_model(problem):
     model, x, y = problem
-    defence = RAILS(model, "1", space="0", maturation=Maturation(population=30, neighbours=2), seed=0)
+    defence = RAILS(model, "1", space="0", maturation=Maturation(generations=10, population=30, neighbours=2), seed=0)
     defence.fit(x, y, calibration=(x[:6], y[:6]))
     antigens = x[:3].clone().requires_grad_()
     found = SoftNeighbours(defence, neighbours=4, temperature=0.5)(antigens)

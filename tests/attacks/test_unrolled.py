@@ -145,7 +145,7 @@ def test_bad_defences_and_inputs_are_named(problem):
 def test_an_antigen_that_is_in_the_repertoire_has_a_gradient(mutation_rate):
     x, y = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
-    maturation = Maturation(population=60, neighbours=5, mutation_rate=mutation_rate)
+    maturation = Maturation(generations=10, population=60, neighbours=5, mutation_rate=mutation_rate)
     unrolled = Unrolled(RAILS(model, "input", maturation=maturation, seed=0).fit(x, y), population=60)
     antigens = x[:4].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(unrolled(antigens)[:, 0].sum(), antigens)

@@ -152,16 +152,16 @@ def test_what_was_done_before_an_interruption_is_not_done_again(run, monkeypatch
 def test_those_of_one_name_have_rows_and_lines_of_their_own(run):
     specs = [
         "rails input population=40",
-        "rails input population=40 generations=0",
-        "rails input generations=0 population=40",
+        "rails input population=40 generations=2",
+        "rails input generations=2 population=40",
     ]
     code, _, err = run(*SMALL, *by(*specs), "--attack", "none", "--json", "r.json")
     assert code == 0, err
     rows = by_key("r.json")[0]["results"]
-    assert [row["defence"] for row in rows] == ["rails", "rails generations=0"]
-    assert [row["settings"]["maturation"][0]["generations"] for row in rows] == [10, 0]
-    assert "rails generations=0 input none: " in err
-    assert "| input | rails generations=0 | none |" in Path("evaluation/table.md").read_text()
+    assert [row["defence"] for row in rows] == ["rails", "rails generations=2"]
+    assert [row["settings"]["maturation"][0]["generations"] for row in rows] == [0, 2]
+    assert "rails generations=2 input none: " in err
+    assert "| input | rails generations=2 | none |" in Path("evaluation/table.md").read_text()
 
 
 def test_tuning_chooses_for_dknn_on_the_validation_split(run):

@@ -184,7 +184,7 @@ def test_layers_vote_together(functional_conv, images):
 
 
 def test_one_maturation_per_layer(functional_conv, images):
-    settings = [Maturation(population=9, neighbours=3), Maturation(population=90, neighbours=2, generations=0)]
+    settings = [Maturation(population=9, neighbours=3, generations=10), Maturation(population=90, neighbours=2)]
     rails = RAILS(functional_conv, ["2", "5"], maturation=settings, seed=0).fit(*images)
     r = rails.respond(ANTIGENS, trace=True)
     assert rails.maturations == tuple(settings)
@@ -271,7 +271,7 @@ def test_equal_rows_of_two_classes_are_settled_by_how_many_there_are(generations
 
 def test_rows_in_equal_number_are_settled_by_lot():
     x, y, _ = table(12, 6)
-    maturation = Maturation(population=60, neighbours=3)
+    maturation = Maturation(generations=10, population=60, neighbours=3)
     one, other = (
         RAILS(Head(lambda o: o[:, :2], 3), "input", maturation=maturation, seed=0)
         .fit(x, labels, calibration=(x, labels))
@@ -622,15 +622,16 @@ def test_the_light_twin_shares_what_was_fitted_and_leaves_rails_alone(images, co
 
 
 def test_rails_less_one_part_shares_the_rest(images, conv):
-    rails = RAILS(conv, "input", maturation=Maturation(population=300, neighbours=2)).fit(*images)
+    rails = RAILS(conv, "input", maturation=Maturation(generations=10, population=300, neighbours=2)).fit(*images)
     found = rails.ablations()
-    assert list(found) == ["crossover", "mutation", "selection", "generations"]
+    assert list(found) == ["mutation", "crossover", "selection", "generations"]
     assert found["generations"].maturations[0].generations == 0
     assert found["mutation"].maturations[0].rates == (0.0, 0.0)
     assert found["crossover"].maturations[0].crossover is None
-    assert rails.maturations[0] == Maturation(population=300, neighbours=2)
+    assert rails.maturations[0] == Maturation(generations=10, population=300, neighbours=2)
     assert all(variant.repertoire is rails.repertoire for variant in found.values())
     assert found["selection"].predict(images[0][:3], seed=0).shape == (3,)
+    assert list(found["generations"].ablations()) == ["mutation"]
 
 
 def test_draws_are_those_of_a_predict_of_ones_own(images, conv):
@@ -638,5 +639,5 @@ def test_draws_are_those_of_a_predict_of_ones_own(images, conv):
         def predict(self, x, seed=None):
             return torch.full((len(x),), seed)
 
-    rails = Constant(conv, "input", maturation=Maturation(population=60, neighbours=3)).fit(*images)
+    rails = Constant(conv, "input", maturation=Maturation(generations=10, population=60, neighbours=3)).fit(*images)
     assert rails.draws(images[0][:2], [2, 0]).tolist() == [[2, 2], [0, 0]]

@@ -11,7 +11,7 @@ from torch import nn
 from immunonet import RAILS, DkNN, Maturation, _store
 
 SMALL = Maturation(population=60, neighbours=3, generations=2)
-OTHER = Maturation(population=18, neighbours=2, temperature=3, mutation_rate=(0.1, 0.2), crossover=None)
+OTHER = Maturation(generations=10, population=18, neighbours=2, temperature=3, mutation_rate=(0.1, 0.2), crossover=None)
 ANTIGENS = torch.rand(6, 1, 6, 6, generator=torch.Generator().manual_seed(5))
 FILE = "defence.json"
 

@@ -109,7 +109,7 @@ SURROGATES = {
 @pytest.fixture
 def pair(functional_conv, images):
     """RAILS without a voice, and the same with one of 0.3; cells live in a layer."""
-    settings = {"maturation": Maturation(population=30, neighbours=3), "space": "0", "seed": 0}
+    settings = {"maturation": Maturation(generations=10, population=30, neighbours=3), "space": "0", "seed": 0}
     return [RAILS(functional_conv, ["2", "0"], voice=v, **settings).fit(*images) for v in (0.0, 0.3)]
 
 
@@ -132,7 +132,9 @@ def test_surrogates_and_their_gradients_are_those_of_the_mixture(pair, images, n
 
 def test_a_mixture_of_what_float32_cannot_hold_is_finite(functional_conv, images):
     functional_conv[6].weight.data *= 1e4
-    rails = RAILS(functional_conv, "input", maturation=Maturation(population=30, neighbours=3), voice=0.3)
+    rails = RAILS(
+        functional_conv, "input", maturation=Maturation(generations=10, population=30, neighbours=3), voice=0.3
+    )
     soft = SoftNeighbours(rails.fit(*images), temperature=1e-4)
     x = images[0][:6].clone().requires_grad_()
     found = soft(x)

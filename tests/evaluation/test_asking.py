@@ -89,7 +89,7 @@ def test_the_global_generator_is_seeded_for_a_call_and_left_as_found():
 
 
 def test_further_draws_are_the_answers_under_their_seeds(images, conv):
-    rails = RAILS(conv, "input", maturation=Maturation(population=60, neighbours=3)).fit(*images)
+    rails = RAILS(conv, "input", maturation=Maturation(generations=10, population=60, neighbours=3)).fit(*images)
     x = torch.rand(20, *images[0].shape[1:], generator=torch.Generator().manual_seed(0))
     expected = torch.stack([rails.predict(x, seed) for seed in (3, 1, 2)])
     assert Subject(rails, classes=3).labels(x, (3, 1, 2))[0].equal(expected)
@@ -97,7 +97,7 @@ def test_further_draws_are_the_answers_under_their_seeds(images, conv):
 
 
 def test_further_draws_of_inputs_without_an_answer_count_as_wrong(images, conv, monkeypatch):
-    rails = RAILS(conv, "input", maturation=Maturation(population=60, neighbours=3)).fit(*images)
+    rails = RAILS(conv, "input", maturation=Maturation(generations=10, population=60, neighbours=3)).fit(*images)
     x = images[0][:6]
     expected = Subject(rails, classes=3).labels(x, (0, 1, 2))[0]
     answer = RAILS._mature
@@ -129,7 +129,9 @@ def test_only_the_draws_of_rails_itself_are_shared(kind, images, conv):
     defence = Smoothing()
     expected = torch.tensor([[2] * 4, [0] * 4, [1] * 4])
     if kind == "subclass":
-        defence = Constant(conv, "input", maturation=Maturation(population=60, neighbours=3)).fit(*images)
+        defence = Constant(conv, "input", maturation=Maturation(generations=10, population=60, neighbours=3)).fit(
+            *images
+        )
         assert asked(defence, images[0][:4], (2, 0, 1))[0].equal(expected)
     assert Subject(defence, classes=3).labels(images[0][:4], (2, 0, 1))[0].equal(expected)
 

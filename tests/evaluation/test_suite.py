@@ -41,7 +41,7 @@ def test_what_a_protocol_runs_on_each_defence(images, conv):
     counts = ["soft-count", "apgd-ce-soft-count", "apgd-dlr-soft-count"]
     assert list(names(dknn, conv, images, "quick", False)) == [*on_base, *knn, *counts, *rest, *asks]
 
-    rails = RAILS(conv, "input", maturation=Maturation(population=300)).fit(*images)
+    rails = RAILS(conv, "input", maturation=Maturation(generations=10, population=300)).fit(*images)
     found = names(rails, conv, images, "quick", True)
     clones = ["soft-clones", "apgd-ce-soft-clones", "apgd-dlr-soft-clones", "unrolled"]
     assert list(found) == [*on_base, *knn, *clones, *rest, *asks[:2], "square-known-seed", asks[2]]
@@ -123,7 +123,7 @@ class Asks(attacks.Noise):
 
 def test_attacks_of_ones_own_are_made_on_what_suits_what_they_need(images, conv):
     own = [Asks(eps=0.1), Climbs(eps=0.05, batch_size=4096)]
-    rails = RAILS(conv, "input", maturation=Maturation(population=300)).fit(*images)
+    rails = RAILS(conv, "input", maturation=Maturation(generations=10, population=300)).fit(*images)
     found = names(rails, conv, images, "quick", True, own)
     asks, climbs = found["asks-1"], found["climbs-2"]
     assert list(found).index("climbs-2") == list(found).index("noise") - 1

@@ -307,9 +307,9 @@ class Wide(nn.Module):
 
 def test_an_antigen_does_not_feel_what_noise_others_have():
     x, y = rand(40, 200), torch.arange(40) % 2
-    rails = RAILS(Wide(), "input", maturation=Maturation(population=40, neighbours=4), shared_noise=False, seed=1).fit(
-        x, y
-    )
+    rails = RAILS(
+        Wide(), "input", maturation=Maturation(generations=10, population=40, neighbours=4), shared_noise=False, seed=1
+    ).fit(x, y)
     both = rails.respond(x[:2] * 0.9)
     alone = rails.respond(x[1:2] * 0.9)
     assert torch.equal(both.plasma.x[1], alone.plasma.x[0])

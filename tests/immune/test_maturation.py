@@ -334,7 +334,7 @@ def test_no_class_is_alone_while_another_is_as_near_as_the_last_plasma_cell():
 @pytest.mark.parametrize("names", [[0, 1, 2], [2, 0, 1], [1, 0, 2]])
 def test_classes_as_near_as_the_last_candidate_evolve_too(names):
     nearest = torch.tensor([0.3, 0.3, 0.4])[names]
-    settings_ = Maturation(population=6, neighbours=1, candidates=1)
+    settings_ = Maturation(generations=10, population=6, neighbours=1, candidates=1)
     assert _candidates(nearest[None, :, None], settings_).tolist() == [(nearest < 0.35).tolist()]
 
 
@@ -376,7 +376,7 @@ def test_pruning_and_stopping_early_change_no_clear_answer():
     y = torch.arange(60) % 3
     x = (torch.eye(3)[y] * 0.6 + 0.4 * torch.rand(60, 3, generator=g)).clamp(0, 1)
     antigens = (torch.eye(3) * 0.6 + 0.2).repeat(10, 1)
-    full = Maturation(population=90, neighbours=5, prune=None, early_stop=None)
+    full = Maturation(generations=10, population=90, neighbours=5, prune=None, early_stop=None)
     for changes in ({"prune": 0.05}, {"early_stop": 2}, {"prune": 0.05, "early_stop": 2}):
         for settings_ in (full, dataclasses.replace(full, **changes)):
             r = respond(x, y, antigens, classes=3, **dataclasses.asdict(settings_))
@@ -400,7 +400,7 @@ def test_what_lies_between_two_classes_divides_the_vote():
     half = torch.rand(100, 2, generator=torch.Generator().manual_seed(0))
     # The two classes are mirror images in the antigen, so that over seeds both get half of the votes.
     x, y = torch.cat([half, 1 - half]), torch.arange(200) // 100
-    rails = RAILS(Columns(), "input", maturation=Maturation(early_stop=None, population=200))
+    rails = RAILS(Columns(), "input", maturation=Maturation(generations=10, early_stop=None, population=200))
     rails.fit(x, y, calibration=(x, y))
     antigen = torch.full((1, 2), 0.5)
     votes = torch.cat([rails.predict_proba(antigen, seed=seed) for seed in range(20)])[:, 0].double()

@@ -95,7 +95,7 @@ def test_every_rails_is_compared_with_all_that_share_its_images_and_protocol():
     elsewhere = run("dknn", [1.0] * 8, protocol="standard", neighbours=7)
     first, second = table(run("cnn", [1.0] * 8), without, whole, dknn, elsewhere)
     assert first["defence"] == "RAILS, input, T 1000, G 0"
-    assert first["worst case better than"] == "RAILS, input, T 1000 (p = 0.0078)"
+    assert first["worst case better than"] == "RAILS, input, T 1000, G 10 (p = 0.0078)"
     assert first["worst case not told apart from"] == "no defence (p = 1); DkNN, input, k 5 (p = 1)"
     assert second["worst case worse than"] == (
         "no defence (p = 0.0078); RAILS, input, T 1000, G 0 (p = 0.0078); DkNN, input, k 5 (p = 0.016)"
@@ -109,7 +109,7 @@ def test_the_verdict_is_the_highest_worst_case_and_which_to_take_the_first_of_ea
     (said,) = section("Verdict", cnn, rails, dknn)
     assert "of the defences, DkNN, input, k 5 keeps most in the worst case, 0.750" in said
     assert "more than what the undefended network keeps: 0.000" in said
-    assert "not told apart from RAILS, input, T 1000: 0.500 (right alone on 2 images, the other on 0" in said
+    assert "not told apart from RAILS, input, T 1000, G 10: 0.500 (right alone on 2 images, the other on 0" in said
     line = next(line for line in section("Which to take", cnn, rails, dknn) if line.startswith("| data"))
     name, clean, transfer, worst = (cell.strip() for cell in line.split("|")[1:-1])
     assert (name, clean) == ("data, net, linf 0.1, 8 images", "CNN, undefended: 1.000")
@@ -126,7 +126,7 @@ def test_only_the_same_images_are_compared():
     assert "no defence" not in str([value for key, value in table(*apart)[0].items() if key.startswith("worst")])
     assert "undefended" not in section("Verdict", *apart)[0]
     with pytest.raises(
-        ValueError, match=r"RAILS, input, T 1000 and CNN, undefended .* the same images, got other labels"
+        ValueError, match=r"RAILS, input, T 1000, G 10 and CNN, undefended .* the same images, got other labels"
     ):
         table(run("cnn", [0.0] * 4, labels=[0, 1, 2, 3]), run("rails", [1.0] * 4, labels=[0, 1, 3, 2]))
 
@@ -170,15 +170,15 @@ def test_settings_of_cells_that_no_name_tells_are_told_where_they_differ():
     changed = [MATURATION | {"mutation_rate": rate} for rate in (0.1, 0.2)]
     found = cases(merge([run("rails", [1.0], maturation=[one]) for one in changed]))
     assert [case["title"] for case in found] == [
-        f"RAILS, input, T 1000, maturation.0.mutation_rate {rate}" for rate in (0.1, 0.2)
+        f"RAILS, input, T 1000, G 10, maturation.0.mutation_rate {rate}" for rate in (0.1, 0.2)
     ]
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"recombination": 0.5, "alignment": 0}, "T 1000, recombined"),
-        ({"alignment": 0}, "T 1000, not aligned"),
+        ({"recombination": 0.5, "alignment": 0}, "T 1000, G 10, recombined"),
+        ({"alignment": 0}, "T 1000, G 10, not aligned"),
         ({"neighbours": 50, "generations": 0}, "T 1000, K 50, G 0"),
     ],
 )
@@ -205,7 +205,7 @@ def test_the_document_leaves_no_rails_out():
     records = [run("cnn", [0.0] * 8, paper=0.0, protocol="standard"), run("rails", [1.0] * 6, paper=1.0)]
     without = run("rails", [1.0] * 7, paper=1.0, maturation=[MATURATION | {"generations": 0}])
     lines = section("RAILS in pairs", *records, without)
-    for where, name, p in (("6 images", "T 1000", 0.031), ("7 images", "T 1000, G 0", 0.016)):
+    for where, name, p in (("6 images", "T 1000, G 10", 0.031), ("7 images", "T 1000, G 0", 0.016)):
         helps = f"helps | no defence by `standard` (p = {p}) |  |  |"
         assert f"| data, net, linf 0.1, {where} | RAILS, input, {name} | {helps}" in lines
 

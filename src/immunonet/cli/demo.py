@@ -12,7 +12,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from immunonet import RAILS, Sentinel, _check, data, report, zoo
+from immunonet import RAILS, Maturation, Sentinel, _check, data, report, zoo
 from immunonet._imports import require
 from immunonet.attacks import PGD
 from immunonet.cli import common
@@ -32,6 +32,9 @@ BASE = "digits"
 # What the explorer's sentinel can learn from so few images.
 WATCH: dict[str, Any] = {"window": 200, "neighbours": 5, "false_alarm": 0.01}
 
+# The papers' number of generations: by default there are none, and the pictures would have nothing to tell.
+EVOLVED = 10
+
 # What is tried on validation images; the first of equals is taken.
 CANDIDATES = {
     "dknn": [
@@ -40,7 +43,11 @@ CANDIDATES = {
         for metric in ("cosine", "euclidean")
         for neighbours in (5, 20, 75)
     ],
-    "rails": [f"rails {layer} neighbours={neighbours}" for layer in ("input", "conv1") for neighbours in (5, 10, 20)],
+    "rails": [
+        f"rails {layer} neighbours={neighbours} generations={EVOLVED}"
+        for layer in ("input", "conv1")
+        for neighbours in (5, 10, 20)
+    ],
 }
 SOFTER = (3.0, 1.0, 0.3)
 
@@ -138,7 +145,8 @@ def explored(
 
     common.note("training a small network on 8x8 digits, unless it is there already")
     net = trained()
-    rails = RAILS(net, "input", seed=seed).fit(training.x, training.y, calibration=(held_out.x, held_out.y))
+    rails = RAILS(net, "input", maturation=Maturation(generations=EVOLVED), seed=seed)
+    rails.fit(training.x, training.y, calibration=(held_out.x, held_out.y))
     sentinel = Sentinel(rails, "input", **WATCH).fit(training.x)
     page = explorer.build(rails, base=net, images=test, sentinel=sentinel, seed=seed)
     explorer.launch(page, port=port, ready=lambda address: typer.echo(f"explorer: {address} (Ctrl-C ends it)"))

@@ -139,7 +139,7 @@ def _fitted() -> tuple[RAILS, Tensor, Tensor]:
         y = torch.arange(600) % 10
         x = 0.7 * torch.rand(10, 1, 8, 8)[y] + 0.3 * torch.rand(600, 1, 8, 8)
         net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    rails = RAILS(net, "1", maturation=Maturation(population=200), seed=0).fit(x[:500], y[:500])
+    rails = RAILS(net, "1", maturation=Maturation(population=200, generations=10), seed=0).fit(x[:500], y[:500])
     return rails, x[500:], y[500:]
 
 

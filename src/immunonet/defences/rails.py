@@ -240,13 +240,14 @@ class RAILS(MaturingDefence):
         )
 
     def ablations(self) -> Mapping[str, RAILS]:
-        """Return RAILS without crossover, mutation, selection, or any generation."""
-        changes: dict[str, dict[str, Any]] = {
-            "crossover": {"crossover": None},
-            "mutation": {"mutation_rate": 0.0},
-            "selection": {"temperature": 1e9},  # every cell is as likely a parent as any other
-            "generations": {"generations": 0},
-        }
+        """Return RAILS without mutation and, where cells evolve, without crossover, selection, or any generation."""
+        changes: dict[str, dict[str, Any]] = {"mutation": {"mutation_rate": 0.0}}
+        if any(m.generations for m in self.maturations):
+            changes |= {
+                "crossover": {"crossover": None},
+                "selection": {"temperature": 1e9},  # every cell is as likely a parent as any other
+                "generations": {"generations": 0},
+            }
         return {
             part: self.with_settings(maturation=[dataclasses.replace(m, **change) for m in self.maturations])
             for part, change in changes.items()

@@ -187,16 +187,16 @@ def _images(places: list[int] | dict[str, Any]) -> tuple[Any, ...]:
 
 
 def cells(maturations: Sequence[dict[str, Any]]) -> str:
-    """Return the settings of a RAILS, the same at each of its layers, as far as they are not the default; "" for none.
+    """Return the cells and generations of a RAILS, the same at each of its layers, and what else is not the default.
 
     Records older than the setting of a clone did nothing to it.
     """
     if not maturations:
         return ""
-    first, default = maturations[0], Maturation()
+    first = maturations[0]
     told = [f"T {first['population']}"]
-    told += [f"K {first['neighbours']}"] if first["neighbours"] != default.neighbours else []
-    told += [f"G {first['generations']}"] if first["generations"] != default.generations else []
+    told += [f"K {first['neighbours']}"] if first["neighbours"] != Maturation().neighbours else []
+    told += [f"G {first['generations']}"]
     told += ["recombined"] if first.get("recombination") else [] if first.get("alignment") else ["not aligned"]
     return ", ".join(told)
 

@@ -171,7 +171,8 @@ def _called(row: Record) -> tuple[str, ...]:
     if len(settings.get("tuning", {}).get("candidates", ())) > 1:
         name += ", layers chosen"
     if "maturation" in settings:
-        name += f", T {settings['maturation'][0]['population']}"
+        first = settings["maturation"][0]
+        name += f", T {first['population']}, G {first['generations']}"
     size = f"{settings['repertoire']:,}" if "repertoire" in settings else ""
     space = settings.get("space")
     place = _place(settings["layers"])

@@ -25,11 +25,12 @@ from loop import Loop
 
 
 def settings(options: argparse.Namespace) -> dict[str, Maturation]:
-    """Return the settings that are compared; the last are the loop's own."""
+    """Return the settings that are compared, all but the first with generations; the last are the loop's own."""
     sizes: dict[str, Any] = {"population": options.population, "generations": options.generations}
     return {
-        "defaults (early stop, pruning)": Maturation(**sizes),
-        "defaults without alignment": Maturation(alignment=0.0, **sizes),
+        "default, no generation": Maturation(population=options.population),
+        "early stop, pruning": Maturation(**sizes),
+        "early stop, pruning, no alignment": Maturation(alignment=0.0, **sizes),
         "early_stop=None, prune=None": Maturation(early_stop=None, prune=None, **sizes),
         "authors' settings, as the loop": Maturation.authors("mnist", **sizes),
     }
@@ -117,7 +118,6 @@ def agreement(setting: Setting, options: argparse.Namespace) -> list[Row]:
     variants: dict[str, tuple[dict[str, Any], int]] = {
         "early_stop=None, prune=None (the reference)": (off, options.seed),
         "the reference, another seed": (off, options.seed + 1),
-        "defaults": ({}, options.seed),
         "early_stop=2": ({"early_stop": 2, "prune": None}, options.seed),
         "early_stop=1": ({"early_stop": 1, "prune": None}, options.seed),
         "early_stop=2, prune=.05": ({"early_stop": 2, "prune": 0.05}, options.seed),
@@ -208,7 +208,7 @@ def profile(setting: Setting, options: argparse.Namespace) -> list[Row]:
     """Return the share of time per stage."""
     rows: list[Row] = []
     for layer in ("affine", "pool1"):
-        for name, maturation in list(settings(options).items())[:2]:
+        for name, maturation in list(settings(options).items())[:-1]:
             rails = fitted(setting, layer, maturation, options.seed)
             n = options.timed_images // (1 if layer == "affine" else 8) or 1
             x = torch.cat([setting.clean[:n], setting.attacked[:n]])

@@ -107,7 +107,7 @@ def test_engine(load, digits, monkeypatch, tmp_path):
     tables = run(load("engine"), monkeypatch, tmp_path, *digits, *sizes, *only)
     assert tables["affine"]["rows"][0]["what"] == "the loop"
     assert all(row["seconds_per_image"] > 0 for row in tables["affine"]["rows"])
-    assert [row["images"] for row in tables["agreement"]["rows"]] == [10] * 8 + [2]
+    assert [row["images"] for row in tables["agreement"]["rows"]] == [10] * 7 + [2]
     assert tables["agreement"]["rows"][0]["agreement"] == 1
     assert [row["batch"] for row in tables["latency"]["rows"]] == [1, 8, 21, 64, 256]
 
@@ -254,7 +254,7 @@ def test_report_says_what_was_not_measured(load):
     rows = {row["line"]: row for row in report.targets(tables)}
     assert rows["50,176-wide fit of 60,000: peak memory"]["reached"] == "not reached"
     assert rows["50,176-wide fit of 60,000: peak memory"]["figure"] == "2.5"
-    assert rows["block 1, defaults, against the loop"]["reached"] == "not measured"
+    assert rows["block 1, ten generations, against the loop"]["reached"] == "not measured"
     assert rows["VGG16 setting on a GPU: 10,000 images"]["figure"] == "not measured"
 
 

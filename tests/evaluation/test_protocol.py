@@ -154,13 +154,13 @@ def test_ablations_are_rows_of_their_own(problem, unchecked, monkeypatch):
     result = evaluate(defence.fit(x[100:], y[100:]), x[:6], y[:6], base=base, eps=0.1)
     assert [(row.defence, row.attack) for row in result.ablations] == [
         (f"rails without {part}", attack)
-        for part in ("crossover", "mutation", "selection", "generations")
+        for part in ("mutation", "crossover", "selection", "generations")
         for attack in ("none", "worst-case")
     ]
     assert rows(result, "rails")["unrolled-eot-2"].n == 4
     assert checks(result)["all"].passed  # no more were planned
     monkeypatch.setattr(figures, "svg_uri", lambda figure: "data:,")  # another test draws
-    assert result.ablations[0].settings["maturation"][0]["crossover"] is None
+    assert result.ablations[0].settings["maturation"][0]["mutation_rate"] == 0
     assert "Ablations" in _page(result)
 
 

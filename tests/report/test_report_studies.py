@@ -10,7 +10,7 @@ def row(defence="rails", attack="none", accuracy=0.5, **settings):
         "base": "plain", "layers": ["input"], "split": "test", "experiment": "main", "slice": [0, 10],
         "repertoire": 100, "attack": {"eps": 0.1},
     }  # fmt: skip
-    own = {"rails": {"maturation": [{"population": 20, "decay": 0.9}]}}.get(defence, {})
+    own = {"rails": {"maturation": [{"population": 20, "generations": 3, "decay": 0.9}]}}.get(defence, {})
     return {
         "defence": defence, "attack": attack, "accuracy": accuracy, "ci95": [0.0, 1.0], "n": 10, "seeds": [0],
         "eps": 0.1, "norm": "linf", "seconds_per_image": 0.0, "settings": told | own | settings,
@@ -21,8 +21,8 @@ def row(defence="rails", attack="none", accuracy=0.5, **settings):
     ("one", "other", "names"),
     [
         (
-            {"maturation": [{"population": 20, "decay": 0.9}]},
-            {"maturation": [{"population": 20, "decay": 0.5}]},
+            {"maturation": [{"population": 20, "generations": 3, "decay": 0.9}]},
+            {"maturation": [{"population": 20, "generations": 3, "decay": 0.5}]},
             ("maturation.0.decay 0.9", "maturation.0.decay 0.5"),
         ),
         ({"false_alarm": 0.1}, {}, ("false_alarm 0.1", "false_alarm untold")),
@@ -32,7 +32,7 @@ def row(defence="rails", attack="none", accuracy=0.5, **settings):
 def test_what_differs_has_a_line_of_its_own(one, other, names):
     rows = [row(accuracy=0.25, **one), row(accuracy=0.75, **other), row(attack="pgd", accuracy=0.125, **other)]
     head, *body = studies._main(rows)
-    assert [line[2] for line in body] == [f"RAILS, T 20, {name}" for name in names]
+    assert [line[2] for line in body] == [f"RAILS, T 20, G 3, {name}" for name in names]
     assert [line[3:5] for line in body] == [
         ("0.250 (0.000 to 1.000)", ""),
         ("0.750 (0.000 to 1.000)", "0.125 (0.000 to 1.000)"),

@@ -62,7 +62,7 @@ def test_a_study_from_raw_data_to_tables_and_figures(run, tiny):
 
     assert rows["rails-authors", "conv2 pool", "pgd"]["settings"]["space"] == "conv1"
     assert rows["rails", "conv2:2", "none"]["settings"]["space"] == "conv2:2"
-    assert "RAILS, T 40, cells there" in Path("results/README.md").read_text()
+    assert "RAILS, T 40, G 2, cells there" in Path("results/README.md").read_text()
 
     # The same answers as by hand.
     images, test = (resolve_dataset("tiny.parquet", split) for split in ("train", "test"))
@@ -144,7 +144,7 @@ def test_a_study_from_raw_data_to_tables_and_figures(run, tiny):
     for name in ("eps", "crossover", "layers", "repertoire", "learning", "sensing"):
         assert Path(f"results/figures/digits-{name}.png").read_bytes().startswith(b"\x89PNG")
     readme = Path("results/README.md").read_text()
-    assert "| plain | conv1 | RAILS, paper (reconstructed), T 20 |" in readme
+    assert "| plain | conv1 | RAILS, paper (reconstructed), T 20, G 1 |" in readme
     assert "figures/digits-eps.png" in readme
     assert Path("work/table.md").read_text() in readme
     assert "| 200.00 points or 200% of the errors | 300% of the errors |" in readme
@@ -156,7 +156,12 @@ def test_a_study_from_raw_data_to_tables_and_figures(run, tiny):
 
 
 def test_a_voice_has_a_line_of_its_own():
-    settings = {"base": "plain", "layers": ["input"], "maturation": [{"population": 20}], "repertoire": 9}
+    settings = {
+        "base": "plain",
+        "layers": ["input"],
+        "maturation": [{"population": 20, "generations": 3}],
+        "repertoire": 9,
+    }
     row = {"defence": "rails", "attack": "pgd", "eps": 0.1, "norm": "linf", "n": 5, "seeds": [0], "ci95": [0, 1]}
     rows = [
         row | {"accuracy": accuracy, "settings": settings | extra}
@@ -164,8 +169,8 @@ def test_a_voice_has_a_line_of_its_own():
     ]
     _, *body = report._main(rows)
     assert [line[2:4] for line in body] == [
-        ("RAILS, T 20", "0.500 (0.000 to 1.000)"),
-        ("RAILS, T 20, voice 0.25", "0.700 (0.000 to 1.000)"),
+        ("RAILS, T 20, G 3", "0.500 (0.000 to 1.000)"),
+        ("RAILS, T 20, G 3, voice 0.25", "0.700 (0.000 to 1.000)"),
     ]
 
 

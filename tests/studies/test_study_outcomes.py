@@ -12,7 +12,7 @@ from immunonet.studies.model import Target
 
 def measured(defence, right, **settings):
     told = {"base": "plain", "layers": ["input"], "split": "test", "repertoire": 100, "experiment": "main"}
-    told |= {"maturation": [{"population": 20}]} if defence == "rails" else {}
+    told |= {"maturation": [{"population": 20, "generations": 3}]} if defence == "rails" else {}
     told |= settings
     row = SimpleNamespace(defence=defence, attack="none", n=10, accuracy=0.5, settings=told)
     return SimpleNamespace(
@@ -23,7 +23,7 @@ def measured(defence, right, **settings):
 
 
 def test_pairs_share_the_repertoire_and_name_the_settings_in_which_several_rails_differ():
-    changed = [[{"population": 20, "decay": decay}] for decay in (0.9, 0.5)]
+    changed = [[{"population": 20, "generations": 3, "decay": decay}] for decay in (0.9, 0.5)]
     rails = [measured("rails", [True] * 10, maturation=maturation) for maturation in changed]
     peers = [measured("dknn", [False] * 10), measured("dknn", [False] * 10, repertoire=50)]
     found = outcomes.pairs([*rails, *peers])

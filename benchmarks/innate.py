@@ -46,12 +46,14 @@ def attack(eps: float, iterations: int) -> attacks.PGD:
     return attacks.PGD(eps=eps, step=eps / 4, iterations=iterations, random_start=False)
 
 
-HIDDEN = Maturation(neighbours=50, recombination=0.5, alignment=0)
+# With generations: without them there is little work to spare.
+EVOLVING = Maturation(generations=10)
+HIDDEN = Maturation(neighbours=50, recombination=0.5, alignment=0, generations=3)
 MNIST = ("mnist", "mnist", "weights/mnist.safetensors")
 PLACES = {
-    "MNIST, input": Place(*MNIST, "input", {}, attack(60 / 255, 20), 0.005),
+    "MNIST, input": Place(*MNIST, "input", {"maturation": EVOLVING}, attack(60 / 255, 20), 0.005),
     "MNIST, pool1:4, T 200": Place(
-        *MNIST, "pool1:4", {"maturation": Maturation(population=200)}, attack(60 / 255, 20), 0.005
+        *MNIST, "pool1:4", {"maturation": Maturation(population=200, generations=10)}, attack(60 / 255, 20), 0.005
     ),
     "CIFAR-10, block2:4, cells there": Place(
         "cifar10", "residual", "weights/cifar10-hardened.safetensors", "block2:4",

@@ -73,6 +73,13 @@ def test_an_answer_is_explained(rails):
     assert r.explain(-1) == r.explain(2)
 
 
+def test_without_generations_nothing_tells_of_any(rails):
+    expanded = rails.with_settings(maturation=Maturation(population=90, neighbours=3))
+    one, other = (each.respond(X[:1], trace=True) for each in (expanded, rails))
+    assert "of the votes without generations" in one.explain(0)
+    assert len(one.plot(0).axes) == len(other.plot(0).axes) - 1
+
+
 def test_what_is_recalled_is_explained_by_its_entry(rails):
     remembering = rails.with_settings(memory=Memory(None))
     ids = remembering.memory.remember(remembering.respond(X[:2]), X[:2])

@@ -252,12 +252,14 @@ class ImmuneResponse:
 
     def _answered(self, i: int, answer: str, called: Sequence[str]) -> list[str]:
         after, origins = self._next(i), Counter(self.plasma.origin[i].tolist())
+        last = int(self.generations[i])
+        evolved = f"after generation {last}" if last else "without generations"
         following = "" if after is None else f"; {called[after]} comes next, with {self._share(i, after):.0%}"
         (most, count), n = origins.most_common(1)[0], self.plasma.origin.shape[1]
         several = f"{len(origins)} training examples, {count} of them from" if len(origins) > 1 else "training example"
         return [
             f"{answer} by the immune response: the label has {self._share(i, int(self.labels[i])):.0%} of the votes "
-            f"after generation {int(self.generations[i])}{following}.",
+            f"{evolved}{following}.",
             f"The {n} plasma cells, the fittest of all, descend from {several} number {most}.",
         ]
 

@@ -43,7 +43,7 @@ def story(told: Story, *, names: Sequence[str], bounds: Bounds) -> str:
         difference=png_uri(difference),
         largest=largest,
         healed=healed,
-        curves=[(layer, generations(trace, names)) for layer, trace in told.curves],
+        curves=[(layer, generations(trace, names)) for layer, trace in told.curves if len(trace.votes) > 1],
         cell=lambda image: _picture(image, bounds),
     )
 

@@ -87,8 +87,7 @@ def figure(response: ImmuneResponse, i: int, *, names: Sequence[str], repertoire
     spared = bool(response.recalled[i] | response.innate[i])
     if not spared:
         panels.append(lambda axes: _affinities(axes, response, i, names))
-        if response.trace:
-            votes = response.trace[0].votes[:, i]
+        if response.trace and len(votes := response.trace[0].votes[:, i]) > 1:
             panels.append(lambda axes: _learning(axes, votes, names, "votes"))
     heights = (2.9, 1.5) if pictured else (2.9,)
     made = blank(2.8 * len(panels), sum(heights))

@@ -119,14 +119,14 @@ def respond(scene: Scene) -> list[Row]:
     rows: list[Row] = [{"what": "the network", "device": name, "clean": right[0], "pgd": right[1], "images": len(x)}]
     sizes: dict[str, Any] = {"population": scene.options.population, "generations": scene.options.generations}
     settings = {
-        "defaults": Maturation(**sizes),
+        "early stop, pruning": Maturation(**sizes),
         "no early stop, no pruning": Maturation(early_stop=None, prune=None, **sizes),
     }
     rails = scene.rails()
     for low in scene.precisions:
         for called, maturation in settings.items():
             rails.maturations = (maturation, maturation)
-            n = len(x) if called == "defaults" else max(1, len(x) // 20)
+            n = len(x) if called == "early stop, pruning" else max(1, len(x) // 20)
             with cast(scene, low):
                 rails.predict(x[: min(n, 256)])
                 taken, found = timed(scene, lambda n=n: rails.predict(x[:n]))

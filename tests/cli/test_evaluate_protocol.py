@@ -87,7 +87,7 @@ def test_three_defences_are_attacked_and_the_document_is_written(run, undrawn, u
         assert f"**{row['accuracy']:.3f} (" in document
     assert "`immunonet evaluate --protocol quick --dataset digits" in document
     assert "digits, linf 0.2, 6 images" in document
-    assert f"| RAILS, T 20, G 1 | input | 0.25 | none | base | 10 | {rails['accuracy']:.3f} (" in document
+    assert f"| RAILS, T 20, G 1 | input | euclidean | 0.25 | none | base | 10 | {rails['accuracy']:.3f} (" in document
     assert "\nSmall ones.\n" in document
     for name in ("accuracy", "abstention"):
         assert f"(figures/robustness-{name}.png)" in document

@@ -7,6 +7,7 @@ words stand in `templates/robustness.md.j2`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from collections import Counter
@@ -323,7 +324,7 @@ def figures(record: Record) -> dict[str, Figure]:
     shown = {"clean": "clean", "PGD on the network": "paper", "worst case, knows the defence": "worst"}
     points: dict[str, Record] = {}
     curves: dict[str, Record] = {}
-    for case in cases(record):
+    for case in itertools.chain.from_iterable(groups(cases(record))):
         points[f"{case['where']}\n{case['title']}"] = {how: case[key] for how, key in shown.items()}
         if case["levels"]:
             curves.setdefault(case["where"], {})[case["title"]] = case["levels"]
@@ -340,7 +341,8 @@ def _tried(record: Record) -> list[tuple[str, ...]]:
         if counts and (maturations or not layers):
             name = ", ".join(filter(None, (tables.title(row["defence"]), cells(maturations))))
             voice = f"{settings['voice']:g}" if "voice" in settings else ""
-            about = (settings["net"], name, " and ".join(layers), voice, row["attack"], row["knows"])
+            metric = settings.get("metric", "")
+            about = (settings["net"], name, " and ".join(layers), metric, voice, row["attack"], row["knows"])
             lines.append((*about, str(row["n"]), tables.share(row, 2)))
     return lines
 

@@ -85,9 +85,8 @@ def test_sizes_of_plasma_and_memory(settings, classes, sizes):
     assert Maturation(**settings).sizes(classes) == sizes
 
 
-def test_cells_evolve_in_the_presets_and_not_by_default():
+def test_cells_do_not_evolve_by_default():
     assert Maturation().generations == 0
-    assert Maturation.paper().generations == Maturation.authors("mnist").generations == 10
 
 
 def test_rates():

@@ -178,7 +178,11 @@ def test_several_threats_are_told_in_table_page_record_and_document(run, undrawn
     assert both["paper"]["attack"] == f"{both['paper']['norm']} pgd"
     names = {check["name"] for case in cases for check in case["evaluation"]["checks"]}
     assert {check["name"] for one in record["evaluations"] for check in one["checks"]} == names
-    assert "| digits, linf 0.2 or l1 2, 5 images |" in Path("doc.md").read_text()
+    whole, _, details = Path("doc.md").read_text().partition("<summary>One threat of several</summary>")
+    folded = details.split("</details>")[0]
+    lines = [f"| digits, {end}, 5 images | CNN, undefended |" for end in ends]
+    assert [line in whole for line in lines] == [False, False, True]
+    assert [line in folded for line in lines] == [True, True, False]
 
 
 def test_a_sentinel_watches_and_its_section_is_told(run, undrawn, unchecked, monkeypatch):

@@ -184,7 +184,10 @@ def test_points_stand_where_the_accuracies_are():
         return {"accuracy": accuracy, "ci95": ci95}
 
     lines = {"one": {"clean": row(0.9, 0.8, 1), "attacked": row(0.2, 0.1, 0.3)}, "two": {"clean": row(0.7, 0.6, 0.8)}}
-    (axes,) = figures.accuracy_points(lines).axes
+    axes, below = figures.accuracy_points({"net": lines, "other": {"three": {"attacked": row(0.5, 0.4, 0.6)}}}).axes
+    assert tuple(panel.get_title(loc="left") for panel in (axes, below)) == ("net", "other")
+    assert [bar.lines[0].get_xdata().tolist() for bar in below.containers] == [[0.5]]
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["clean", "attacked"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two"]
     centres = {bar.get_label(): bar.lines[0].get_xdata().tolist() for bar in axes.containers}
     assert centres == {"clean": [0.9, 0.7], "attacked": [0.2]}

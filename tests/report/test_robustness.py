@@ -118,6 +118,16 @@ def test_the_verdict_is_the_highest_worst_case_and_which_to_take_the_first_of_ea
     assert not [line for line in section("Which to take", rails)[:4] if line.startswith("| data")]
 
 
+def test_of_several_groups_of_a_network_the_one_with_the_most_images_has_the_verdict():
+    few, many = [run("cnn", [0.0] * 4), run("rails", [1.0] * 4)], [run("cnn", [0.0] * 8), run("dknn", [1.0] * 8)]
+    other = [run("cnn", [0.0] * 2, weights="v"), run("rails", [1.0] * 2, weights="v")]
+    alone = run("cnn", [0.0] * 16)  # there is no defence to tell of
+    first, second = section("Verdict", *few, *many, *other, alone)
+    assert "8 images" in first
+    assert "DkNN, input, k 5 keeps most" in first
+    assert "2 images" in second
+
+
 def test_only_the_same_images_are_compared():
     cnn, rails = run("cnn", [0.0] * 8), run("rails", [1.0] * 8, first=4)
     (line,) = table(cnn, rails)

@@ -47,7 +47,7 @@ def figure(record: Mapping[str, Any]) -> Figure:
     for row in record["results"]:
         named = several and row["attack"] != "none"
         lines.setdefault(f"{row['norm']} {row['attack']}" if named else row["attack"], {})[row["defence"]] = row
-    return figures.accuracy_points(lines)
+    return figures.accuracy_points({"": lines})
 
 
 def _aims(verdict: Mapping[str, Any]) -> list[str]:

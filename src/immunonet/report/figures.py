@@ -109,22 +109,28 @@ def accuracy_curves(curves: Mapping[str, Row]) -> Figure:
     return figure
 
 
-def accuracy_points(lines: Mapping[str, Mapping[str, Row]]) -> Figure:
-    """Return a figure with a line per defence: a point, its accuracy with the interval, for each way it was attacked.
+def accuracy_points(panels: Mapping[str, Mapping[str, Mapping[str, Row]]]) -> Figure:
+    """Return a figure of a panel per network, in it a line per defence, and on that a point for each way of attack.
 
-    `lines`: per defence and attack a row, with `accuracy` and `ci95`; the first attack named is drawn topmost.
+    `panels`: by title the lines by name, each of a row per attack, with `accuracy` and `ci95`; the first attack named
+    is drawn topmost.
     """
-    figure = blank(7.0, 1.2 + 0.45 * len(lines))
-    axes = figure.subplots()
-    attacks = list(dict.fromkeys(name for line in lines.values() for name in line))
-    for i, attack in enumerate(attacks):
-        rows = {place: line[attack] for place, line in enumerate(lines.values()) if attack in line}
-        places = np.array(list(rows)) + (i - (len(attacks) - 1) / 2) * 0.22
-        centre, ends = ([row[key] for row in rows.values()] for key in ("accuracy", "ci95"))
-        bars(axes, i, places, centre, ends, attack, joined=False, across=True)
-    dress(axes, "", "accuracy", "")
-    axes.set(yticks=range(len(lines)), yticklabels=list(lines), xlim=(-0.03, 1.03))
-    axes.invert_yaxis()
+    sizes = [len(lines) for lines in panels.values()]
+    figure = blank(7.0, 1.2 + 0.45 * sum(sizes) + 0.35 * (len(sizes) - 1))
+    every = figure.subplots(len(sizes), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": sizes})[:, 0]
+    attacks = list(dict.fromkeys(name for lines in panels.values() for line in lines.values() for name in line))
+    named = set[str]()
+    for axes, (title, lines) in zip(every, panels.items(), strict=True):
+        for i, attack in enumerate(attacks):
+            rows = {place: line[attack] for place, line in enumerate(lines.values()) if attack in line}
+            if not rows:
+                continue
+            places = np.array(list(rows)) + (i - (len(attacks) - 1) / 2) * 0.22
+            centre, ends = ([row[key] for row in rows.values()] for key in ("accuracy", "ci95"))
+            bars(axes, i, places, centre, ends, "" if attack in named else attack, joined=False, across=True)
+            named.add(attack)
+        dress(axes, title, "accuracy" if axes is every[-1] else "", "", size=8)
+        axes.set(yticks=range(len(lines)), yticklabels=list(lines), xlim=(-0.03, 1.03), ylim=(len(lines) - 0.5, -0.5))
     legend(figure, "outside upper center", len(attacks))
     return figure
 
@@ -134,9 +140,13 @@ def rejection_curves(curves: Mapping[str, Mapping[str, Sequence[Row]]]) -> Figur
 
     `curves`: per panel and defence the levels of rejection, each with `accepted`, `held` and its `ci95`.
     """
-    figure = blank(3.4 * len(curves) + 0.4, 3.6)
-    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
-    for axes, (title, lines) in zip(panels, curves.items(), strict=True):
+    columns = min(3, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    figure = blank(3.4 * columns + 0.4, 3.6 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes in panels.flatten()[len(curves) :]:
+        axes.set_axis_off()
+    for axes, (title, lines) in zip(panels.flatten(), curves.items(), strict=False):
         for i, (name, levels) in enumerate(lines.items()):
             at, held = (np.array([level[key] for level in levels]) for key in ("accepted", "held"))
             ends = np.array([level["ci95"] for level in levels]).T
@@ -144,7 +154,8 @@ def rejection_curves(curves: Mapping[str, Mapping[str, Sequence[Row]]]) -> Figur
         dress(axes, title, "clean images that are answered", "", size=7, weight="normal")
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         axes.legend(frameon=False, fontsize=7)
-    panels[0].set_ylabel("attacked images held (right, or declined)")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("attacked images held (right, or declined)")
     return figure
 
 

@@ -73,7 +73,7 @@ def cases(record: Record) -> list[Case]:
         rows = run["results"]
         if rows[0]["settings"].get("split", "test") != "test":
             raise ValueError(f"results come from test images, got a run on others: {run['command']}")
-        for case in (_case(*view) for evaluation in run["evaluations"] for view in _views(evaluation, rows)):
+        for case in (case for evaluation in run["evaluations"] for case in _told(evaluation, rows)):
             key = json.dumps([case[key] for key in ("kind", "network", "n", "settings")], sort_keys=True)
             if key not in once or case["worst"]["accuracy"] < once[key]["worst"]["accuracy"]:
                 once[key] = case
@@ -84,10 +84,16 @@ def cases(record: Record) -> list[Case]:
     return every
 
 
+def _told(evaluation: Record, rows: Sequence[Record]) -> list[Case]:
+    """Return the cases of an evaluation of a run, from the run's rows; those of one threat of several are `partial`."""
+    *parts, whole = _views(evaluation, rows)
+    return [*(_case(*part) | {"partial": True} for part in parts), _case(*whole)]
+
+
 def _views(evaluation: Record, rows: Sequence[Record]) -> list[tuple[Record, dict[str, Record]]]:
     """Return an evaluation of a run and its own rows by attack, from the run's rows.
 
-    One under several threats is told as one for each, and one for their union, whose row of an attack is the lowest.
+    One under several threats is told as one for each, then one for their union, whose row of an attack is the lowest.
     """
     key = evaluation["defence"], evaluation["layers"], evaluation["weights"]
     own = [row for row in rows if (row["defence"], row["settings"]["layers"], row["settings"]["weights"]) == key]
@@ -159,6 +165,7 @@ def _case(evaluation: Record, by: dict[str, Record]) -> Case:
         "title": ", ".join(filter(None, name)),
         "where": ", ".join((*dict.fromkeys((worst["dataset"], net)), within, f"{worst['n']} images")),
         "layers": layers,
+        "partial": False,
         "bare": tables.bare(kind),
         "evolves": "maturation" in settings,
         "settings": {key: value for key, value in settings.items() if key not in _REACHED},
@@ -298,17 +305,29 @@ def verdict(group: Sequence[Case], every: Sequence[Case]) -> Verdict | None:
     return Verdict(best, pairs, first)
 
 
+def verdicts(grouped: Sequence[Sequence[Case]], every: Sequence[Case]) -> list[Verdict]:
+    """Return what the groups come to: one verdict per network and attacker, of its group with the most images."""
+    most: dict[tuple[Any, ...], Verdict] = {}
+    found = filter(None, (verdict(group, every) for group in grouped))
+    for one in sorted(found, key=lambda one: int(one.best["n"]), reverse=True):
+        most.setdefault(one.best["network"], one)
+    return [most[network] for network in dict.fromkeys(group[0]["network"] for group in grouped) if network in most]
+
+
 def document(record: Record, source: str) -> str:
     """Return `docs/robustness.md` as text, from a merged record that stands in the file `source`."""
     every = cases(record)
-    grouped = groups(every)
+    whole = [case for case in every if not case["partial"]]
+    grouped = groups(whole)
     choices = record.get("choices", ())
     text = pages.template("robustness.md.j2").render(
         source=source,
         figures=FIGURES,
         cases=every,
+        whole=whole,
         groups=grouped,
-        verdicts=[found for group in grouped if (found := verdict(group, every))],
+        parts=groups([case for case in every if case["partial"]]),
+        verdicts=verdicts(grouped, every),
         rails=[_compared(case, group, every) for group in grouped for case in group if case["evolves"]],
         choices=choices,
         notes=record.get("notes", ()),
@@ -324,8 +343,8 @@ def figures(record: Record) -> dict[str, Figure]:
     shown = {"clean": "clean", "PGD on the network": "paper", "worst case, knows the defence": "worst"}
     points: dict[str, Record] = {}
     curves: dict[str, Record] = {}
-    for case in itertools.chain.from_iterable(groups(cases(record))):
-        points[f"{case['where']}\n{case['title']}"] = {how: case[key] for how, key in shown.items()}
+    for case in itertools.chain.from_iterable(groups([case for case in cases(record) if not case["partial"]])):
+        points.setdefault(case["where"], {})[case["title"]] = {how: case[key] for how, key in shown.items()}
         if case["levels"]:
             curves.setdefault(case["where"], {})[case["title"]] = case["levels"]
     return {"accuracy": accuracy_points(points)} | ({"abstention": rejection_curves(curves)} if curves else {})

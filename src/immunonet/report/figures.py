@@ -116,7 +116,7 @@ def accuracy_points(panels: Mapping[str, Mapping[str, Mapping[str, Row]]]) -> Fi
     is drawn topmost.
     """
     sizes = [len(lines) for lines in panels.values()]
-    figure = blank(7.0, 1.2 + 0.45 * sum(sizes) + 0.35 * (len(sizes) - 1))
+    figure = blank(7.0, 1.2 + 0.36 * sum(sizes) + 0.35 * (len(sizes) - 1))
     every = figure.subplots(len(sizes), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": sizes})[:, 0]
     attacks = list(dict.fromkeys(name for lines in panels.values() for line in lines.values() for name in line))
     named = set[str]()
@@ -129,7 +129,7 @@ def accuracy_points(panels: Mapping[str, Mapping[str, Mapping[str, Row]]]) -> Fi
             centre, ends = ([row[key] for row in rows.values()] for key in ("accuracy", "ci95"))
             bars(axes, i, places, centre, ends, "" if attack in named else attack, joined=False, across=True)
             named.add(attack)
-        dress(axes, title, "accuracy" if axes is every[-1] else "", "", size=8)
+        dress(axes, title, "accuracy" if axes is every[-1] else "", "", size=7, weight="normal")
         axes.set(yticks=range(len(lines)), yticklabels=list(lines), xlim=(-0.03, 1.03), ylim=(len(lines) - 0.5, -0.5))
     legend(figure, "outside upper center", len(attacks))
     return figure

@@ -51,6 +51,8 @@ def test_titles_come_from_the_registry(monkeypatch):
     titles = {
         "cnn": "CNN, undefended", "rails": "RAILS", "wall": "A wall", "mine": "mine", "dknn-tuned": "DkNN tuned",
         "rails voice=0.25": "RAILS voice=0.25", "rails-wall high": "A wall high", "railsy": "railsy",
+        "wall+rails": "RAILS behind A wall", "wall+cnn+rails": "RAILS behind CNN, undefended behind A wall",
+        "mine+rails": "mine+rails", "rails fc1+fc2": "RAILS fc1+fc2",
     }  # fmt: skip
     assert {name: tables.title(name) for name in titles} == titles
 

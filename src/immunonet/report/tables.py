@@ -23,10 +23,23 @@ class Section:
 
 
 def title(name: str) -> str:
-    """Return what a defence is called in tables, by its name in rows: its kind's title, and what else that says."""
-    kind = max((kind for kind in REGISTRY if name == kind or name.startswith((f"{kind}-", f"{kind} "))), default="")
+    """Return what a defence is called in tables, by its name in rows: its kind's title, and what else that says.
+
+    One that stands behind another, as `control+rails`, is called by both.
+    """
+    before, _, last = name.rpartition("+")
+    if _kind(before) and _kind(last):
+        return f"{title(last)} behind {title(before)}"
+    kind = _kind(name)
     more = name[len(kind) + 1 :].replace("-", " ")
     return f"{REGISTRY[kind].title} {more}".rstrip() if kind else name
+
+
+def _kind(name: str) -> str:
+    """Return the kind that a name in rows begins with; "" where none does."""
+    return max(
+        (kind for kind in REGISTRY if name == kind or name.startswith(tuple(kind + end for end in "- +"))), default=""
+    )
 
 
 def bare(kind: str) -> bool:

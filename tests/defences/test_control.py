@@ -106,6 +106,15 @@ def test_its_own_gradient_is_that_of_finite_differences(control, digits):
     assert float(rise) == pytest.approx(float((slope * way).sum()), rel=0.15, abs=0.02)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_can_be_attacked_is_known_before_it_is_fitted(kind, digits_net, digits):
+    control = KINDS[kind](digits_net)
+    before, effort = [*control.surrogates()], control.effort
+    control.fit(*digits)
+    assert (before, effort) == ([*control.surrogates()], control.effort)
+    assert ("inside" in before, "start" in before) == (kind == "linear", kind in ("autoencoder", "own"))
+
+
 def test_the_protocol_finds_its_attacks(control, digits, digits_net):
     found = control.surrogates()
     x, y = digits[0][:4], digits[1][:4]

@@ -47,6 +47,17 @@ class HealingDefence(Defence):
             penalty=self.penalty, look_ahead=self.look_ahead, outer=self.outer, inner=self.inner, step=self.step,
         )  # fmt: skip
 
+    @property
+    def _closed(self) -> bool:
+        """Whether controls have a closed form; before there are manifolds, whether they will."""
+        return self._steering.closed if len(self.manifolds) else not self.costly
+
+    @property
+    def _confines(self) -> bool:
+        """Whether the manifold of the input tells what lies within it; before there is one, whether it will."""
+        tells = hasattr(self.manifolds[0], "within") if len(self.manifolds) else not self.costly
+        return self._layers[0] == INPUT and tells
+
     def answer(self, x: Any, seed: int | None = None) -> Answer:
         """Return the answer to inputs `x` `(B, *S)`, differentiable in them as `gradient` says."""
         inputs = self._inputs(x)
@@ -120,11 +131,11 @@ class HealingDefence(Defence):
     def surrogates(self) -> Mapping[str, nn.Module]:
         """Return what an attacker may differentiate in place of it, beside its own gradient, which is exact."""
         # Where there is one projection and no step, its gradient is the whole one.
-        parts = ["last", "start"] if not self._steering.closed and self.outer else []
+        parts = ["last", "start"] if not self._closed and self.outer else []
         makers: dict[str, Callable[[], nn.Module]] = {
             how: functools.partial(attacks.Through, self, gradient=how) for how in [*parts, "frozen"]
         }
-        if self._layers[0] == INPUT and hasattr(self.manifolds[0], "within"):
+        if self._confines:
             makers["inside"] = lambda: attacks.Inside(self.model, self.manifolds[0])
         return Made(makers)
 
@@ -134,7 +145,7 @@ class HealingDefence(Defence):
 
     def explained(self, x: Tensor, adversarials: Tensor) -> dict[str, float]:
         """Return the share of perturbations' energy that lies inside the clean subspace of the input, if it has one."""
-        if self._layers[0] != INPUT or not hasattr(self.manifolds[0], "within"):
+        if not self._confines:
             return {}
         delta = (adversarials - x).to(self.device)
         moved = flat_norm(delta)
@@ -147,7 +158,7 @@ class HealingDefence(Defence):
     @property
     def effort(self) -> float:
         """Roughly what an answer takes: passes of the network."""
-        return 2.0 if self._steering.closed else 3.0 + 3 * self.outer
+        return 2.0 if self._closed else 3.0 + 3 * self.outer
 
     def check_current(self) -> None:
         """Raise ValueError unless it is fitted, and its model still is the one it was fitted with."""

@@ -115,6 +115,8 @@ def test_the_verdict_is_the_highest_worst_case_and_which_to_take_the_first_of_ea
     assert (name, clean) == ("data, net, linf 0.1, 8 images", "CNN, undefended: 1.000")
     assert (transfer, worst) == ("DkNN, input, k 5: 1.000", "DkNN, input, k 5: 0.750")
     assert section("Verdict", cnn) == []
+    (said,) = section("Verdict", cnn, run("rails", [0.0] * 8))
+    assert said == "- **data, net, linf 0.1, 8 images**: no defence keeps an image in the worst case."
     assert not [line for line in section("Which to take", rails)[:4] if line.startswith("| data")]
 
 

@@ -116,7 +116,7 @@ def accuracy_points(panels: Mapping[str, Mapping[str, Mapping[str, Row]]]) -> Fi
     is drawn topmost.
     """
     sizes = [len(lines) for lines in panels.values()]
-    figure = blank(7.0, 1.2 + 0.36 * sum(sizes) + 0.35 * (len(sizes) - 1))
+    figure = blank(7.0 if len(sizes) == 1 else 9.5, 1.2 + 0.36 * sum(sizes) + 0.35 * (len(sizes) - 1))
     every = figure.subplots(len(sizes), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": sizes})[:, 0]
     attacks = list(dict.fromkeys(name for lines in panels.values() for line in lines.values() for name in line))
     named = set[str]()
@@ -140,9 +140,9 @@ def rejection_curves(curves: Mapping[str, Mapping[str, Sequence[Row]]]) -> Figur
 
     `curves`: per panel and defence the levels of rejection, each with `accepted`, `held` and its `ci95`.
     """
-    columns = min(3, len(curves))
+    columns = min(2, len(curves))
     rows = math.ceil(len(curves) / columns)
-    figure = blank(3.4 * columns + 0.4, 3.6 * rows)
+    figure = blank(5.6 * columns + 0.4, 4.0 * rows)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes in panels.flatten()[len(curves) :]:
         axes.set_axis_off()
@@ -153,7 +153,7 @@ def rejection_curves(curves: Mapping[str, Mapping[str, Sequence[Row]]]) -> Figur
             band(axes, i, held, ends, name, at=at)
         dress(axes, title, "clean images that are answered", "", size=7, weight="normal")
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=6, loc="lower left")
     for axes in panels[:, 0]:
         axes.set_ylabel("attacked images held (right, or declined)")
     return figure

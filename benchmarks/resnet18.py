@@ -1,4 +1,8 @@
-"""The usual CIFAR ResNet-18 (He et al. 2016), which networks of others are read into: `--model resnet18:network`."""
+"""The usual CIFAR ResNet-18 (He et al. 2016), by the names of layers that networks of others have.
+
+With this folder on PYTHONPATH it is `--model resnet18:network`. The zoo's residual network has other names and no norm
+in its shortcuts, and its saved weights are to stay readable.
+"""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def cases(record: Record) -> list[Case]:
         rows = run["results"]
         if rows[0]["settings"].get("split", "test") != "test":
             raise ValueError(f"results come from test images, got a run on others: {run['command']}")
-        for case in (case for evaluation in run["evaluations"] for case in _told(evaluation, rows)):
+        for case in itertools.chain.from_iterable(_told(evaluation, rows) for evaluation in run["evaluations"]):
             key = json.dumps([case[key] for key in ("kind", "network", "n", "settings")], sort_keys=True)
             if key not in once or case["worst"]["accuracy"] < once[key]["worst"]["accuracy"]:
                 once[key] = case

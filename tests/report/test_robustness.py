@@ -117,6 +117,8 @@ def test_the_verdict_is_the_highest_worst_case_and_which_to_take_the_first_of_ea
     assert section("Verdict", cnn) == []
     (said,) = section("Verdict", cnn, run("rails", [0.0] * 8))
     assert said == "- **data, net, linf 0.1, 8 images**: no defence keeps an image in the worst case."
+    line = next(line for line in section("Which to take", cnn, run("rails", [0.0] * 8)) if line.startswith("| data"))
+    assert line.split(" | ")[-1] == "none keeps an image |"
     assert not [line for line in section("Which to take", rails)[:4] if line.startswith("| data")]
 
 

@@ -301,7 +301,8 @@ def verdict(group: Sequence[Case], every: Sequence[Case]) -> Verdict | None:
     first = []
     for key in ("clean", "transfer", "worst") if len(group) > 1 else ():
         most = max((case for case in group if case[key]), key=lambda case: float(case[key]["accuracy"]), default=None)
-        first.append("" if most is None else f"{most['title']}: {most[key]['accuracy']:.3f}")
+        keeps = 0.0 if most is None else float(most[key]["accuracy"])
+        first.append(f"{most['title']}: {keeps:.3f}" if most and keeps else "none keeps an image")
     return Verdict(best, pairs, first)
 
 

@@ -39,7 +39,7 @@ def run(defence, right, *, paper=0.5, weights="w", eps=0.1, protocol="quick", la
         "unreliable": False,
         "cost": {"seconds_batch_1": 1, "seconds_best_batch": 1, "best_batch": 1, "forward_passes": 1},
     }  # fmt: skip
-    return {"results": rows, "environment": {}, "command": f"evaluate {defence}", "evaluations": [evaluation]}
+    return {"results": rows, "environment": {"commit": "0123456789abcdef"}, "command": f"evaluate {defence}", "evaluations": [evaluation]}
 
 
 def section(title, *records):
@@ -235,6 +235,15 @@ def test_a_defence_of_another_kind_stands_in_every_table_by_its_own_name():
         assert not re.search(r"paper, input, k \d", line)
     result = section("Verdict", run("rails", [1.0] * 8), smooth)[0]
     assert "not told apart from wall|paper, input: 1.000" in result
+
+
+def test_what_was_tried_tells_every_defence_and_each_command_its_commit():
+    record = merge([run("cnn", [0.0] * 8)]) | {"choices": [run("dknn k=3", [1.0] * 8), run("rails", [1.0] * 8)]}
+    text = robustness.document(record, "x")
+    assert "| net | DkNN k=3 | input |" in text
+    assert text.count("- `evaluate dknn k=3` (commit 0123456)") == text.count("- `evaluate cnn` (commit 0123456)") == 1
+    record["choices"][0]["environment"] = {}
+    assert "- `evaluate dknn k=3`\n" in robustness.document(record, "x")
 
 
 @pytest.mark.parametrize("roles", [None, ["targeted"], ["eot"], []])

@@ -358,7 +358,7 @@ def _tried(record: Record) -> list[tuple[str, ...]]:
         settings = row["settings"]
         maturations, layers = settings.get("maturation", ()), settings["layers"]
         counts = "protocol" not in settings or row["attack"] in ("none", "pgd", "worst-case")
-        if counts and (maturations or not layers):
+        if counts:
             name = ", ".join(filter(None, (tables.title(row["defence"]), cells(maturations))))
             voice = f"{settings['voice']:g}" if "voice" in settings else ""
             metric = settings.get("metric", "")

@@ -39,7 +39,8 @@ def run(defence, right, *, paper=0.5, weights="w", eps=0.1, protocol="quick", la
         "unreliable": False,
         "cost": {"seconds_batch_1": 1, "seconds_best_batch": 1, "best_batch": 1, "forward_passes": 1},
     }  # fmt: skip
-    return {"results": rows, "environment": {"commit": "0123456789abcdef"}, "command": f"evaluate {defence}", "evaluations": [evaluation]}
+    about = {"environment": {"commit": "0123456789abcdef"}, "command": f"evaluate {defence}"}
+    return {"results": rows, "evaluations": [evaluation]} | about
 
 
 def section(title, *records):

@@ -142,7 +142,7 @@ def rejection_curves(curves: Mapping[str, Mapping[str, Sequence[Row]]]) -> Figur
     """
     columns = min(2, len(curves))
     rows = math.ceil(len(curves) / columns)
-    figure = blank(5.6 * columns + 0.4, 4.0 * rows)
+    figure = blank(5.6 * columns + 0.4, (3.8 + 0.13 * max(map(len, curves.values()))) * rows)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes in panels.flatten()[len(curves) :]:
         axes.set_axis_off()
@@ -153,7 +153,7 @@ def rejection_curves(curves: Mapping[str, Mapping[str, Sequence[Row]]]) -> Figur
             band(axes, i, held, ends, name, at=at)
         dress(axes, title, "clean images that are answered", "", size=7, weight="normal")
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-        axes.legend(frameon=False, fontsize=6, loc="lower left")
+        axes.legend(frameon=False, fontsize=6, loc="upper left", bbox_to_anchor=(0, -0.13))
     for axes in panels[:, 0]:
         axes.set_ylabel("attacked images held (right, or declined)")
     return figure

@@ -301,8 +301,8 @@ def verdict(group: Sequence[Case], every: Sequence[Case]) -> Verdict | None:
     first = []
     for key in ("clean", "transfer", "worst") if len(group) > 1 else ():
         most = max((case for case in group if case[key]), key=lambda case: float(case[key]["accuracy"]), default=None)
-        keeps = 0.0 if most is None else float(most[key]["accuracy"])
-        first.append(f"{most['title']}: {keeps:.3f}" if most and keeps else "none keeps an image")
+        keeps = most and most[key]["accuracy"]
+        first.append("" if most is None else f"{most['title']}: {keeps:.3f}" if keeps else "none keeps an image")
     return Verdict(best, pairs, first)
 
 
@@ -357,8 +357,7 @@ def _tried(record: Record) -> list[tuple[str, ...]]:
     for row in record["results"]:
         settings = row["settings"]
         maturations, layers = settings.get("maturation", ()), settings["layers"]
-        counts = "protocol" not in settings or row["attack"] in ("none", "pgd", "worst-case")
-        if counts:
+        if "protocol" not in settings or row["attack"] in ("none", "pgd", "worst-case"):
             name = ", ".join(filter(None, (tables.title(row["defence"]), cells(maturations))))
             voice = f"{settings['voice']:g}" if "voice" in settings else ""
             metric = settings.get("metric", "")

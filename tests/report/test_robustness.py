@@ -243,8 +243,11 @@ def test_what_was_tried_tells_every_defence_and_each_command_its_commit():
     text = robustness.document(record, "x")
     assert "| net | DkNN k=3 | input |" in text
     assert text.count("- `evaluate dknn k=3` (commit 0123456)") == text.count("- `evaluate cnn` (commit 0123456)") == 1
-    record["choices"][0]["environment"] = {}
-    assert "- `evaluate dknn k=3`\n" in robustness.document(record, "x")
+    assert "Measured at commit 0123456, by" in text
+    record["choices"][0]["environment"] = record["runs"][0]["environment"] = {}
+    text = robustness.document(record, "x")
+    assert "- `evaluate dknn k=3`\n" in text
+    assert "Measured at commit" not in text
 
 
 @pytest.mark.parametrize("roles", [None, ["targeted"], ["eot"], []])

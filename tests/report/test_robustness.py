@@ -39,7 +39,7 @@ def run(defence, right, *, paper=0.5, weights="w", eps=0.1, protocol="quick", la
         "unreliable": False,
         "cost": {"seconds_batch_1": 1, "seconds_best_batch": 1, "best_batch": 1, "forward_passes": 1},
     }  # fmt: skip
-    about = {"environment": {"commit": "0123456789abcdef"}, "command": f"evaluate {defence}"}
+    about = {"environment": {"commit": "0123456789" * 4 + "-dirty"}, "command": f"evaluate {defence}"}
     return {"results": rows, "evaluations": [evaluation]} | about
 
 
@@ -242,8 +242,8 @@ def test_what_was_tried_tells_every_defence_and_each_command_its_commit():
     record = merge([run("cnn", [0.0] * 8)]) | {"choices": [run("dknn k=3", [1.0] * 8), run("rails", [1.0] * 8)]}
     text = robustness.document(record, "x")
     assert "| net | DkNN k=3 | input |" in text
-    assert text.count("- `evaluate dknn k=3` (commit 0123456)") == text.count("- `evaluate cnn` (commit 0123456)") == 1
-    assert "Measured at commit 0123456, by" in text
+    assert [text.count(f"- `evaluate {name}` (commit 0123456-dirty)") for name in ("dknn k=3", "cnn")] == [1, 1]
+    assert "Measured at commit 0123456-dirty, by" in text
     record["choices"][0]["environment"] = record["runs"][0]["environment"] = {}
     text = robustness.document(record, "x")
     assert "- `evaluate dknn k=3`\n" in text
